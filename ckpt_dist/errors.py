@@ -1,0 +1,34 @@
+"""Errors meant for a person: what is wrong (with both numbers), where (file, tensor, box), what to do.
+
+An exit code travels with the class, so that every way out of the program agrees:
+0 done; 2 the command is wrong; 3 a source is missing, damaged, unsafe or does not fit;
+4 verify found a difference; 1 anything else (our own mistake).
+"""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, damaged, unsafe or does not fit; the message is printed once, without traceback."""
+
+    exit_code = 3
+
+
+class UsageError(CheckpointError, ValueError):
+    """The command itself is wrong: an unknown key, a missing value, a target that exists."""
+
+    exit_code = 2
+
+
+class Difference(CheckpointError):
+    """`verify` found that two checkpoints differ."""
+
+    exit_code = 4
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The hint for a misspelt word, or nothing: `nearest("formt", ["format"])` -> ` Did you mean 'format'?`"""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {found[0]!r}?" if found else ""
