@@ -1,0 +1,68 @@
+"""The verbs as functions. Keys are the command line's, nested or dotted:
+
+    ckpt_dist.convert("run/step-1000", "model", dtype="bfloat16")
+    ckpt_dist.average("run", "averages", last=5, **{"engine.memory": "1GiB"})
+
+Invariant: a function does exactly what the command with the same keys does; errors are raised, not printed.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist.check import fingerprint
+
+__all__ = ["average", "convert", "fingerprint", "inspect", "merge", "verify"]
+
+PathLike = str | os.PathLike[str]
+TARGET = ("format", "dtype", "dialect", "key", "max_shard_size", "safetensors")
+
+
+def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    from ckpt_dist.config import fill
+
+    values: dict[str, Any] = {"quiet": True}
+    for name, value in places.items():
+        if value is not None:
+            values[f"{name}.path"] = [os.fspath(v) for v in value] if isinstance(value, (list, tuple)) else os.fspath(value)
+    for name, value in options.items():
+        values[f"target.{name}" if name in TARGET else name] = value
+    return fill(verb, values)
+
+
+def convert(source: PathLike, target: PathLike, **options: Any) -> dict[str, Any]:
+    """Convert one checkpoint; returns the report."""
+    from ckpt_dist import run
+
+    return run.convert(_config("convert", {"source": source, "target": target}, options))
+
+
+def average(source: PathLike | list[PathLike], target: PathLike | None = None, **options: Any) -> dict[str, Any]:
+    """Average the steps of a folder, or a list of checkpoints; returns the report with all fingerprints."""
+    from ckpt_dist import run
+
+    return run.average(_config("average", {"source": source, "target": target}, options))
+
+
+def merge(path: PathLike, output: PathLike | None = None, weights: str = "param", **options: Any) -> Path:
+    """Merge the shards of a training checkpoint into a Hugging Face model; returns its folder."""
+    from ckpt_dist import run
+
+    cfg = _config("merge", {"source": path, "target": output}, {"source.weights": weights, **options})
+    return Path(run.merge(cfg)["target"])
+
+
+def inspect(path: PathLike, **options: Any) -> dict[str, Any]:
+    """What a checkpoint is."""
+    from ckpt_dist import check
+
+    return check.inspect(_config("inspect", {"source": path}, options))
+
+
+def verify(a: PathLike, b: PathLike | None = None, **options: Any) -> dict[str, Any]:
+    """Compare two checkpoints, or check one; raises `ckpt_dist.errors.Difference` where they differ."""
+    from ckpt_dist import check
+
+    return check.verify(_config("verify", {"a": a, "b": b}, options))

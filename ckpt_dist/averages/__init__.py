@@ -1,0 +1,1 @@
+"""Averages: pure functions from tensors and numbers to a tensor."""

@@ -1,0 +1,82 @@
+"""Tiles as torch tensors: the cast, and the weighted mean. The only place where values change.
+
+Invariant: floating values are summed in fp32 (fp64 for fp64) in the order given and rounded once; integers and
+booleans are never summed and never cast to floating types.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files.dtypes import is_floating
+
+torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must not depend on how torch splits them
+
+
+def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
+    """The words of a tile as a tensor that shares their memory."""
+    return torch.from_numpy(words.view(np.uint8)).view(getattr(torch, dtype))
+
+
+def words(value: torch.Tensor, like: int) -> NDArray[Any]:
+    """A tensor's memory as words of some size in bytes."""
+    kinds: dict[int, type[Any]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+    return value.contiguous().view(torch.uint8).numpy().view(kinds[like])
+
+
+def cast(value: NDArray[Any], dtype: str, want: str) -> NDArray[Any]:
+    """One rounding from one floating dtype to another; anything else is refused."""
+    if not (is_floating(dtype) and is_floating(want)):
+        raise CheckpointError(f"A {dtype} tensor cannot become {want}: only floating types are cast.")
+    target = getattr(torch, want)
+    return words(tensor(value, dtype).to(target), target.itemsize)
+
+
+class Differs(CheckpointError):
+    """Values that must not be averaged differ between the sources."""
+
+
+def mean(values: Iterable[NDArray[Any]], dtypes: Sequence[str], coefficients: Sequence[float], want: str) -> NDArray[Any]:
+    """The weighted mean of tiles. Equal coefficients are one sum and one division; others are applied before the sum.
+
+    >>> import numpy as np
+    >>> mean([np.float32([1, 2]).view(np.uint32), np.float32([3, 4]).view(np.uint32)], ["float32"] * 2, [.5, .5], "float32").view(np.float32)
+    array([2., 3.], dtype=float32)
+    """
+    if not is_floating(want):
+        return same(values)
+    wide = torch.float64 if want == "float64" or "float64" in dtypes else torch.float32
+    uniform = len(set(coefficients)) == 1
+    total: torch.Tensor | None = None
+    for value, dtype, c in zip(values, dtypes, coefficients, strict=True):
+        part = tensor(value, dtype)
+        if total is None:
+            total = part.to(wide, copy=True)
+            if not uniform:
+                total.mul_(c)
+        elif part.dtype in (wide, torch.bfloat16, torch.float16, torch.float32):
+            total.add_(part, alpha=1 if uniform else c)
+        else:
+            total.add_(part.to(wide), alpha=1 if uniform else c)
+    assert total is not None
+    if uniform:
+        total.div_(1 / (coefficients[0]) if coefficients[0] else float("inf"))
+    target = getattr(torch, want)
+    return words(total.to(target), target.itemsize)
+
+
+def same(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """Integers and booleans: equal in all sources, or Differs."""
+    first: NDArray[Any] | None = None
+    for value in values:
+        if first is None:
+            first = value.copy()
+        elif not np.array_equal(first, value):
+            raise Differs("integer values differ between the checkpoints")
+    assert first is not None
+    return first

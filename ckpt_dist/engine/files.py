@@ -1,0 +1,101 @@
+"""Open files: exact reads and writes at offsets, many threads, few descriptors.
+
+Invariant: sources are opened read-only; a short read or a failed write is an error that names the file and
+both numbers; descriptors of one thread are never closed by another.
+"""
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt_dist.errors import CheckpointError
+
+OPEN_FILES = 32  # for each thread
+_NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+
+
+class Files:
+    """The files of one checkpoint, opened when first used by each thread."""
+
+    def __init__(self, root: Path | str, names: Sequence[str], *, writable: bool = False) -> None:
+        self.paths = [Path(root) / n for n in names]
+        self.flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        self.local = threading.local()
+        self.opened: list[OrderedDict[int, int]] = []
+
+    def descriptor(self, file: int) -> int:
+        cache: OrderedDict[int, int] | None = getattr(self.local, "cache", None)
+        if cache is None:
+            cache = self.local.cache = OrderedDict()
+            self.opened.append(cache)
+        if file in cache:
+            cache.move_to_end(file)
+            return cache[file]
+        if len(cache) >= OPEN_FILES:
+            os.close(cache.popitem(last=False)[1])
+        try:
+            cache[file] = os.open(self.paths[file], self.flags)
+        except OSError as error:
+            raise CheckpointError(f"Cannot open {self.paths[file]}: {error.strerror}.") from None
+        return cache[file]
+
+    def read(self, file: int, offset: int, into: memoryview) -> None:
+        fd, done = self.descriptor(file), 0
+        while done < len(into):
+            try:
+                count = os.preadv(fd, [into[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"Cannot read {self.paths[file]} at byte {offset + done}: {error.strerror}.") from None
+            if count == 0:
+                size = os.fstat(fd).st_size
+                raise CheckpointError(f"{self.paths[file]} is truncated: it has {size} bytes, {offset + len(into)} are needed. Fetch it again.")
+            done += count
+
+    def write(self, file: int, offset: int, data: memoryview) -> None:
+        fd, done = self.descriptor(file), 0
+        while done < len(data):
+            try:
+                done += os.pwrite(fd, data[done:], offset + done)
+            except OSError as error:
+                raise self.failed(file, error) from None
+
+    def failed(self, file: int, error: OSError) -> CheckpointError:
+        return CheckpointError(f"Cannot write {self.paths[file]}: {error.strerror}. Nothing was published; free space or choose another target.path.")
+
+    def copy(self, source: Files, from_file: int, from_at: int, file: int, at: int, nbytes: int) -> bool:
+        """Bytes from file to file inside the kernel; False where this file system cannot."""
+        if not hasattr(os, "copy_file_range"):
+            return False
+        fd_in, fd_out, done = source.descriptor(from_file), self.descriptor(file), 0
+        while done < nbytes:
+            try:
+                count = os.copy_file_range(fd_in, fd_out, nbytes - done, from_at + done, at + done)
+            except OSError as error:
+                if error.errno in _NO_RANGE_COPY:
+                    return False
+                raise self.failed(file, error) from None
+            if count == 0:
+                return False  # the end of the source, or a file system that does nothing: the plain path says which
+            done += count
+        return True
+
+    def sync(self) -> None:
+        """Flush what this thread has open and what others opened to the disk."""
+        for file, path in enumerate(self.paths):
+            if any(file in cache for cache in self.opened):
+                fd = os.open(path, self.flags)
+                try:
+                    os.fsync(fd)
+                except OSError as error:
+                    raise self.failed(file, error) from None
+                finally:
+                    os.close(fd)
+
+    def close(self) -> None:
+        for cache in self.opened:
+            while cache:
+                os.close(cache.popitem()[1])

@@ -1,0 +1,200 @@
+"""Tiles in, tiles out: a few threads gather each tile from all sources, combine, and scatter the result.
+
+Threads overlap reading, computing and writing: all three release the interpreter. A tile is small, so memory is
+a handful of tiles whatever the model's size, and it does not depend on ranks, so neither does any byte written.
+
+Invariant: each tile is made once, by one thread, from its sources in the order given.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ckpt_dist.box import Ints
+from ckpt_dist.engine.files import Files
+from ckpt_dist.engine.moves import WORDS, Array, Move, by_tile, gather, scatter
+from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.zips import crc32
+from ckpt_dist.plan import TILE, Moves
+
+BATCH = 8  # tiles a thread takes at a time
+Combine: TypeAlias = "Callable[[int, Iterator[Array], Sequence[str], str], Array | None]"
+"""(tile, its values from each source in turn, their dtypes, the dtype wanted) -> the result, or None for no result.
+
+A value is valid until the next one is asked for."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One checkpoint as seen by a rank's tiles `first..last`: moves, the file of each chunk, the dtype of each tile."""
+
+    files: Files
+    moves: Moves
+    file_of_chunk: Ints
+    dtypes: Sequence[str]
+
+
+@dataclass
+class Done:
+    """What a fill did: bytes moved, digests of tiles (per source, then of the result), CRCs of written runs."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    runs: list[tuple[int, int, int, int]] = field(default_factory=list)  # file, offset, nbytes, crc
+
+    def add(self, other: Done) -> None:
+        self.bytes_read += other.bytes_read
+        self.bytes_written += other.bytes_written
+        self.digests.update(other.digests)
+        self.runs += other.runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is needed to make the tiles `first..last`."""
+
+    first: int
+    last: int
+    numel: Ints
+    sources: Sequence[Side]
+    target: Side | None
+    combine: Combine
+    digests: bool = False
+    crc_files: frozenset[int] = frozenset()
+
+
+def keep(tile: int, values: Iterator[Array], dtypes: Sequence[str], want: str) -> Array:
+    """The combination of a plain conversion: the only source's value, cast where dtypes differ."""
+    value = next(values)
+    if dtypes[0] == want:
+        return value
+    from ckpt_dist.averages.tensors import cast
+
+    return cast(value, dtypes[0], want)
+
+
+def fill(job: Job, workers: int, advance: Callable[[int], None] = lambda n: None) -> Done:
+    """Make all tiles of a job with some threads; the first error stops them all and is raised."""
+    lock = threading.Lock()
+    cursor = iter(range(job.first, job.last, BATCH))
+    total, failures = Done(), list[BaseException]()
+
+    def work() -> None:
+        worker = _Worker(job, advance)
+        while not failures:
+            with lock:
+                first = next(cursor, None)
+            if first is None:
+                break
+            try:
+                worker.batch(first, min(first + BATCH, job.last))
+            except BaseException as error:
+                failures.append(error)
+        with lock:
+            total.add(worker.done)
+
+    if workers == 1:
+        work()
+    else:
+        threads = [threading.Thread(target=work, name=f"tiles-{k}") for k in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return total
+
+
+class _Worker:
+    """One thread's buffers and counters."""
+
+    def __init__(self, job: Job, advance: Callable[[int], None]) -> None:
+        self.job, self.advance, self.done = job, advance, Done()
+        self.buffers: dict[int, Array] = {}
+
+    def buffer(self, dtype: str, numel: int) -> Array:
+        item = itemsize(dtype)
+        if item not in self.buffers:
+            self.buffers[item] = np.empty(TILE, WORDS[item])
+        return self.buffers[item][:numel]
+
+    def batch(self, first: int, last: int) -> None:
+        sides = [by_tile(s.moves, s.file_of_chunk, first, last) for s in self.job.sources]
+        targets = iter(()) if self.job.target is None else by_tile(self.job.target.moves, self.job.target.file_of_chunk, first, last)
+        for tile in range(first, last):
+            self.tile(tile, [next(s) for s in sides], next(targets, []))
+
+    def tile(self, tile: int, moves: list[list[Move]], out: list[Move]) -> None:
+        job, numel = self.job, int(self.job.numel[tile])
+        if numel == 0 or self.copied(tile, numel, moves, out):
+            return
+        dtypes = [s.dtypes[tile - job.first] for s in job.sources]
+        want = job.target.dtypes[tile - job.first] if job.target else dtypes[0]
+        result = job.combine(tile, self.values(tile, numel, moves, dtypes), dtypes, want)
+        if result is None or job.target is None:
+            return
+        if job.digests:
+            self.done.digests[len(job.sources), tile] = digest(result)
+        scatter(result, out, self.write)
+        self.done.bytes_written += result.nbytes
+
+    def values(self, tile: int, numel: int, moves: list[list[Move]], dtypes: list[str]) -> Iterator[Array]:
+        for k, side in enumerate(self.job.sources):
+            value = self.buffer(dtypes[k], numel)
+            gather(value, moves[k], side.files.read)
+            if self.job.digests:
+                self.done.digests[k, tile] = digest(value)
+            self.done.bytes_read += value.nbytes
+            self.advance(value.nbytes)
+            yield value
+
+    def copied(self, tile: int, numel: int, moves: list[list[Move]], out: list[Move]) -> bool:
+        """Whether the tile could be copied inside the kernel, because nothing about its bytes changes."""
+        job = self.job
+        if job.digests or job.combine is not keep or job.target is None or len(moves) != 1 or len(moves[0]) != 1 or len(out) != 1:
+            return False
+        source, (one,), (two,) = job.sources[0], moves[0], out
+        dtype = source.dtypes[tile - job.first]
+        if one.run != numel or two.run != numel or dtype != job.target.dtypes[tile - job.first] or two.file in job.crc_files:
+            return False
+        nbytes = numel * itemsize(dtype)
+        if not job.target.files.copy(source.files, one.file, one.at, two.file, two.at, nbytes):
+            return False
+        self.done.bytes_read += nbytes
+        self.done.bytes_written += nbytes
+        self.advance(nbytes)
+        return True
+
+    def write(self, file: int, offset: int, data: memoryview) -> None:
+        assert self.job.target is not None
+        self.job.target.files.write(file, offset, data)
+        if file in self.job.crc_files:
+            self.done.runs.append((file, offset, len(data), crc32(data)))
+
+
+def digest(value: Array) -> bytes:
+    """16 bytes that stand for the bytes of a tile."""
+    import xxhash
+
+    return xxhash.xxh3_128_digest(memoryview(value.view(np.uint8)))
+
+
+def tile_dtypes(moves: Moves, entry_of_chunk: Ints, dtypes: Sequence[str], first: int, last: int, names: Sequence[str]) -> list[str]:
+    """The dtype each tile has in a checkpoint; a tile put together from several dtypes is refused."""
+    table = sorted(set(dtypes))
+    code = np.array([table.index(d) for d in dtypes], np.int64)[entry_of_chunk[moves.chunk]] if len(moves.tile) else np.zeros(0, np.int64)
+    low, high = np.full(last - first, len(table)), np.full(last - first, -1)
+    np.minimum.at(low, moves.tile - first, code)
+    np.maximum.at(high, moves.tile - first, code)
+    for tile in np.flatnonzero((high >= 0) & (low != high))[:1].tolist():
+        row = int(np.flatnonzero(moves.tile - first == tile)[0])
+        name = names[entry_of_chunk[moves.chunk[row]]]
+        raise CheckpointError(f"{name}: its parts are stored as {table[low[tile]]} and {table[high[tile]]}; one tensor has one dtype.")
+    return [table[c] if c >= 0 else "uint8" for c in high.tolist()]

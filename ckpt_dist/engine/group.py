@@ -1,0 +1,97 @@
+"""The ranks of a job: a process group when torchrun made several, and nothing at all when it did not.
+
+Invariant: every rank makes the same calls in the same order, and an error on one rank is raised on all of
+them, as one message, printed by rank 0.
+"""
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from ckpt_dist.errors import CheckpointError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+
+
+class Group:
+    """`rank`, `world` and `local_world` come from torchrun's environment; a job without torchrun is world size 1."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.mine = False
+        if self.world > 1:
+            import torch.distributed as dist
+
+            self.dist = dist
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=TIMEOUT)
+                self.mine = True
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.gather(None)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        self.dist.all_gather_object(out, value)
+        return out
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        self.dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work on every rank; if it fails on one, all ranks raise the first failure."""
+        if self.world == 1:
+            return work()
+        result, error = _attempt(work)
+        failures = [(r, e) for r, e in enumerate(self.gather(error)) if e is not None]
+        if failures:
+            raise _first(failures, self.rank, error)
+        return result  # type: ignore[return-value]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do the work on rank 0 only and give its result, or its failure, to every rank."""
+        if self.world == 1:
+            return work()
+        result, error = _attempt(work) if self.rank == 0 else (None, None)
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise _first([(0, error)], self.rank, error)
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        if self.mine:
+            self.dist.destroy_process_group()
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return work(), None
+    except CheckpointError as error:
+        return None, error.with_traceback(None)
+    except Exception as error:
+        import traceback
+
+        return None, RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+
+def _first(failures: list[tuple[int, BaseException]], rank: int, own: BaseException | None) -> BaseException:
+    failed, error = failures[0]
+    if isinstance(error, CheckpointError):
+        return error
+    return own if own is not None and failed == rank else RuntimeError(f"rank {failed} ({socket.gethostname()}): {error}")

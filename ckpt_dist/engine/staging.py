@@ -1,0 +1,164 @@
+"""Skeleton, fill, publish: a target appears whole or not at all.
+
+Files are made sparse in a hidden folder beside the target; any rank fills any address; one rename publishes.
+Calls, in order: `check` and `create` and `finish` and `publish` by rank 0 only, filling by all ranks in between.
+
+Invariant: nothing under the target's name is touched before `publish`; sources are never written.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files.zips import combine_runs
+from ckpt_dist.formats import Layout
+
+Runs = Sequence[tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where the target will be and where it is made. `single`: one file, not a folder; `into`: add to a folder."""
+
+    target: Path
+    single: bool = False
+    into: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.target.parent / f".{self.target.name}.ckpt_dist"
+
+
+def check(staging: Staging, layout: Layout, more: Sequence[str], overwrite: bool) -> None:
+    """Refuse a target that exists, a folder that cannot be written to and a disk that is too small, before any work."""
+    target = staging.target
+    if staging.into:
+        taken = [n for n in (*layout.catalog.files, *layout.late, *more) if (target / n).exists()]
+        if taken and not overwrite:
+            raise UsageError(f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true.")
+    elif target.exists() or target.is_symlink():
+        if not overwrite:
+            raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    need, room = sum(layout.sizes), shutil.disk_usage(parent)
+    if need > room.free:
+        raise CheckpointError(f"Not enough space for {target}: {need} bytes are needed, {room.free} are free on its disk. Nothing was written.")
+
+
+def create(staging: Staging, layout: Layout) -> None:
+    """The skeleton: every file at its full size, with its header bytes."""
+    folder = staging.folder
+    try:
+        staging.target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, size in zip(layout.catalog.files, layout.sizes, strict=True):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(folder / name, "xb") as file:
+                file.truncate(size)
+        _write_pieces(folder, layout)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"Cannot write to {error.filename or folder}: {error.strerror}. Nothing was written; choose another target.path.") from None
+
+
+def _write_pieces(folder: Path, layout: Layout) -> None:
+    by_file: dict[int, list[tuple[int, bytes]]] = {}
+    for number, offset, data in layout.pieces:
+        by_file.setdefault(number, []).append((offset, data))
+    for number, pieces in by_file.items():
+        with open(folder / layout.catalog.files[number], "r+b") as file:
+            for offset, data in pieces:
+                file.seek(offset)
+                file.write(data)
+
+
+def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, bytes | Path]) -> None:
+    """The CRCs, the late files, and the small files that travel along."""
+    try:
+        _patch_crcs(staging.folder, layout, runs)
+        for name, make in layout.late.items():
+            (staging.folder / name).write_bytes(make())
+        for name, content in small.items():
+            path = staging.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published.") from None
+
+
+def _patch_crcs(folder: Path, layout: Layout, runs: Runs) -> None:
+    pending: dict[int, list[tuple[int, int, int]]] = {}
+    for number, offset, nbytes, crc in sorted(runs):
+        pending.setdefault(number, []).append((offset, nbytes, crc))
+    for number in sorted({c.file for c in layout.crcs}):
+        mine, at = pending.get(number, []), 0
+        with open(folder / layout.catalog.files[number], "r+b") as file:
+            for crc in sorted((c for c in layout.crcs if c.file == number), key=lambda c: c.offset):
+                first = at
+                while at < len(mine) and mine[at][0] < crc.offset + crc.nbytes:
+                    at += 1
+                value = combine_runs(mine[first:at])[2] if crc.nbytes else 0
+                for position in crc.positions:
+                    file.seek(position)
+                    file.write(value.to_bytes(4, "little"))
+
+
+def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
+    """Give the finished files the target's name: one rename, or one for each file when they join a folder."""
+    folder, target = staging.folder, staging.target
+    try:
+        if fsync:
+            _sync_tree(folder)
+        if staging.into:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target / path.relative_to(folder))
+            shutil.rmtree(folder)
+            return
+        if staging.single:
+            os.replace(next(p for p in folder.iterdir()), target)
+            folder.rmdir()
+        else:
+            old = target.parent / f".{target.name}.ckpt_dist-old"
+            if overwrite and (target.exists() or target.is_symlink()):
+                _remove(old)
+                os.rename(target, old)
+            os.rename(folder, target)
+            _remove(old)
+        if fsync:
+            _sync(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"Cannot publish {target}: {error.strerror}. The finished files are in {folder}.") from None
+
+
+def discard(staging: Staging) -> None:
+    """After a failure: no trace of the attempt."""
+    shutil.rmtree(staging.folder, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Model families: one short table each. See docs/new-family.md."""

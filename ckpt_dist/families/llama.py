@@ -1,0 +1,95 @@
+"""Llama 2/3, Mistral, Qwen2 and Qwen3 dense models: gated MLP, grouped queries, optional biases and q/k norms.
+
+l layer  v vocabulary  e embedding  g key-value group  q queries per group  c rotary half  r rotary pair
+f feed-forward. Hugging Face rotates halves (c r); Meta and torchtitan rotate adjacent pairs (r c).
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+model_types = ("llama", "mistral", "qwen2", "qwen3")
+
+weights = dict(
+    embed="v e",
+    attn_norm="l e", q="l g q c r e", k="l g c r e", v="l g c r e", o="l e g q c r",
+    q_bias="l g q c r", k_bias="l g c r", v_bias="l g c r", o_bias="l e", q_norm="l c r", k_norm="l c r",
+    mlp_norm="l e", gate="l f e", up="l f e", down="l e f", gate_bias="l f", up_bias="l f", down_bias="l e",
+    norm="e", head="v e",
+)
+ties = dict(head="embed")
+drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
+
+_hf = "model.layers.{l}."
+_meta = "layers.{l}."
+
+dialects = dict(
+    hf={
+        "model.embed_tokens.weight": "embed: v e",
+        _hf + "self_attn.q_proj.weight": "q: (g q c r) e",
+        _hf + "self_attn.k_proj.weight": "k: (g c r) e",
+        _hf + "self_attn.v_proj.weight": "v: (g c r) e",
+        _hf + "self_attn.o_proj.weight": "o: e (g q c r)",
+        _hf + "self_attn.q_proj.bias": "q_bias: (g q c r)",
+        _hf + "self_attn.k_proj.bias": "k_bias: (g c r)",
+        _hf + "self_attn.v_proj.bias": "v_bias: (g c r)",
+        _hf + "self_attn.o_proj.bias": "o_bias: e",
+        _hf + "self_attn.q_norm.weight": "q_norm: (c r)",
+        _hf + "self_attn.k_norm.weight": "k_norm: (c r)",
+        _hf + "mlp.gate_proj.weight": "gate: f e",
+        _hf + "mlp.up_proj.weight": "up: f e",
+        _hf + "mlp.down_proj.weight": "down: e f",
+        _hf + "mlp.gate_proj.bias": "gate_bias: f",
+        _hf + "mlp.up_proj.bias": "up_bias: f",
+        _hf + "mlp.down_proj.bias": "down_bias: e",
+        _hf + "input_layernorm.weight": "attn_norm: e",
+        _hf + "post_attention_layernorm.weight": "mlp_norm: e",
+        "model.norm.weight": "norm: e",
+        "lm_head.weight": "head: v e",
+    },
+    meta={
+        "tok_embeddings.weight": "embed: v e",
+        _meta + "attention.wq.weight": "q: (g q r c) e",
+        _meta + "attention.wk.weight": "k: (g r c) e",
+        _meta + "attention.wv.weight": "v: (g c r) e",
+        _meta + "attention.wo.weight": "o: e (g q c r)",
+        _meta + "feed_forward.w1.weight": "gate: f e",
+        _meta + "feed_forward.w3.weight": "up: f e",
+        _meta + "feed_forward.w2.weight": "down: e f",
+        _meta + "attention_norm.weight": "attn_norm: e",
+        _meta + "ffn_norm.weight": "mlp_norm: e",
+        "norm.weight": "norm: e",
+        "output.weight": "head: v e",
+    },
+    torchtitan={
+        "tok_embeddings.weight": "embed: v e",
+        _meta + "attention.qkv_linear.wq.weight": "q: (g q r c) e",
+        _meta + "attention.qkv_linear.wk.weight": "k: (g r c) e",
+        _meta + "attention.qkv_linear.wv.weight": "v: (g c r) e",
+        _meta + "attention.wo.weight": "o: e (g q c r)",
+        _meta + "feed_forward.w1.weight": "gate: f e",
+        _meta + "feed_forward.w3.weight": "up: f e",
+        _meta + "feed_forward.w2.weight": "down: e f",
+        _meta + "attention_norm.weight": "attn_norm: e",
+        _meta + "ffn_norm.weight": "mlp_norm: e",
+        "norm.weight": "norm: e",
+        "lm_head.weight": "head: v e",
+    },
+)
+
+
+def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
+    heads = c["num_attention_heads"]
+    groups = c.get("num_key_value_heads") or heads
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    return dict(l=c["num_hidden_layers"], v=c["vocab_size"], e=c["hidden_size"], f=c["intermediate_size"],
+                g=groups, q=heads // groups, c=2, r=head_dim // 2)
+
+
+def _from_params(p: Mapping[str, Any]) -> dict[str, int]:
+    heads = p["n_heads"]
+    groups = p.get("n_kv_heads") or heads
+    return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=p["dim"] // heads // 2)
+
+
+sizes = dict(hf=_from_hf, meta=_from_params)

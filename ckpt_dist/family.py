@@ -1,0 +1,225 @@
+"""Families: the weights of one kind of model, and the names and layouts that each framework gives them.
+
+A family is one declarative file in `families/`. A *dialect* maps stored names to patterns; `{l}` in a name is
+the axis that the number stands for. `bind` turns a catalog into views of weights, `spell` lists what a
+checkpoint in some dialect holds: the same table, read in both directions.
+
+Invariant: each stored name is matched by exactly one rule or reported; nothing is guessed by position.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from ckpt_dist.box import Ints, ints
+from ckpt_dist.catalog import Chunks, Entry, Views, padded
+from ckpt_dist.errors import CheckpointError, nearest
+from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
+
+CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are taken
+
+
+@dataclass(frozen=True)
+class Family:
+    """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers."""
+
+    name: str
+    weights: Mapping[str, str]
+    dialects: Mapping[str, Mapping[str, str]]
+    sizes: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, int]]] = field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    drops: tuple[str, ...] = ()
+
+    def axes(self, weight: str) -> tuple[str, ...]:
+        return tuple(self.weights[weight].split())
+
+
+def load(name: str) -> Family:
+    """The family of that name: the module `families/<name>.py` read as a table."""
+    if name not in available():
+        raise CheckpointError(f"No model family {name!r}.{nearest(name, available())} Known: {', '.join(available())}.")
+    table = import_module(f"ckpt_dist.families.{name}")
+    fields = {f: getattr(table, f) for f in Family.__dataclass_fields__ if f != "name" and hasattr(table, f)}
+    return Family(name, **fields)
+
+
+def available() -> list[str]:
+    from pkgutil import iter_modules
+
+    from ckpt_dist import families
+
+    return sorted(m.name for m in iter_modules(families.__path__))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one stored name says: its pattern, the weight of each branch, and the axes that stand in the name."""
+
+    pattern: Pattern
+    weights: tuple[str, ...]
+    fixed: tuple[tuple[str, int], ...] = ()
+
+
+@lru_cache(maxsize=None)
+def _table(family_name: str, dialect: str, rules: tuple[tuple[str, str], ...]) -> dict[str, tuple[Pattern, tuple[str, ...]]]:
+    """Rules keyed by the name with every number replaced by `{}`, so that a lookup is one dictionary access."""
+    table = {}
+    for name, text in rules:
+        pattern = parse(text)
+        table[re.sub(r"\{\w+\}", "{}", name)] = (pattern, tuple(re.findall(r"\{(\w+)\}", name)))
+    return table
+
+
+def match(family: Family, dialect: str, name: str) -> Rule | None:
+    """The rule for a stored name, or None: `model.layers.3.mlp.up_proj.weight` -> `up: f e`, with l = 3."""
+    table = _table(family.name, dialect, tuple(family.dialects[dialect].items()))
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", name)
+    hit = table.get(re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "{}", name))
+    if hit is None:
+        return None
+    pattern, axes = hit
+    return Rule(pattern, pattern.weights, tuple(zip(axes, map(int, numbers), strict=True)))
+
+
+def dropped(family: Family, name: str) -> bool:
+    """Whether a stored name is a derived buffer that every framework computes again."""
+    return any(re.fullmatch(drop, name) for drop in family.drops)
+
+
+def plain(entry: Entry, name: str) -> Rule:
+    """The rule of an unknown model: the name is the weight, each dim an axis."""
+    return Rule(identity(len(entry.shape)), (name,))
+
+
+def resolve(family: Family, dialect: str, named: Iterable[tuple[str, Sequence[int]]], known: Mapping[str, int]) -> dict[str, int]:
+    """Axis lengths from the config (`known`) and the stored shapes; contradictions are refused with both numbers."""
+    sizes = dict(known)
+    seen: dict[tuple[Pattern, tuple[int, ...]], str] = {}
+    for name, stored in named:
+        rule = match(family, dialect, name)
+        if rule is None:
+            continue
+        for axis, index in rule.fixed:
+            if axis not in known:
+                sizes[axis] = max(sizes.get(axis, 0), index + 1)
+            elif index >= known[axis]:
+                raise CheckpointError(f"{name}: index {index} of axis {axis}, but the config says {known[axis]} of them.")
+        seen.setdefault((rule.pattern, tuple(stored)), name)
+    for _ in range(2):  # a length found in one tensor may be what another one needs
+        for (pattern, stored), name in seen.items():
+            try:
+                sizes = solve(pattern, stored, sizes)
+            except PatternError as error:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(stored)}, which does not fit {family.name} ({dialect}): {error}. "
+                    "Is the config that of another model? Give the right one with model.config=PATH."
+                ) from None
+    return sizes
+
+
+def bind(
+    entries: Sequence[Entry], rules: Sequence[Rule | None], chunks: Chunks, sizes: Mapping[str, int],
+    axes: Mapping[str, tuple[str, ...]],
+) -> Views:
+    """Views of all chunks whose entry has a rule. `axes` orders a weight's axes; a plain weight keeps its dims."""
+    keys: dict[str, int] = {}
+    lengths: list[tuple[int, ...]] = []
+    groups: dict[tuple[Pattern, tuple[str, ...], tuple[tuple[str, int, int], ...], bool], list[int]] = {}
+    orders: dict[str, tuple[str, ...]] = {}
+    for e, rule in enumerate(rules):
+        if rule is None:
+            continue
+        known = rule.weights[0] in axes
+        if not known:
+            orders[rule.weights[0]] = rule.pattern.axes(0)
+        for weight in rule.weights:
+            if weight not in keys:
+                order = axes.get(weight) or rule.pattern.axes(0)
+                keys[weight] = len(keys)
+                lengths.append(tuple(sizes[a] for a in order) if known else entries[e].shape)
+        names = tuple(a for a, _ in rule.fixed)
+        groups.setdefault((rule.pattern, names, entries[e].frame, known), []).append(e)
+    width = max((len(n) for n in lengths), default=0)
+    row_of_entry = np.full(len(entries), -1, np.int64)
+    parts = []
+    for (pattern, names, frame, known), members in groups.items():
+        row_of_entry[:] = -1
+        row_of_entry[members] = np.arange(len(members))
+        rows = np.flatnonzero(row_of_entry[chunks.entry] >= 0)
+        local = row_of_entry[chunks.entry[rows]]
+        fixed = ints([[i for _, i in rules[m].fixed] for m in members]).reshape(len(members), len(names))  # type: ignore[union-attr]
+        for branch in range(len(pattern.weights)):
+            ids = ints([keys[rules[m].weights[branch]] for m in members])  # type: ignore[union-attr]
+            weight = rules[members[0]].weights[branch]  # type: ignore[union-attr]
+            order = axes[weight] if known else pattern.axes(0)
+            parts.append(_group(pattern, branch, names, fixed, frame, sizes, order, width, chunks, rows, local, ids, known))
+    if not parts:
+        none = np.zeros(0, np.int64)
+        return Views(tuple(keys), padded(lengths, width, 1), none, none, *(np.zeros((0, width), np.int64),) * 3, none)
+    columns = (np.concatenate(c) for c in zip(*parts, strict=True))
+    return Views(tuple(keys), padded(lengths, width, 1), *columns)
+
+
+def _group(
+    pattern: Pattern, branch: int, names: tuple[str, ...], fixed: Ints, frame: tuple[tuple[str, int, int], ...],
+    sizes: Mapping[str, int], order: tuple[str, ...], width: int, chunks: Chunks, rows: Ints, local: Ints, ids: Ints, known: bool,
+) -> tuple[Ints, ...]:
+    """The views of one branch of one pattern, for all chunks of the entries that share it."""
+    low = {a: lo for a, lo, _ in frame}
+    inside = {**sizes, **{a: hi - lo for a, lo, hi in frame}} if known else dict.fromkeys(pattern.axes(0), 1)
+    row, start, stop, stride, origin = boxes(pattern, branch, inside, chunks.start[rows], chunks.stop[rows], chunks.strides[rows])
+    shift = ints([low.get(a, 0) for a in pattern.axes(branch)])
+    place = {a: k for k, a in enumerate(pattern.axes(branch))}
+    out_start, out_stop = np.zeros((len(row), width), np.int64), np.ones((len(row), width), np.int64)
+    out_stride = np.zeros((len(row), width), np.int64)
+    for k, axis in enumerate(order):
+        if axis in place:
+            at = place[axis]
+            out_start[:, k], out_stop[:, k] = start[:, at] + shift[at], stop[:, at] + shift[at]
+            out_stride[:, k] = stride[:, at]
+        elif axis in names:
+            out_start[:, k] = fixed[local[row], names.index(axis)] + low.get(axis, 0)
+            out_stop[:, k] = out_start[:, k] + 1
+    return ids[local[row]], rows[row], out_start, out_stop, out_stride, origin
+
+
+def spell(family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int]) -> list[tuple[str, Rule, tuple[int, ...]]]:
+    """What a model is called in a dialect: (stored name, rule, shape), in the order of the table, layer by layer.
+
+    `present[weight]`: (n, axes) lower corners of the boxes a source holds, to know which layers have a weight.
+    """
+    found: list[tuple[tuple[int, ...], int, str, Rule, tuple[int, ...]]] = []
+    for position, (name, text) in enumerate(family.dialects[dialect].items()):
+        pattern = parse(text)
+        if not all(w in present for w in pattern.weights):
+            continue
+        names = re.findall(r"\{(\w+)\}", name)
+        places = [family.axes(pattern.weights[0]).index(a) for a in names]
+        corners = sorted({tuple(int(c) for c in row) for row in present[pattern.weights[0]][:, places]})
+        for corner in corners:
+            fixed = tuple(zip(names, corner, strict=True))
+            found.append((corner, position, name.format(**dict(fixed)), Rule(pattern, pattern.weights, fixed), shape(pattern, sizes)))
+    first = min((p for c, p, *_ in found if c), default=0)
+    found.sort(key=lambda f: (bool(f[0]) + (not f[0] and f[1] > first) * 2, f[0], f[1]))
+    return [(name, rule, stored) for _, _, name, rule, stored in found]
+
+
+def missing_names(family: Family, dialect: str, name: str) -> str:
+    """The nearest known stored name, for an error about an unknown one."""
+    number = iter(re.findall(r"\d+", name))
+    known = [re.sub(r"\{\w+\}", "{}", k) for k in family.dialects[dialect]]
+    hint = nearest(re.sub(r"\d+", "{}", name), known)
+    return re.sub(r"\{\}", lambda _: next(number, "0"), hint)
+
+
+def indices(sizes: Mapping[str, int], names: Sequence[str]) -> Iterable[tuple[int, ...]]:
+    """All indices of some axes, in order: `indices({"l": 2}, ["l"])` -> `(0,), (1,)`."""
+    return product(*(range(sizes[a]) for a in names))

@@ -1,0 +1,102 @@
+"""Formats: how arrays lie in files. Each format is one file with four names:
+
+    claims(folder)             whether a path holds this format, by its content
+    scan(path, options)        headers -> Catalog; opens files read-only and never a tensor
+    lay_out(spec)              entries -> Layout: each file, its size, its header bytes, the address of each chunk
+    locate(catalog, chunks)    optional: exact addresses of some chunks, where headers lie beside the data
+
+Invariant: a format is a table of addresses. Nothing here reads or writes the bytes of a tensor.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ckpt_dist.catalog import Catalog, Entry, Extra
+from ckpt_dist.errors import CheckpointError, UsageError, nearest
+
+FORMATS = ("fsdp", "dcp", "hf", "torch")  # the order in which a folder's content is tried
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is to be laid out: names, dtypes and shapes, what travels along, and the user's options for the format."""
+
+    entries: tuple[Entry, ...]
+    extras: tuple[Extra, ...] = ()
+    source: Catalog | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Crc:
+    """A CRC-32 that is known only when the data is: its bytes go to `positions`."""
+
+    file: int
+    offset: int
+    nbytes: int
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint that does not exist yet. `late` files are small and made when writing starts."""
+
+    catalog: Catalog
+    sizes: tuple[int, ...]
+    pieces: tuple[tuple[int, int, bytes], ...] = ()
+    crcs: tuple[Crc, ...] = ()
+    late: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+
+
+def load(name: str) -> ModuleType:
+    """The format of that name; an unknown one is refused with the nearest."""
+    if name not in FORMATS:
+        raise UsageError(f"Unknown format {name!r}.{nearest(name, FORMATS)} Formats: {', '.join(sorted(FORMATS))}.")
+    return import_module(f"ckpt_dist.formats.{name}")
+
+
+def detect(path: Path) -> str:
+    """The format of a checkpoint, recognised from its content."""
+    if not path.exists():
+        raise CheckpointError(f"No checkpoint at {path}: the path does not exist.{_neighbours(path)}")
+    for name in FORMATS:
+        if load(name).claims(path):
+            return name
+    inside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
+    what = f"it holds {', '.join(inside)}" if inside else "the folder is empty"
+    raise CheckpointError(
+        f"No checkpoint recognised at {path}: {what}. Formats: {', '.join(sorted(FORMATS))}; name one with source.format=NAME."
+    )
+
+
+def _neighbours(path: Path) -> str:
+    parent = path.parent
+    return nearest(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else f" Neither does {parent}."
+
+
+def inside(root: Path, name: object, where: str) -> str:
+    """A file name that a header gives, if it stays below the checkpoint's folder; anything else is refused."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise CheckpointError(f"{where} names a file {name!r}, which is no file name.")
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts:
+        raise CheckpointError(f"{where} names the file {name!r}, which lies outside the checkpoint; refused.")
+    return name
+
+
+def split(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Items in order, in groups of at most `limit` bytes: `split([3, 3, 3], 6)` -> `[[0, 1], [2]]`."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for item, size in enumerate(sizes):
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(item)
+        used += size
+    return groups

@@ -1,0 +1,377 @@
+"""torch.distributed.checkpoint folders: `.metadata` and `*.distcp`, as FSDP1, FSDP2, TP, HSDP and torchtitan write them.
+
+Facts: torch 2.3 to 2.13. `.metadata` is a pickle that lists the boxes of every tensor and where each blob lies; a
+blob is a zip archive of one tensor (or a file is one safetensors image). The exact address of a tensor's bytes is in
+the blob's own headers, so `locate` finds it only for the chunks a rank will touch.
+
+Invariant: `.metadata` is unpickled by an allow-list, becomes integer arrays at once, and is checked against the files.
+"""
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckpt_dist.box import Ints, ints, row_major, volume
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
+from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files import pickles, safetensors, zips
+from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.formats import Crc, Layout, Spec, inside, split
+from ckpt_dist.formats import torch as pt
+
+CHUNK_BYTES = 64 << 20  # rows are cut so: torch's reader loads a whole chunk for any part of it
+TAIL = 4096
+
+
+def claims(path: Path) -> bool:
+    return path.is_dir() and ((path / ".metadata").exists() or any(path.glob("__*.metadata")) or any(path.glob("*.distcp")))
+
+
+def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
+    """All of `.metadata` (or of the ranks' own `__R.metadata`) as arrays, checked against the files' sizes."""
+    tables = [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)]
+    where = str(path / ".metadata")
+    try:
+        return _catalog(path, tables, where)
+    except (TypeError, ValueError, OverflowError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}. Was the save interrupted?") from None
+
+
+def _metadata_files(path: Path) -> list[Path]:
+    if (path / ".metadata").exists():
+        return [path / ".metadata"]
+    ranks = sorted(path.glob("__*.metadata"), key=lambda p: (len(p.name), p.name))
+    if not ranks:
+        unfinished = ".metadata.tmp is there: " if (path / ".metadata.tmp").exists() else ""
+        raise CheckpointError(f"{path} has .distcp files but no .metadata: {unfinished}the save did not finish. Use an earlier checkpoint.")
+    return ranks
+
+
+class _Tables:
+    """The lists of one `.metadata`, taken out of the unpickled records."""
+
+    def __init__(self, record: Any, where: str) -> None:
+        try:
+            fields = record[0]
+            self.described: dict[str, Any] = fields["state_dict_metadata"]
+            stored: dict[Any, Any] = fields.get("storage_data") or {}
+            self.index = list(map(itemgetter(0), stored))
+            self.info = list(map(itemgetter(0), stored.values()))
+            paths = fields.get("planner_data")
+            self.paths: dict[str, Any] = paths if type(paths) is dict else {}
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {error!r}.") from None
+
+
+def _catalog(path: Path, tables: Sequence[_Tables], where: str) -> Catalog:
+    described: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    for table in tables:
+        paths.update(table.paths)
+        described.update({k: v for k, v in table.described.items() if k not in described})
+    names = [n for n, d in described.items() if "chunks" in (d[0] if len(d) else {})]
+    entries = tuple(_entry(n, described[n][0], paths, where) for n in names)
+    boxes = [c for table in tables for n in names if n in table.described for c in table.described[n][0]["chunks"]]
+    owner = [e for table in tables for e, n in enumerate(names) if n in table.described for _ in table.described[n][0]["chunks"]]
+    index = list(chain.from_iterable(t.index for t in tables))
+    info = list(chain.from_iterable(t.info for t in tables))
+    files, file, offset, length = _addresses(path, info, where)
+    tensors = _tensor_rows(index)
+    width = max((len(e.shape) for e in entries), default=0)
+    fields = list(map(itemgetter(0), boxes))
+    start = padded(list(map(itemgetter("offsets"), fields)), width, 0)
+    size = padded(list(map(itemgetter("sizes"), fields)), width, 1)
+    row = _storage_rows(entries, ints(owner), start, size, index, tensors, width, where)
+    keep = np.flatnonzero(row >= 0)
+    start, size, entry, row = start[keep], size[keep], ints(owner)[keep], row[keep]
+    _check_boxes(entries, entry, start, size, where)
+    chunks = Chunks(entry, start, start + size, row_major(size), file[row], offset[row])
+    if _safetensors_files(path, files, offset[tensors]):
+        chunks = _in_safetensors(path, files, entries, chunks)
+        length = np.full_like(length, -1)
+    extras = _extras(described, paths, index, file, offset, length)
+    about = {"length": length[row], "ranks": len(tables), "nested": bool(paths)}
+    return Catalog("dcp", str(path), tuple(files), entries, chunks, extras, about=about)
+
+
+def _path(name: str, paths: Mapping[str, Any]) -> tuple[str | int, ...]:
+    path = paths.get(name)
+    fine = type(path) is tuple and path and all(type(p) in (str, int) for p in path)
+    return path if fine and path is not None else (name,)
+
+
+def _entry(name: str, fields: Mapping[str, Any], paths: Mapping[str, Any], where: str) -> Entry:
+    shape = tuple(int(n) for n in fields["size"])
+    dtype = str(fields["properties"][0][0])
+    if any(n < 0 for n in shape) or int(np.prod([float(n) for n in shape])) > 1 << 60:
+        raise CheckpointError(f"{where}: {name!r} has the shape {shape}, which no tensor has.")
+    itemsize(dtype)
+    path = _path(name, paths)
+    return Entry(name, dtype, shape, path, role(path))
+
+
+def _tensor_rows(index: Sequence[Mapping[str, Any]]) -> Ints:
+    return np.flatnonzero(np.fromiter((i["offset"] is not None for i in index), bool, len(index)))
+
+
+def _storage_rows(
+    entries: Sequence[Entry], owner: Ints, start: Ints, size: Ints, index: Sequence[Mapping[str, Any]], tensors: Ints, width: int, where: str
+) -> Ints:
+    """For each described chunk the row of its storage; -1 for an empty one. Both sides are keyed by (name, offset)."""
+    shape = padded([e.shape for e in entries], width, 1)
+    steps = row_major(shape)
+    room = 2 * np.prod(np.maximum(shape, 1), axis=1, dtype=np.int64) + 2
+    base = np.cumsum(room) - room
+    ids = {e.name: i for i, e in enumerate(entries)}
+    named = np.fromiter((ids.get(index[r]["fqn"], -1) for r in tensors.tolist()), np.int64, len(tensors))
+    at = padded([index[r]["offset"] for r in tensors.tolist()], width, 0)
+    stored = base[named] + np.sum(at * steps[named], axis=1)
+    stored[named < 0] = -1
+    order = np.argsort(stored, kind="stable")
+    wanted = base[owner] + np.sum(start * steps[owner], axis=1)
+    full = np.prod(size, axis=1, dtype=np.int64) > 0
+    found = np.searchsorted(stored[order], wanted)
+    hit = np.zeros(len(owner), bool)
+    inside_range = found < len(stored)
+    hit[inside_range] = stored[order][found[inside_range]] == wanted[inside_range]
+    for lost in np.flatnonzero(full & ~hit)[:1].tolist():
+        raise CheckpointError(f"{where}: {entries[owner[lost]].name!r} has a chunk at {start[lost].tolist()} that no file is named for.")
+    rows = np.full(len(owner), -1, np.int64)
+    take = full & hit
+    rows[take] = tensors[order[found[take]]]
+    return rows
+
+
+def _check_boxes(entries: Sequence[Entry], entry: Ints, start: Ints, size: Ints, where: str) -> None:
+    shape = padded([e.shape for e in entries], start.shape[1], 1)
+    bad = np.flatnonzero(((start < 0) | (size < 0) | (start + size > shape[entry])).any(axis=1))
+    for row in bad[:1].tolist():
+        raise CheckpointError(
+            f"{where}: {entries[entry[row]].name!r} of shape {entries[entry[row]].shape} has a chunk at {start[row].tolist()} "
+            f"of size {size[row].tolist()}, which reaches outside."
+        )
+
+
+def _addresses(path: Path, info: Sequence[Mapping[str, Any]], where: str) -> tuple[list[str], Ints, Ints, Ints]:
+    """Files, and for each storage row its file, offset and length; all files there and long enough."""
+    relative = list(map(itemgetter("relative_path"), info))
+    files = sorted({inside(path, f, where) for f in set(relative)})
+    number = {f: i for i, f in enumerate(files)}
+    file = np.fromiter((number[f] for f in relative), np.int64, len(info))
+    offset = np.fromiter(map(itemgetter("offset"), info), np.int64, len(info))
+    length = np.fromiter(map(itemgetter("length"), info), np.int64, len(info))
+    if len(info) and (offset.min() < 0 or length.min() < 0):
+        raise CheckpointError(f"{where} holds a negative offset or length.")
+    for row in info:
+        if row.get("transform_descriptors"):
+            raise CheckpointError(f"{where}: blobs are transformed by {row['transform_descriptors']}, which cannot be read by address. Save without extensions.")
+    end = np.zeros(len(files), np.int64)
+    np.maximum.at(end, file, offset + length)
+    for name, need in zip(files, end.tolist(), strict=True):
+        if not (path / name).is_file():
+            have = sum((path / f).is_file() for f in files)
+            raise CheckpointError(f"{path / name} is missing: .metadata names {len(files)} files, {have} are there. Fetch it again.")
+        size = (path / name).stat().st_size
+        if size < need:
+            raise CheckpointError(f"{path / name} is truncated: it has {size} bytes, .metadata needs {need}. Fetch it again.")
+    return files, file, offset, length
+
+
+def _safetensors_files(path: Path, files: Sequence[str], offsets: Ints) -> bool:
+    """Whether tensors were serialised as safetensors: then all offsets are 0 and a file does not start as a zip does."""
+    if len(offsets) == 0 or offsets.any():
+        return False
+    with open(path / files[0], "rb") as file:
+        return file.read(2) != b"PK"
+
+
+def _in_safetensors(path: Path, files: Sequence[str], entries: Sequence[Entry], chunks: Chunks) -> Chunks:
+    offset = chunks.offset.copy()
+    for number in np.unique(chunks.file).tolist():
+        stored = {t.name: t for t in safetensors.read_header(path / files[number])[0]}
+        for row in np.flatnonzero(chunks.file == number).tolist():
+            entry = entries[chunks.entry[row]]
+            tensor = stored.get(entry.name)
+            shape = tuple((chunks.stop[row] - chunks.start[row]).tolist()[: len(entry.shape)])
+            if tensor is None or tensor.shape != shape or tensor.dtype != entry.dtype:
+                raise CheckpointError(f"{path / files[number]}: {entry.name!r} should be {entry.dtype}{list(shape)} by .metadata, the file has {tensor}.")
+            offset[row] = tensor.offset
+    return Chunks(chunks.entry, chunks.start, chunks.stop, chunks.strides, chunks.file, offset)
+
+
+def _extras(
+    described: Mapping[str, Any], paths: Mapping[str, Any], index: Sequence[Mapping[str, Any]], file: Ints, offset: Ints, length: Ints
+) -> tuple[Extra, ...]:
+    rows = {index[r]["fqn"]: r for r in range(len(index)) if index[r]["offset"] is None}
+    names = [n for n, d in described.items() if "chunks" not in (d[0] if len(d) else {})]
+    found = []
+    for name in names:
+        path = _path(name, paths)
+        row = rows.get(name)
+        address = None if row is None else (int(file[row]), int(offset[row]), int(length[row]))
+        found.append(Extra(name, path, role(path), address=address))
+    return tuple(found)
+
+
+def locate(catalog: Catalog, rows: Ints) -> Chunks:
+    """Exact addresses and strides of some chunks, from the headers of their blobs: two small reads each."""
+    chunks = catalog.chunks.take(rows)
+    length = catalog.about["length"][rows]
+    if (length < 0).any():
+        return chunks
+    offset, strides = chunks.offset.copy(), chunks.strides.copy()
+    known: dict[bytes, pickles.TensorRef] = {}
+    order = np.argsort(chunks.file, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(chunks.file[order])) + 1):
+        if not len(group):
+            continue
+        where = str(Path(catalog.root) / catalog.files[chunks.file[group[0]]])
+        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for row in group.tolist():
+                entry = catalog.entries[chunks.entry[row]]
+                shape = tuple((chunks.stop[row] - chunks.start[row]).tolist()[: len(entry.shape)])
+                at, stride = _blob(fd, int(chunks.offset[row]), int(length[row]), entry, shape, f"{where}: {entry.name!r}", known)
+                offset[row] = at
+                strides[row, : len(stride)] = stride
+        finally:
+            os.close(fd)
+    return Chunks(chunks.entry, chunks.start, chunks.stop, strides, chunks.file, offset)
+
+
+def _blob(
+    fd: int, base: int, length: int, entry: Entry, shape: tuple[int, ...], where: str, known: dict[bytes, pickles.TensorRef]
+) -> tuple[int, tuple[int, ...]]:
+    """The address of a blob's first element, and its strides."""
+    directory = zips.directory(fd, base, length, where)
+    record = zips.find(directory, "/data.pkl", where)
+    data = os.pread(fd, record.nbytes, record.offset)
+    ref = known.get(data)
+    if ref is None:
+        ref = known.setdefault(data, pickles.loads(data, where))
+    if not isinstance(ref, pickles.TensorRef) or ref.shape != shape or ref.dtype != entry.dtype:
+        raise CheckpointError(f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {ref}. The files belong to another checkpoint.")
+    storages = {name.split("/data/", 1)[1]: r for name, r in directory.items() if "/data/" in name}
+    return pt.storage_record(storages, ref, where), ref.stride
+
+
+def read_extra(catalog: Catalog, extra: Extra) -> Any:
+    """The value of an entry that is no tensor, by the allow-list."""
+    if extra.address is None:
+        return extra.value
+    file, base, length = extra.address
+    where = f"{Path(catalog.root) / catalog.files[file]}: {extra.name!r}"
+    fd = os.open(Path(catalog.root) / catalog.files[file], os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        record = zips.find(zips.directory(fd, base, length, where), "/data.pkl", where)
+        return pickles.loads(os.pread(fd, record.nbytes, record.offset), where)
+    finally:
+        os.close(fd)
+
+
+def lay_out(spec: Spec) -> Layout:
+    """Row chunks of at most CHUNK_BYTES, each a zip blob, in `__0_k.distcp` files of at most `max_shard_size`."""
+    width = max((len(e.shape) for e in spec.entries), default=0)
+    boxes = [(e, lo, hi) for e, entry in enumerate(spec.entries) for lo, hi in _row_chunks(entry)]
+    start, stop = (np.zeros((len(boxes), width), np.int64), padded([spec.entries[e].shape for e, *_ in boxes], width, 1))
+    if width:
+        start[:, 0], stop[:, 0] = ints([lo for _, lo, _ in boxes]), ints([hi for *_, hi in boxes])
+    sizes = volume(start, stop) * ints([itemsize(spec.entries[e].dtype) for e, *_ in boxes])
+    blobs = [_blob_layout(spec.entries[e], (stop[b] - start[b]).tolist(), int(n)) for b, ((e, *_), n) in enumerate(zip(boxes, sizes, strict=True))]
+    values = [(x, _value_blob(spec, x)) for x in spec.extras]
+    groups = split([b.length for b in blobs], int(spec.options["max_shard_size"]))
+    names = [f"__0_{k}.distcp" for k in range(len(groups))]
+    file, offset, base = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
+    pieces: list[tuple[int, int, bytes]] = []
+    crcs: list[Crc] = []
+    lengths: list[int] = []
+    stored: list[tuple[str, Extra, int, int]] = []
+    for number, group in enumerate(groups):
+        end = 0
+        for extra, blob in values if number == 0 else ():
+            pieces.append((number, end, blob))
+            stored.append((names[0], extra, end, len(blob)))
+            end += len(blob)
+        for b in group:
+            blob_layout = blobs[b]
+            k = _DATA
+            file[b], base[b], offset[b] = number, end, end + blob_layout.addresses[k]
+            pieces += [(number, end + at, piece) for at, piece in blob_layout.pieces]
+            crcs.append(Crc(number, int(offset[b]), int(sizes[b]), tuple(end + at for at in blob_layout.crc_at[k])))
+            end += blob_layout.length
+        lengths.append(end)
+    chunks = Chunks.dense([e for e, *_ in boxes], start, stop, file, offset)
+    catalog = Catalog("dcp", "", tuple(names), spec.entries, chunks)
+    blob_at = [(names[f], int(at), blob.length) for f, at, blob in zip(file.tolist(), base, blobs, strict=True)]
+    return Layout(catalog, tuple(lengths), tuple(pieces), tuple(crcs), {".metadata": partial(_metadata, catalog, blob_at, stored)})
+
+
+_DATA = next(k for k, (name, _) in enumerate(pt.records(b"", [0])) if name == "data/0")
+
+
+def _row_chunks(entry: Entry) -> list[tuple[int, int]]:
+    rows = entry.shape[0] if entry.shape else 1
+    row_bytes = max(int(np.prod(entry.shape[1:], dtype=np.int64)) * itemsize(entry.dtype), 1)
+    step = max(CHUNK_BYTES // row_bytes, 1)
+    return [(lo, min(lo + step, rows)) for lo in range(0, rows, step)] or [(0, 0)]
+
+
+def _blob_layout(entry: Entry, box: Sequence[int], nbytes: int) -> zips.Layout:
+    shape = tuple(box[: len(entry.shape)])
+    return zips.lay_out(pt.records(pickles.dumps(pt.tensor(entry.dtype, shape, "0")), [nbytes]))
+
+
+def _value_blob(spec: Spec, extra: Extra) -> bytes:
+    """A non-tensor entry as torch.save would write it; one that comes from DCP is passed on as it is."""
+    if extra.address is not None and spec.source is not None:
+        file, offset, length = extra.address
+        with open(Path(spec.source.root) / spec.source.files[file], "rb") as source:
+            source.seek(offset)
+            return source.read(length)
+    layout = zips.lay_out(pt.records(pickles.dumps(extra.value), []))
+    out = bytearray(layout.length)
+    for at, piece in layout.pieces:
+        out[at : at + len(piece)] = piece
+    return bytes(out)
+
+
+def _metadata(catalog: Catalog, blobs: Sequence[tuple[str, int, int]], extras: Sequence[tuple[str, Extra, int, int]]) -> bytes:
+    """The pickle that torch's own reader expects, made of torch's own classes."""
+    import pickle
+
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    described: dict[str, Any] = {x.name: BytesStorageMetadata() for _, x, *_ in extras}
+    stored = {MetadataIndex(x.name): _StorageInfo(name, at, n) for name, x, at, n in extras}
+    for entry in catalog.entries:
+        properties = TensorProperties(dtype=getattr(torch, entry.dtype))
+        described[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), [])
+    chunks = catalog.chunks
+    for row, (name, at, length) in enumerate(blobs):
+        entry = catalog.entries[chunks.entry[row]]
+        start = torch.Size(chunks.start[row].tolist()[: len(entry.shape)])
+        stop = chunks.stop[row].tolist()[: len(entry.shape)]
+        boxes = described[entry.name].chunks
+        boxes.append(ChunkStorageMetadata(start, torch.Size(t - s for s, t in zip(start, stop, strict=True))))
+        stored[MetadataIndex(entry.name, start, len(boxes) - 1)] = _StorageInfo(name, at, length)
+    paths = {e.name: e.path or (e.name,) for e in catalog.entries} | {x.name: x.path or (x.name,) for _, x, *_ in extras}
+    plain = {name: tuple(str(p) if not type(p) is int else p for p in path) for name, path in paths.items()}
+    return pickle.dumps(Metadata(described, plain, stored, StorageMeta(save_id=str(uuid.UUID(int=0)))))

@@ -1,0 +1,178 @@
+"""`.pt` files: one zip archive written by torch.save, a dict of tensors, plain or nested under keys.
+
+Facts: torch 2.13. The archive's data.pkl says where each tensor lies in which storage; storages are records
+of the zip, stored uncompressed at multiples of 64 bytes. Only the pickle is read, by an allow-list.
+
+Invariant: no code of a file is run, and no storage is read.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Key, padded, role, whole
+from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files import pickles, zips
+from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.formats import Crc, Layout, Spec
+
+ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+MAX_DEPTH = 64
+
+
+def claims(path: Path) -> bool:
+    if path.is_dir():
+        found = [p for p in path.iterdir() if p.suffix in ENDINGS and p.is_file()]
+        return len(found) == 1
+    return path.suffix in ENDINGS
+
+
+def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
+    """The pickle and the zip directory of one file (or of the only such file of a folder)."""
+    if path.is_dir():
+        path = next(p for p in sorted(path.iterdir()) if p.suffix in ENDINGS and p.is_file())
+    return scan_files(path.parent, [path.name], options)
+
+
+def open_archive(path: Path) -> tuple[Any, dict[str, zips.Record]]:
+    """The restricted unpickling of a file's data.pkl, and the records of its storages by key."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        records = zips.directory(fd, 0, os.fstat(fd).st_size, str(path))
+        data = zips.find(records, "/data.pkl", str(path))
+        order = next((r for name, r in records.items() if name.endswith("/byteorder")), None)
+        if order is not None and os.pread(fd, min(order.nbytes, 16), order.offset) != b"little":
+            raise CheckpointError(f"{path} was written on a big-endian machine, which is not supported.")
+        tree = pickles.loads(os.pread(fd, data.nbytes, data.offset), str(path))
+    finally:
+        os.close(fd)
+    return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}
+
+
+def storage_record(storages: Mapping[str, zips.Record], ref: pickles.TensorRef, where: str) -> int:
+    """The address of a tensor's first element; its storage must lie in the file as a whole."""
+    record = storages.get(ref.storage.key)
+    need = ref.storage.numel * itemsize(ref.storage.dtype)
+    if record is None or record.nbytes < need:
+        have = "missing" if record is None else f"{record.nbytes} bytes long"
+        raise CheckpointError(f"{where}: storage {ref.storage.key!r} is {have}, the pickle needs {need} bytes.")
+    return record.offset + ref.offset * itemsize(ref.dtype)
+
+
+def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Leaves of nested dicts and lists, each with its path; a list without tensors is one leaf."""
+    if len(path) > MAX_DEPTH:
+        raise CheckpointError(f"Nested deeper than {MAX_DEPTH} levels at {'.'.join(map(str, path[:4]))}...; refused.")
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from walk(value, (*path, Key(key) if type(key) is int else str(key)))
+    elif isinstance(tree, (list, tuple)) and not isinstance(tree, pickles.Record) and any(_holds_tensor(v) for v in tree):
+        for index, value in enumerate(tree):
+            yield from walk(value, (*path, index))
+    else:
+        yield path, tree
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, (pickles.TensorRef, pickles.Sharded, Mapping))
+
+
+def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> Catalog:
+    """One or several files that together hold one state dict."""
+    entries: list[Entry] = []
+    extras: list[Extra] = []
+    refs: list[tuple[pickles.TensorRef, int, int]] = []
+    held: dict[str, int] = {}
+    for number, name in enumerate(names):
+        tree, storages = open_archive(root / name)
+        for path, leaf in walk(tree):
+            label = ".".join(map(str, path))
+            if isinstance(leaf, pickles.Sharded):
+                raise CheckpointError(f"{root / name}: {label!r} is a shard of a tensor; give the folder with the files of all ranks.")
+            if not isinstance(leaf, pickles.TensorRef):
+                extras.append(Extra(label, path, role(path) if path else "state", leaf))
+                continue
+            label = label or "tensor"
+            if label in held:
+                raise CheckpointError(f"{root}: {label!r} is stored in {names[held[label]]} and in {name}.")
+            held[label] = number
+            entries.append(Entry(label, leaf.dtype, leaf.shape, path or (label,), role(path) if path else "weight"))
+            refs.append((leaf, number, storage_record(storages, leaf, f"{root / name}: {label}")))
+    return Catalog("torch", str(root), tuple(names), tuple(entries), _chunks(entries, refs), tuple(extras))
+
+
+def _chunks(entries: Sequence[Entry], refs: Sequence[tuple[pickles.TensorRef, int, int]]) -> Chunks:
+    dense = whole(entries, [n for _, n, _ in refs], [a for *_, a in refs])
+    strides = padded([r.stride for r, *_ in refs], dense.strides.shape[1], 0)
+    return Chunks(dense.entry, dense.start, dense.stop, strides, dense.file, dense.offset)
+
+
+def lay_out(spec: Spec) -> Layout:
+    """One `.pt` file that holds everything, nested as the entries' paths say."""
+    return lay_out_files(spec, [str(spec.options.get("file") or "model.pt")], [list(range(len(spec.entries)))])
+
+
+def lay_out_files(spec: Spec, names: Sequence[str], groups: Sequence[Sequence[int]]) -> Layout:
+    """Archives as torch.save lays them out; the CRC of each storage is known only when its bytes are."""
+    file = np.zeros(len(spec.entries), np.int64)
+    offset = np.zeros(len(spec.entries), np.int64)
+    lengths: list[int] = []
+    pieces: list[tuple[int, int, bytes]] = []
+    crcs: list[Crc] = []
+    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
+        tree = _tree([spec.entries[i] for i in group], spec.extras if number == 0 else ())
+        storages = [int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group]
+        archive = zips.lay_out(records(pickles.dumps(tree), storages), Path(name).stem)
+        data = [k for k, (label, _) in enumerate(records(b"", storages)) if label.startswith("data/")]
+        for i, k, nbytes in zip(group, data, storages, strict=True):
+            file[i], offset[i] = number, archive.addresses[k]
+            crcs.append(Crc(number, archive.addresses[k], nbytes, archive.crc_at[k]))
+        pieces += [(number, at, piece) for at, piece in archive.pieces]
+        lengths.append(archive.length)
+    catalog = Catalog("torch", "", tuple(names), spec.entries, whole(spec.entries, file, offset))
+    return Layout(catalog, tuple(lengths), tuple(pieces), tuple(crcs))
+
+
+def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes | int]]:
+    """The records of an archive in torch's order; an int stands for bytes that come later."""
+    return [
+        ("data.pkl", data_pkl), (".format_version", b"1"), (".storage_alignment", b"64"), ("byteorder", b"little"),
+        *((f"data/{k}", nbytes) for k, nbytes in enumerate(storages)),
+        ("version", b"3\n"), (".data/serialization_id", b"0" * 40),
+    ]
+
+
+def tensor(entry_dtype: str, shape: Sequence[int], key: str) -> pickles.TensorRef:
+    """A dense tensor that fills one storage."""
+    numel = int(np.prod(shape, dtype=np.int64))
+    strides = [1] * len(shape)
+    for k in range(len(shape) - 2, -1, -1):
+        strides[k] = strides[k + 1] * max(shape[k + 1], 1)
+    return pickles.TensorRef(pickles.Storage(key, entry_dtype, numel), entry_dtype, 0, tuple(shape), tuple(strides))
+
+
+def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
+    leaves = [(e.path, tensor(e.dtype, e.shape, str(k))) for k, e in enumerate(entries)]
+    leaves += [(x.path, x.value) for x in extras if x.address is None]
+    root: dict[Any, Any] = {}
+    for path, leaf in leaves:
+        node = root
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return _lists(root)
+
+
+def _lists(node: Any) -> Any:
+    """Dicts keyed by list indices become lists again; integer keys of dicts stay keys."""
+    if not isinstance(node, dict):
+        return node
+    if node and all(type(k) is int for k in node):
+        return [_lists(node[k]) for k in sorted(node)]
+    return {int(k) if isinstance(k, Key) else k: _lists(v) for k, v in node.items()}

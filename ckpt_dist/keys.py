@@ -1,0 +1,216 @@
+"""What each key may hold: one reader per key, for text from the command line and for values from Python alike.
+
+`KEYS["last"].read("5")` -> 5, and the same for `read(5)`; what does not fit raises ValueError, and `says` tells
+a person what would. The keys and their defaults are in `conf/`; a test compares the two lists.
+
+Invariant: a reader never opens anything but the names of folders, and reading twice changes nothing.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist.report import parse_size
+
+QUOTES = ("'", '"')
+OPEN, CLOSE = "[{(", "]})"
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`says` completes the sentence "Give ..."; `comma` is how a value with commas is meant: a list, or itself."""
+
+    says: str
+    read: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
+
+
+def pieces(text: str) -> list[str]:
+    """Split at the commas outside quotes and brackets: `a,"b,c",[1,2]` -> `a`, `"b,c"`, `[1,2]`"""
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        quote = "" if c == quote else c if not quote and c in QUOTES else quote
+        depth += 0 if quote else (c in OPEN) - (c in CLOSE)
+        if c == "," and not quote and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p.strip() for p in parts]
+
+
+def bare(text: str) -> str:
+    """Without the quotes that some people put for Hydra: `"a,b"` -> `a,b`"""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES else text
+
+
+def inside(text: str, brackets: str) -> str | None:
+    """What is between these two brackets, or None: `inside("[1,2]", "[]")` -> `1,2`"""
+    text = text.strip()
+    return text[1:-1] if text[:1] == brackets[0] and text[-1:] == brackets[1] else None
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _whole(least: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if isinstance(value, (bool, float)) or int(value) < least:
+            raise ValueError
+        return int(value)
+
+    return read
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not abs(float(value)) < float("inf"):
+        raise ValueError
+    return float(value)
+
+
+def _tolerance(value: Any) -> float:
+    if _number(value) < 0:
+        raise ValueError
+    return _number(value)
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or not str(value).strip():
+        raise ValueError
+    return bare(str(value))
+
+
+def _path(value: Any) -> str:
+    """A path that exists is taken as it is, whatever characters it has."""
+    path = os.fspath(value)
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        raise ValueError
+    return path if os.path.lexists(path) else bare(path)
+
+
+def _paths(value: Any) -> str | list[str]:
+    if not isinstance(value, (str, os.PathLike)):
+        return _some(_path)(value)
+    path = _path(value)
+    if os.path.lexists(path) or not isinstance(value, str):
+        return path
+    listed = inside(value, "[]")
+    found = [_path(p) for p in pieces(value if listed is None else listed)]
+    return found if len(found) > 1 or listed is not None else path
+
+
+def _some(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """A list that is not empty: `1000,2000`, `[1000, 2000]`, `1000`, or a list from Python."""
+
+    def read_all(value: Any) -> list[Any]:
+        if isinstance(value, str):
+            listed = inside(value, "[]")
+            value = [bare(p) for p in pieces(value if listed is None else listed)]
+        values = list(value) if isinstance(value, (list, tuple, range)) else [value]
+        if not values:
+            raise ValueError
+        return [read(v) for v in values]
+
+    return read_all
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in choices:
+            raise ValueError
+        return str(value)
+
+    return read
+
+
+def _dtype(value: Any) -> str:
+    return _one_of("keep", *DTYPES)(ALIASES.get(value, value))
+
+
+def _dtypes(value: Any) -> str | dict[str, str]:
+    """`bf16` -> `bfloat16`; `{default: bf16, "*norm*": fp32}` -> a dict in the same order."""
+    rules = inside(value, "{}") if isinstance(value, str) else None
+    if rules is not None:
+        pairs = [p.rpartition(":") for p in pieces(rules)]
+        value = {bare(name.strip()): bare(dtype.strip()) for name, _, dtype in pairs}
+    if not isinstance(value, Mapping):
+        return _dtype(value)
+    if not value or not all(isinstance(name, str) and name for name in value):
+        raise ValueError
+    return {name: _dtype(dtype) for name, dtype in value.items()}
+
+
+def _step(value: Any) -> str | int:
+    return "latest" if value == "latest" else _whole(0)(value)
+
+
+def choice(*choices: str) -> Kind:
+    return Kind("one of " + ", ".join(choices), _one_of(*choices), choices)
+
+
+def modules(folder: str) -> tuple[str, ...]:
+    """The tables of a folder of the package: one file is one format or family."""
+    files = (Path(__file__).parent / folder).glob("*.py")
+    return tuple(sorted(f.stem for f in files if not f.stem.startswith("_")))
+
+
+FLAG = Kind("true or false", _flag, ("true", "false"))
+COUNT = Kind("a whole number, 1 or more", _whole(1))
+WORD = Kind("some text", _word)
+PATH = Kind("a path", _path)
+STEP = Kind("latest, or the number of a step", _step)
+SIZE = Kind("a size such as 512MiB, 2GiB or 5GB", parse_size)
+CARRIED = ("weights", "optimizer", "state")
+FORMATS = modules("formats")
+
+_SOURCE = {
+    "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
+    "weights": choice("param", "ema", "master"), "step": STEP,
+}  # fmt: skip
+KEYS: dict[str, Kind] = {
+    **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},
+    "target.path": PATH,
+    "target.format": choice(*FORMATS),
+    "target.dialect": WORD,
+    "target.dtype": Kind(f"keep, one of {', '.join(DTYPES)}, or rules {{default: bfloat16, '*norm*': float32}}", _dtypes),
+    "target.max_shard_size": SIZE,
+    "target.safetensors": FLAG,
+    "model.family": choice("auto", *modules("families")),
+    "model.config": PATH,
+    "engine.memory": SIZE,
+    "engine.device": choice("auto", "cpu", "cuda"),
+    "engine.workers": COUNT,
+    "engine.transport": choice("auto", "direct"),
+    "engine.verify": FLAG,
+    "unmatched": choice("error", "drop"),
+    "overwrite": FLAG,
+    "dry_run": FLAG,
+    "keep": Kind(f"a list of {', '.join(CARRIED)}", _some(_one_of(*CARRIED)), CARRIED),
+    "steps": Kind("steps such as 1000,2000", _some(_whole(0))),
+    "last": COUNT,
+    "weights": Kind("numbers such as 0.25,0.75", _some(_number)),
+    "name": WORD,
+    "match": WORD,
+    "stats": FLAG,
+    "rtol": Kind("a number, 0 or more", _tolerance),
+    "atol": Kind("a number, 0 or more", _tolerance),
+    "json": FLAG,
+    "quiet": FLAG,
+    "trust_pickle": FLAG,
+    "nproc": COUNT,
+}
+SPECIAL: dict[tuple[str, str], Kind] = {
+    ("average", "source.path"): Kind("a path, or a list of paths: [a,b]", _paths),
+    ("merge", "target.format"): choice("hf"),
+}
+
+
+def kind(verb: str, key: str) -> Kind:
+    return SPECIAL.get((verb, key)) or KEYS[key]

@@ -1,0 +1,213 @@
+"""What model a checkpoint holds: its family, the dialect of its names, its sizes; and which stored name is what.
+
+Invariant: each stored name is selected, carried or dropped by a named rule, or is unmatched and refused.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_dist import family as families
+from ckpt_dist.box import Ints
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, unwrap
+from ckpt_dist.errors import CheckpointError, UsageError, nearest
+from ckpt_dist.family import CANONICAL, Family, Rule
+from ckpt_dist.sources import Source
+
+NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected."""
+
+    source: Source
+    names: tuple[str | None, ...]
+    wrapper: tuple[str | int, ...] = ()
+    family: Family | None = None
+    dialect: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    unresolved: str = ""
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    guesses: tuple[str, ...] = ()
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.source.catalog
+
+    @property
+    def step(self) -> int | None:
+        return self.source.step
+
+
+def clean(name: str) -> str:
+    """A name without the parts that wrappers of a module add: `_orig_mod.layers.0` -> `layers.0`."""
+    for noise in NOISE:
+        name = name.replace(noise, "")
+    return name
+
+
+def recognise(source: Source, *, family: str = "auto", dialect: str = "auto", keep: Sequence[str] = ("weights",), unmatched: str = "error") -> Model:
+    """Family and dialect from the config's model_type and the names; what does not fit is refused or listed."""
+    catalog = source.catalog
+    own, wrapper = _own_names(catalog)
+    chosen, spoken, prefix = _best([n for n in own if n is not None], source.config, family, dialect)
+    names: list[str | None] = [n[len(prefix):] if n is not None and n.startswith(prefix) else n for n in own]
+    dropped: dict[str, list[str]] = {}
+    lost: list[str] = []
+    for e, name in enumerate(names):
+        entry = catalog.entries[e]
+        if entry.role != "weight":
+            if _kept(entry.role, keep):
+                continue
+            dropped.setdefault(f"{entry.role} (keep={','.join(keep)})", []).append(entry.name)
+        elif name is not None and chosen and families.dropped(chosen, name):
+            names[e] = None
+            dropped.setdefault("derived buffer", []).append(entry.name)
+        elif name is not None and chosen and families.match(chosen, spoken, name) is None:
+            names[e] = None
+            lost.append(name)
+    if lost and unmatched == "error" and chosen:
+        hint = families.missing_names(chosen, spoken, lost[0])
+        raise CheckpointError(
+            f"{source.folder}: {len(lost)} of {len(names)} stored names are unknown to {chosen.name} ({spoken}), first {lost[0]!r}.{hint} "
+            "Leave them out with unmatched=drop, or convert the names as they are with model=identity."
+        )
+    if lost:
+        dropped["unmatched"] = lost
+    names = [n if catalog.entries[e].role == "weight" else (catalog.entries[e].name if _kept(catalog.entries[e].role, keep) else None)
+             for e, n in enumerate(names)]
+    _unambiguous(names, source)
+    sizes, unresolved = _sizes(source, chosen, spoken, names)
+    guesses = [f"model family {chosen.name} in the names of {spoken}" if chosen else "unknown model: names are kept as they are"]
+    return Model(source, tuple(names), wrapper + ((prefix.rstrip("."),) if prefix else ()), chosen, spoken, sizes, unresolved,
+                 {k: tuple(v) for k, v in dropped.items()}, tuple(guesses))
+
+
+def _kept(role: str, keep: Sequence[str]) -> bool:
+    return {"weight": "weights"}.get(role, role) in keep
+
+
+def _own_names(catalog: Catalog) -> tuple[list[str | None], tuple[str | int, ...]]:
+    """Each weight's name without the dicts around the model; those dicts (the most common ones)."""
+    found: list[str | None] = []
+    wrappers: dict[tuple[str | int, ...], int] = {}
+    for entry in catalog.entries:
+        if entry.role != "weight":
+            found.append(None)
+            continue
+        wrapper, name = unwrap(entry.path) if len(entry.path) > 1 else ((), entry.name)
+        wrappers[wrapper] = wrappers.get(wrapper, 0) + 1
+        found.append(clean(name))
+    return found, max(wrappers, key=lambda w: wrappers[w]) if wrappers else ()
+
+
+def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect: str) -> tuple[Family | None, str, str]:
+    """(family, dialect, prefix) whose rules match most names; identity below nine tenths."""
+    if family == "identity":
+        return None, "", ""
+    known = [families.load(n) for n in families.available()]
+    if family != "auto":
+        known = [families.load(family)]
+    typed = [f for f in known if config.get("model_type") in f.model_types]
+    best: tuple[float, Family | None, str, str] = (0.0, None, "", "")
+    for candidate in typed or known:
+        if dialect not in ("auto", *candidate.dialects):
+            raise UsageError(f"dialect={dialect!r} is none of {candidate.name}.{nearest(dialect, candidate.dialects)} Known: {', '.join(candidate.dialects)}.")
+        for spoken in candidate.dialects if dialect == "auto" else (dialect,):
+            for prefix in ("", "model.", "module."):
+                score = _score(candidate, spoken, prefix, names)
+                if score > best[0]:
+                    best = (score, candidate, spoken, prefix)
+    score, chosen, spoken, prefix = best
+    if chosen is None or (score < 0.9 and family == "auto" and dialect == "auto"):
+        return None, "", ""
+    return chosen, spoken, prefix
+
+
+def _score(family: Family, dialect: str, prefix: str, names: Sequence[str]) -> float:
+    """The part of the names that a dialect knows; names it only drops do not speak for it."""
+    hits = sum(n.startswith(prefix) and families.match(family, dialect, n[len(prefix):]) is not None for n in names)
+    drops = sum(families.dropped(family, n) for n in names)
+    return hits / max(len(names) - drops, 1)
+
+
+def _unambiguous(names: Sequence[str | None], source: Source) -> None:
+    seen: dict[str, int] = {}
+    for e, name in enumerate(names):
+        if name is not None and seen.setdefault(name, e) != e:
+            one, two = source.catalog.entries[seen[name]].name, source.catalog.entries[e].name
+            raise CheckpointError(f"{source.folder}: {one!r} and {two!r} both are the weight {name!r}. Give one with source.path, or model=identity.")
+
+
+def _sizes(source: Source, family: Family | None, dialect: str, names: Sequence[str | None]) -> tuple[dict[str, int], str]:
+    """Axis lengths, and which axes could not be known (an empty text if all are)."""
+    if family is None:
+        return {}, ""
+    known: dict[str, int] = {}
+    for read in family.sizes.values():
+        try:
+            known = dict(read(source.config))
+            break
+        except (KeyError, TypeError, ZeroDivisionError):
+            continue
+    known.pop("v", None)  # stored vocabularies are often padded; the shape decides
+    shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
+    sizes = families.resolve(family, dialect, shapes, known)
+    used = {a for n, _ in shapes for rule in [families.match(family, dialect, n)] if rule for k in range(len(rule.weights)) for a in rule.pattern.axes(k)}
+    missing = sorted(used - set(sizes))
+    return sizes, f"the lengths of {', '.join(missing)}" if missing else ""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Entries with a rule each: a source, a target or the canonical spelling, ready to become views of any chunks."""
+
+    entries: tuple[Entry, ...]
+    rules: tuple[Rule | None, ...]
+    sizes: Mapping[str, int]
+    axes: Mapping[str, tuple[str, ...]]
+
+    def views(self, chunks: Chunks) -> Views:
+        return families.bind(self.entries, self.rules, chunks, self.sizes, self.axes)
+
+
+def bind_plain(model: Model) -> Bound:
+    """Every name its own weight: when nothing has to be spelled differently."""
+    rules = tuple(None if n is None else families.plain(model.catalog.entries[e], n) for e, n in enumerate(model.names))
+    return Bound(model.catalog.entries, rules, {}, {})
+
+
+def bind_family(model: Model) -> Bound:
+    """Names as the family's dialect reads them. A tied copy that the source lacks is read from what it is tied to."""
+    assert model.family is not None
+    rules = tuple(None if n is None else families.match(model.family, model.dialect, n) for n in model.names)
+    return Bound(model.catalog.entries, rules, model.sizes, axes_of(model.family))
+
+
+def axes_of(family: Family) -> dict[str, tuple[str, ...]]:
+    return {w: family.axes(w) for w in family.weights}
+
+
+def corners(bound: Bound, views: Views) -> dict[str, Ints]:
+    """For each weight the lower corners of its boxes: which layers there are."""
+    import numpy as np
+
+    return {key: np.unique(views.start[views.weight == w], axis=0) for w, key in enumerate(views.keys)}
+
+
+def spelled(family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int], dtype_of: Any) -> Bound:
+    """The entries of a model in a dialect; a weight that the dialect has no name for is refused."""
+    found = families.spell(family, dialect, present, sizes)
+    named = {w for _, rule, _ in found for w in rule.weights}
+    for weight in present:
+        if weight not in named:
+            raise CheckpointError(f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect.")
+    entries = tuple(Entry(name, dtype_of(rule), shape, (name,)) for name, rule, shape in found)
+    return Bound(entries, tuple(rule for _, rule, _ in found), sizes, axes_of(family))
+
+
+def canonical(dialect: str) -> bool:
+    """Whether names in this dialect are the ones that fingerprints are taken of."""
+    return dialect in ("", CANONICAL)

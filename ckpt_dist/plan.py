@@ -1,0 +1,275 @@
+"""The plan: which boxes of the source become which boxes of the target, proven complete before a byte is read.
+
+All weights are laid end to end on one number line of elements, row-major; each box covers a bounding interval
+of it. Boxes that meet have intervals that meet, so one sorted search joins millions of boxes, whatever is
+sharded how. The work is cut into *tiles*: row-major blocks of the canonical spelling, the same for every
+rank count; a *wave* is a run of tiles that one rank makes at one time.
+
+Invariant: pure integers. No files, no tensors, no process group; the same answer on every rank.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckpt_dist.box import Ints, expand, ints, row_major, volume
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded
+from ckpt_dist.errors import CheckpointError
+
+TILE = 1 << 19  # elements: 1 MiB of bf16; part of the definition of a fingerprint
+CANDIDATES = 1 << 22  # pairs examined at a time, to bound the memory of a join
+
+
+class Uncovered(CheckpointError):
+    """Some element of the target has no source, or two sources disagree about who holds it."""
+
+
+class TooBig(CheckpointError):
+    """A single tile does not fit into the memory limit."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Pairs of views that share a box: rows of the first and the second table, and the box."""
+
+    a: Ints
+    b: Ints
+    start: Ints
+    stop: Ints
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+
+def align(a: Views, b: Views) -> tuple[Views, Views]:
+    """Both tables over the same list of weights and the same number of axes."""
+    keys = tuple(dict.fromkeys((*a.keys, *b.keys)))
+    ids = {key: i for i, key in enumerate(keys)}
+    width = max(a.sizes.shape[1], b.sizes.shape[1])
+    sizes = np.ones((len(keys), width), np.int64)
+    for views in (b, a):
+        rows = ints([ids[k] for k in views.keys])
+        sizes[rows, : views.sizes.shape[1]] = views.sizes
+    for views in (a, b):
+        rows = ints([ids[k] for k in views.keys])
+        wrong = np.flatnonzero((sizes[rows, : views.sizes.shape[1]] != views.sizes).any(axis=1))
+        for w in wrong[:1]:
+            have, need = sizes[rows[w]], views.sizes[w]
+            raise CheckpointError(f"{views.keys[w]}: one side has axis lengths {have.tolist()}, the other {need.tolist()}.")
+    return tuple(_widened(v, ints([ids[k] for k in v.keys]), keys, sizes) for v in (a, b))  # type: ignore[return-value]
+
+
+def _widened(views: Views, ids: Ints, keys: tuple[str, ...], sizes: Ints) -> Views:
+    more = sizes.shape[1] - views.start.shape[1]
+    start, stop, stride = (
+        np.pad(getattr(views, c), ((0, 0), (0, more)), constant_values=fill)
+        for c, fill in (("start", 0), ("stop", 1), ("stride", 0))
+    )
+    weight = ids[views.weight] if len(views) else views.weight
+    return Views(keys, sizes, weight, views.chunk, start, stop, stride, views.origin)
+
+
+def _line(views: Views) -> tuple[Ints, Ints]:
+    """The bounding interval of each box on the number line of all weights."""
+    totals = np.prod(views.sizes, axis=1, dtype=np.int64)
+    base = np.cumsum(totals) - totals
+    steps = row_major(views.sizes)[views.weight]
+    first = base[views.weight] + np.sum(views.start * steps, axis=1, dtype=np.int64)
+    last = base[views.weight] + np.sum((views.stop - 1) * steps, axis=1, dtype=np.int64)
+    return first, last + 1
+
+
+def unique(views: Views) -> Views:
+    """Equal boxes of one weight (replicas) are alternatives: the first is kept. Empty boxes go."""
+    views = views.take(np.flatnonzero(volume(views.start, views.stop) > 0))
+    begin, end = _line(views)
+    order = np.lexsort((np.arange(len(views)), end, begin))
+    same = np.zeros(len(views), bool)
+    if len(views) > 1:
+        one, two = order[:-1], order[1:]
+        same[1:] = (begin[one] == begin[two]) & (end[one] == end[two])
+        for column in (views.start, views.stop):
+            same[1:] &= (column[one] == column[two]).all(axis=1)
+    return views.take(np.sort(order[~same]))
+
+
+def join(a: Views, b: Views) -> Hits:
+    """All pairs of boxes that overlap, ordered by the row of `b`. Both must be aligned."""
+    begin, end = _line(a)
+    order = np.argsort(begin, kind="stable")
+    begin, reach = begin[order], np.maximum.accumulate(end[order]) if len(end) else end
+    b_begin, b_end = _line(b)
+    low = np.searchsorted(reach, b_begin, side="right")
+    counts = np.maximum(np.searchsorted(begin, b_end, side="left") - low, 0)
+    parts = [_overlaps(a, b, order, rows, low, counts) for rows in _batches(counts)]
+    if not parts:
+        none = np.zeros(0, np.int64)
+        return Hits(none, none, *(np.zeros((0, a.start.shape[1]), np.int64),) * 2)
+    return Hits(*(np.concatenate(c) for c in zip(*parts, strict=True)))
+
+
+def _batches(counts: Ints) -> Iterator[Ints]:
+    """Rows in runs of at most CANDIDATES pairs."""
+    total = np.cumsum(counts)
+    cuts = np.unique(np.searchsorted(total, np.arange(0, int(total[-1]) if len(total) else 0, CANDIDATES)[1:], "right"))
+    for rows in np.split(np.arange(len(counts)), cuts):
+        if len(rows):
+            yield rows
+
+
+def _overlaps(a: Views, b: Views, order: Ints, rows: Ints, low: Ints, counts: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    local, found = expand(low[rows], counts[rows])
+    i, j = order[found], rows[local]
+    start = np.maximum(a.start[i], b.start[j])
+    stop = np.minimum(a.stop[i], b.stop[j])
+    keep = np.flatnonzero((a.weight[i] == b.weight[j]) & (stop > start).all(axis=1))
+    return i[keep], j[keep], start[keep], stop[keep]
+
+
+def disjoint(views: Views) -> bool:
+    """Whether no two boxes overlap: nearly always seen from the number line alone."""
+    begin, end = _line(views)
+    order = np.argsort(begin, kind="stable")
+    if len(views) < 2 or (np.maximum.accumulate(end[order])[:-1] <= begin[order][1:]).all():
+        return True
+    return len(join(views, views)) == len(views)
+
+
+def prove(source: Views, target: Views) -> Hits:
+    """Each element of the target has exactly one source, or Uncovered names the worst ten boxes.
+
+    The proof is a sum: source boxes are disjoint, so their overlaps with a target box count each element once.
+    """
+    source, target = align(unique(source), target)
+    hits = join(source, target)
+    if not disjoint(source):
+        raise Uncovered(_clash(source))
+    have = np.zeros(len(target), np.int64)
+    np.add.at(have, hits.b, volume(hits.start, hits.stop))
+    need = volume(target.start, target.stop)
+    short = np.flatnonzero(have != need)
+    if len(short):
+        raise Uncovered(_holes(target, have, need, short))
+    return hits
+
+
+def _text(views: Views, row: int) -> str:
+    box = ", ".join(f"{s}:{t}" for s, t in zip(views.start[row].tolist(), views.stop[row].tolist(), strict=True))
+    return f"{views.keys[views.weight[row]]}[{box}]"
+
+
+def _holes(target: Views, have: Ints, need: Ints, short: Ints) -> str:
+    worst = short[np.argsort((have - need)[short], kind="stable")][:10]
+    lines = [f"  {_text(target, r)}: {need[r] - have[r]} of {need[r]} elements have no source" for r in worst.tolist()]
+    more = f"\n  and {len(short) - 10} more boxes" if len(short) > 10 else ""
+    return "The source does not hold all of the target; a shard or a layer is missing:\n" + "\n".join(lines) + more
+
+
+def _clash(views: Views) -> str:
+    hits = join(views, views)
+    pair = int(np.flatnonzero(hits.a != hits.b)[0])
+    return (
+        f"Two stored arrays claim the same elements: {_text(views, int(hits.a[pair]))} and {_text(views, int(hits.b[pair]))}. "
+        "The checkpoint mixes files of different runs, or its metadata is damaged."
+    )
+
+
+def tiles(entries: Sequence[Entry], elements: int = TILE) -> Chunks:
+    """Row-major blocks of at most `elements` elements, in the order of the entries; `file` is unused.
+
+    `tiles([Entry("w", "float32", (5, 4))], 8)` -> rows 0:2, 2:4 and 4:5; `offset` counts elements from the start.
+    """
+    width = max((len(e.shape) for e in entries), default=0)
+    shape = padded([e.shape for e in entries], width, 1)
+    inner = row_major(shape)
+    depth = np.argmax(np.hstack([inner, np.ones((len(shape), 1), np.int64)]) <= elements, axis=1)  # the dim that is cut
+    depth = np.minimum(depth, max(width - 1, 0))
+    rows = np.arange(len(shape))
+    if width == 0:
+        return Chunks.dense(rows, shape[:, :0], shape[:, :0], rows * 0, rows * 0)
+    step = np.maximum(elements // np.maximum(inner[rows, depth], 1), 1)
+    per = -(-shape[rows, depth] // step)  # blocks along the cut dim
+    outer = np.where(np.arange(width)[None, :] < depth[:, None], shape, 1)
+    counts = np.prod(outer, axis=1, dtype=np.int64) * per
+    entry, index = expand(np.zeros_like(counts), counts)
+    start, stop = np.zeros((len(entry), width), np.int64), shape[entry].copy()
+    block = index % np.maximum(per[entry], 1)
+    rest = index // np.maximum(per[entry], 1)
+    outer_steps = row_major(outer)[entry]
+    position = rest[:, None] // outer_steps % outer[entry]
+    cut = depth[entry][:, None]
+    column = np.arange(width)[None, :]
+    first = (block * step[entry])[:, None]
+    start = np.where(column < cut, position, np.where(column == cut, first, start))
+    stop = np.where(column < cut, position + 1, np.where(column == cut, np.minimum(first + step[entry][:, None], stop), stop))
+    offset = np.sum(start * inner[entry], axis=1, dtype=np.int64)
+    return Chunks.dense(entry, start, stop, entry * 0, offset)
+
+
+def share(nbytes: Ints, world: int) -> list[tuple[int, int]]:
+    """For each rank its run of tiles, half-open: contiguous and balanced by bytes.
+
+    `share([4, 4, 4, 4], 2)` -> `[(0, 2), (2, 4)]`.
+    """
+    total = np.concatenate([[0], np.cumsum(nbytes)])
+    bounds = [int(np.searchsorted(total, int(total[-1]) * r // world)) for r in range(world)] + [len(nbytes)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def pack(nbytes: Ints, memory: int, first: int, last: int, *, copies: int = 1) -> list[tuple[int, int]]:
+    """The waves of a rank, as half-open runs of its tiles, each within memory.
+
+    `pack([4, 4, 4, 4], 8, 0, 4)` -> `[(0, 2), (2, 4)]`. `copies` is how many buffers of a tile a wave holds.
+    """
+    need = int(nbytes[first:last].max(initial=0)) * copies
+    if need > memory:
+        raise TooBig(f"engine.memory is {memory} bytes, one tile needs {need}. Give at least engine.memory={need}.")
+    total = np.concatenate([[0], np.cumsum(nbytes)]) * copies
+    found = []
+    while first < last:
+        stop = min(int(np.searchsorted(total, total[first] + memory, side="right")) - 1, last)
+        found.append((first, max(stop, first + 1)))
+        first = found[-1][1]
+    return found
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Strided copies between tiles and chunks: one row each, ordered by tile.
+
+    `at` (bytes) and `stride` (elements) address the chunk's file, `tile_at` and `tile_stride` (elements) the tile.
+    """
+
+    tile: Ints
+    chunk: Ints
+    extent: Ints
+    at: Ints
+    stride: Ints
+    tile_at: Ints
+    tile_stride: Ints
+
+
+def moves(views: Views, chunks: Chunks, itemsize: Ints, tiled: Views, *, alternatives: bool = True) -> Moves:
+    """What to copy between each tile and the chunks that `views` lies in; `itemsize` is per chunk.
+
+    Equal boxes of a source are alternatives, of which one is read; those of a target are all written."""
+    views, tiled = align(unique(views) if alternatives else views, tiled)
+    hits = join(views, tiled)
+    order = np.argsort(tiled.chunk[hits.b], kind="stable")
+    a, b, start = hits.a[order], hits.b[order], hits.start[order]
+    chunk = views.chunk[a]
+    element = views.origin[a] + np.sum((start - views.start[a]) * views.stride[a], axis=1, dtype=np.int64)
+    within = tiled.origin[b] + np.sum((start - tiled.start[b]) * tiled.stride[b], axis=1, dtype=np.int64)
+    return Moves(
+        tiled.chunk[b], chunk, hits.stop[order] - start, chunks.offset[chunk] + element * itemsize[chunk],
+        views.stride[a], within, tiled.stride[b],
+    )
+
+
+def itemsizes(catalog: Catalog, of: dict[str, int]) -> Ints:
+    """Bytes per element of each chunk."""
+    return ints([of[e.dtype] for e in catalog.entries])[catalog.chunks.entry] if catalog.entries else ints([])

@@ -1,0 +1,346 @@
+"""The verbs that write: convert, average, merge. Each is one straight line over the steps of `task`.
+
+Invariant: a verb either publishes a whole target and a report, or raises and leaves no trace of the target.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist import __version__, formats, plan, sources, task
+from ckpt_dist.catalog import Extra
+from ckpt_dist.engine import staging as stage
+from ckpt_dist.engine.files import Files
+from ckpt_dist.engine.fill import Combine, keep
+from ckpt_dist.engine.group import Group
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.model import Model
+from ckpt_dist.report import Report, parse_size, peak_memory, size
+
+Config = Mapping[str, Any]
+
+
+@contextmanager
+def job(verb: str, cfg: Config) -> Iterator[tuple[Group, Report]]:
+    """The ranks and the report of one job."""
+    group, report = Group(), Report(verb)
+    try:
+        yield group, report
+        report.peak_memory = group.gather(peak_memory())
+        report.show(bool(cfg.get("quiet")))
+    finally:
+        group.close()
+
+
+def engine_of(cfg: Config) -> dict[str, Any]:
+    """The engine's settings with sizes in bytes."""
+    engine = dict(cfg["engine"])
+    engine["memory"] = parse_size(engine["memory"])
+    return engine
+
+
+def convert(cfg: Config) -> dict[str, Any]:
+    """One checkpoint into another format, dialect or dtype."""
+    with job("convert", cfg) as (group, report):
+        with report.phase("scan"):
+            m = group.on_first(lambda: task.open_model(cfg["source"], cfg))
+        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), keep, {"verb": "convert"})
+
+
+def merge(cfg: Config) -> dict[str, Any]:
+    """The shards of a training checkpoint into one Hugging Face model, by default inside the checkpoint itself."""
+    with job("merge", cfg) as (group, report):
+        with report.phase("scan"):
+            m = group.on_first(lambda: task.open_model(cfg["source"], cfg))
+        given = cfg["target"].get("path")
+        into = None if given else _checkpoint_of(m)
+        return _write(group, report, [m], cfg, Path(given) if given else _checkpoint_of(m), keep, {"verb": "merge"}, into=into is not None)
+
+
+def _checkpoint_of(m: Model) -> Path:
+    """The checkpoint's own folder: the one above `pytorch_model_fsdp_0` and the like."""
+    inner = {n for names in sources.INSIDE.values() for n in names}
+    folder = m.source.folder if m.source.folder.is_dir() else m.source.folder.parent
+    return folder.parent if folder.name in inner else folder
+
+
+def average(cfg: Config) -> dict[str, Any]:
+    """The weighted mean of several checkpoints of one model, summed in fp32 and rounded once."""
+    with job("average", cfg) as (group, report):
+        with report.phase("scan"):
+            models = group.on_first(lambda: _open_all(cfg))
+        given, from_user = _coefficients(cfg.get("weights"), models, report)
+        label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
+        target = _average_target(cfg, models[0], label)
+        table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
+        for step, folder, w in table:
+            report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
+        about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
+        return _write(group, report, models, cfg, target, _mean(given), about, given=given)
+
+
+def _paths(cfg: Config) -> list[str]:
+    path = cfg["source"]["path"]
+    return [str(p) for p in path] if isinstance(path, (list, tuple)) else [str(path)]
+
+
+def _open_all(cfg: Config) -> list[Model]:
+    """The checkpoints to average: those of a list, or the chosen steps of a folder, in order."""
+    paths, wanted, last = _paths(cfg), cfg.get("steps"), cfg.get("last")
+    if wanted is not None and last is not None:
+        raise UsageError("steps= and last= exclude each other; give one.")
+    if len(paths) > 1:
+        if wanted is not None or last is not None:
+            raise UsageError("steps= and last= choose among the steps of one folder; source.path names several checkpoints.")
+        found = [Path(p) for p in paths]
+    else:
+        root = Path(paths[0]).expanduser()
+        if not root.is_dir():
+            formats.detect(root)
+            raise UsageError(f"{root} is one checkpoint; an average needs a folder of steps or a list of paths.")
+        found = list(sources.choose(root, wanted, last).values())
+    if len(found) < 2:
+        raise UsageError(f"An average needs at least two checkpoints; {paths[0]} gives {len(found)}.")
+    return [task.open_model({**cfg["source"], "path": str(p)}, cfg) for p in found]
+
+
+def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report: Report) -> tuple[list[float], bool]:
+    if given is None:
+        return [1 / len(models)] * len(models), False
+    if len(given) != len(models):
+        raise UsageError(f"weights= has {len(given)} numbers, there are {len(models)} checkpoints.")
+    total = sum(given)
+    if not abs(total) > 1e-12:
+        raise UsageError(f"weights={list(given)} sum to {total}; they cannot be normalised.")
+    if abs(total - 1) > 1e-9:
+        report.warnings.append(f"weights sum to {total:.6g}; they were divided by it")
+        return [w / total for w in given], True
+    return [float(w) for w in given], True
+
+
+def _average_target(cfg: Config, first: Model, label: str) -> Path:
+    """`target.path`, or `<name>-averaged` below it when a name is given, or beside the steps when nothing is."""
+    path, name = cfg["target"].get("path"), cfg.get("name")
+    if path and not name:
+        return Path(path)
+    parent = Path(path) if path else (first.source.asked if first.source.asked.is_dir() else first.source.asked.parent).parent
+    return parent / f"{label}-averaged"
+
+
+def _mean(coefficients: Sequence[float]) -> Combine:
+    def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+        from ckpt_dist.averages.tensors import mean
+
+        return mean(values, dtypes, coefficients, want)
+
+    return combine
+
+
+def _same_models(models: Sequence[Model], d: task.Design) -> None:
+    """All sources hold the same tensors, shapes and dtypes, or the differences are shown."""
+    tables = []
+    for bound in d.sources:
+        tables.append({(r.weights, r.fixed): (e.dtype, e.shape) for e, r in zip(bound.entries, bound.rules, strict=True) if r is not None})
+    first, differences = tables[0], []
+    for m, table_ in zip(models[1:], tables[1:], strict=True):
+        if d.sources[0].axes and m.dialect != models[0].dialect:
+            continue  # other shapes by design; axis lengths and coverage are compared by the plan
+        for key in [*first, *(k for k in table_ if k not in first)]:
+            if first.get(key) != table_.get(key):
+                name = ", ".join(key[0]) + "".join(f" {a}={i}" for a, i in key[1])
+                differences.append(f"  {name}: {_kind(first.get(key))} in {models[0].source.folder.name}, {_kind(table_.get(key))} in {m.source.folder.name}")
+    if differences:
+        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise CheckpointError("These checkpoints are not of one model:\n" + "\n".join(differences[:10]) + more)
+
+
+def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if found is None else f"{found[0]}{list(found[1])}"
+
+
+def _write(
+    group: Group, report: Report, models: list[Model], cfg: Config, path: Path, combine: Combine, about: Mapping[str, Any],
+    *, into: bool = False, given: Sequence[float] = (),
+) -> dict[str, Any]:
+    """From understood sources to a published target."""
+    engine, target = engine_of(cfg), cfg["target"]
+    with report.phase("plan"):
+        models = [task.settle_ties(group, report, m, engine) for m in models]
+        for m in models:
+            report.notes += m.source.notes
+        report.guesses += models[0].guesses
+        d = task.design(models, target)
+        if len(models) > 1:
+            _same_models(models, d)
+        extras, lost = _extras(models[0], cfg)
+        layout = _lay_out(d, models[0], extras, cfg, path)
+        views, target_views = task.prove_all(d, models, layout.catalog.chunks)
+        staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
+        small = _small_files(models[0], d, layout, cfg, report) if target["format"] == "hf" and not staging.single else {}
+        group.on_first(lambda: stage.check(staging, layout, list(small), bool(cfg.get("overwrite"))))
+        _account(report, models, lost)
+    if cfg.get("dry_run"):
+        return _dry(group, report, models, d, layout, engine, path)
+    group.on_first(lambda: stage.create(staging, layout))
+    try:
+        with report.phase("copy" if combine is keep else "average"):
+            triples = list(zip(models, d.sources, views, strict=True))
+            files = Files(staging.folder, layout.catalog.files, writable=True)
+            digests = combine is not keep or bool(engine.get("verify"))
+            done = task.run_tiles(group, report, engine, about["verb"], d.canon, triples, (d.target, layout, files, target_views), combine,
+                                  digests=digests, quiet=bool(cfg.get("quiet")))
+        if engine.get("verify"):
+            with report.phase("verify"):
+                _reread(group, report, d, layout, staging, target_views, done, len(models), engine, cfg)
+        with report.phase("publish"):
+            runs = [run for part in group.gather(done.runs) for run in part]
+            prints = _fingerprints(d, done, models) if digests else {}
+            record = _record(cfg, about, models, given, prints, report)
+            final = small if staging.single else {**small, **record}
+            group.on_first(lambda: _finish(staging, layout, runs, final, engine, cfg))
+    except BaseException:
+        if group.rank == 0:
+            stage.discard(staging)
+        raise
+    report.target = str(path)
+    return {**report.to_dict(), **prints}
+
+
+def _finish(staging: stage.Staging, layout: Layout, runs: stage.Runs, small: Mapping[str, bytes | Path], engine: Config, cfg: Config) -> None:
+    stage.finish(staging, layout, runs, small)
+    stage.publish(staging, bool(engine.get("fsync", True)), bool(cfg.get("overwrite")))
+
+
+def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, path: Path) -> Layout:
+    target = cfg["target"]
+    options = {**target, "max_shard_size": parse_size(target["max_shard_size"]), "file": path.name if _is_file_name(path, target["format"]) else None}
+    if target["format"] == "fsdp":
+        raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
+    layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
+    return layout
+
+
+def _is_file_name(path: Path, format: str) -> bool:
+    return format == "torch" and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+
+
+def _single(layout: Layout, path: Path, cfg: Config) -> bool:
+    return _is_file_name(path, cfg["target"]["format"]) and len(layout.catalog.files) == 1
+
+
+def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
+    """What is no tensor: carried where it was asked for and the target can hold it, else listed as dropped."""
+    carried: list[Extra] = []
+    lost: dict[str, list[str]] = {}
+    wanted = set(cfg.get("keep") or ["weights"])
+    holds = cfg["target"]["format"] in ("dcp", "torch")
+    for extra in m.catalog.extras:
+        if extra.role == "weight" or extra.role not in wanted or not holds:
+            lost.setdefault("not a tensor" if extra.role == "weight" else f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
+        elif cfg["target"]["format"] == "torch" and m.catalog.format == "dcp":
+            carried.append(replace(extra, value=formats.load("dcp").read_extra(m.catalog, extra), address=None))
+        else:
+            carried.append(extra)
+    return carried, lost
+
+
+def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence[str]]) -> None:
+    """Each stored name is mapped, carried or dropped, and the report says by which rule."""
+    m = models[0]
+    mapped = sum(n is not None for n in m.names)
+    report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
+    for rule, names in {**m.dropped, **{k: tuple(v) for k, v in lost.items()}}.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        report.notes.append(f"dropped, {rule}: {some}")
+
+
+def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
+    """Config, tokenizer and processor files of a Hugging Face target."""
+    small: dict[str, bytes | Path] = dict(sources.assets(m.source))
+    made = {*layout.catalog.files, *layout.late}
+    small = {n: p for n, p in small.items() if n not in made}
+    config = dict(m.source.config)
+    if "model_type" not in config and "architectures" not in config:
+        report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
+        return small
+    floats = [e.dtype for e in d.target.entries if "float" in e.dtype]
+    main = max(sorted(set(floats)), key=floats.count) if floats else None
+    for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
+        if main and config.get(key) != main:
+            config[key] = main
+    if config.get("tie_word_embeddings") and any("both are kept" in w for w in report.warnings):
+        config["tie_word_embeddings"] = False
+    small["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return small
+
+
+def _fingerprints(d: task.Design, done: Any, models: Sequence[Model]) -> dict[str, Any]:
+    """The result's fingerprint, and each source's, taken in passing."""
+    out = {e.name: e.dtype for e in d.target.entries}
+    canon_dtypes = {e.name: out.get(e.name, e.dtype) for e in d.canon.entries}
+    result = task.weight_digests(d.canon, done, len(models), canon_dtypes)
+    return {"fingerprint": task.fingerprint_of(result),
+            "source_fingerprints": [task.fingerprint_of(task.weight_digests(d.canon, done, k)) for k in range(len(models))]}
+
+
+def _reread(
+    group: Group, report: Report, d: task.Design, layout: Layout, staging: stage.Staging, views: plan.Views, done: Any, result: int,
+    engine: Config, cfg: Config,
+) -> None:
+    """Read the staged target again, through its own addresses, and compare with what was meant to be written."""
+    catalog = replace(layout.catalog, root=str(staging.folder), format="hf")  # addresses are exact already: nothing to locate
+    m = Model(sources.Source(catalog, staging.folder, staging.folder), tuple(e.name for e in layout.catalog.entries))
+    canon = replace(d.canon, entries=tuple(d.canon.entries))
+    again = task.run_tiles(group, report, engine, "verify", canon, [(m, d.target, views)], None, _drain, digests=True, quiet=bool(cfg.get("quiet")))
+    wrong = [key for key, value in done.digests.items() if key[0] == result and again.digests.get((0, key[1])) != value]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tiles of {staging.target} read back differ from what was written; nothing was published. Check the disk.")
+    report.notes.append("every tile was read back and is equal to what was written")
+
+
+def _drain(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
+    for _ in values:
+        pass
+
+
+def _record(cfg: Config, about: Config, models: Sequence[Model], given: Sequence[float], prints: Config, report: Report) -> dict[str, bytes]:
+    """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
+    recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
+    found = {"ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
+    if about["verb"] == "average":
+        from omegaconf import OmegaConf
+
+        each = [
+            {"path": str(m.source.folder.absolute()), "step": m.step, "weight": w, "fingerprint": f}
+            for m, w, f in zip(models, given, prints["source_fingerprints"], strict=True)
+        ]
+        document = {"ckpt_dist": __version__, "name": about["name"], "fingerprint": prints["fingerprint"], "sources": each, "recipe": _plain(cfg)}
+        found["average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
+    return found
+
+
+def _plain(cfg: Any) -> Any:
+    return json.loads(json.dumps(cfg, default=str))
+
+
+def _dry(group: Group, report: Report, models: Sequence[Model], d: task.Design, layout: Layout, engine: Config, path: Path) -> dict[str, Any]:
+    """The plan as text: files, bytes, memory, guesses; nothing was written."""
+    total = sum(layout.sizes)
+    workers = task.worker_count(engine, group.local_world)
+    tiles = plan.tiles(d.canon.entries)
+    lines = [f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"]
+    lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
+    lines += [f"  {n}  small" for n in layout.late]
+    lines.append(f"{len(tiles)} tiles for {group.world} ranks of {workers} threads; at most {size(workers * task.WORKER_BYTES)} of data in memory a rank")
+    lines += report.remarks()
+    report.notes.clear()
+    report.guesses.clear()
+    files = dict(zip(layout.catalog.files, layout.sizes, strict=True))
+    return {**report.to_dict(), "dry_run": True, "target": str(path), "files": files, "bytes": total, "tiles": len(tiles), "text": lines}
+
+

@@ -1,0 +1,202 @@
+"""Finding checkpoints: the folder that is meant, the steps of a run, the config and the files that travel along.
+
+Invariant: nothing is guessed by modification time or listing order; steps are compared as numbers, what is
+passed over is said.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist import formats
+from ckpt_dist.catalog import Catalog
+from ckpt_dist.errors import CheckpointError, UsageError, nearest
+
+STEP = re.compile(r"(?:[A-Za-z][A-Za-z_]*[-_=]?)?0*(\d+)")
+INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
+CONFIGS = ("config.json", "params.json")
+ASSETS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece*", "chat_template*", "*preprocessor_config.json", "processor_config.json", "*.jinja",
+    "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found and scanned. `asked` is the path that was given, `step` the number it stands for."""
+
+    catalog: Catalog
+    asked: Path
+    folder: Path
+    step: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def steps(parent: Path) -> dict[int, Path]:
+    """The numbered checkpoints of a folder, in order: `step-10`, `checkpoint-5`, `iter_0000100`, `global_step_3`.
+
+    Averages, `*-last` and other names without a number at their end are not among them.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(parent.iterdir()):
+        match = STEP.fullmatch(path.name)
+        if match is None or not path.is_dir() or (path / "average.yaml").exists():
+            continue
+        number = int(match[1])
+        if number in found:
+            raise CheckpointError(f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself.")
+        found[number] = path
+    return dict(sorted(found.items()))
+
+
+def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:
+    """Which steps of a folder: all, some by number, or the last so many; an unknown one is refused."""
+    found = steps(parent)
+    if not found:
+        raise CheckpointError(f"{parent} holds no checkpoints: no folder named like step-1000. {_content(parent)}")
+    if wanted is not None:
+        if len(set(wanted)) != len(wanted):
+            raise UsageError(f"steps={wanted}: a step is named twice.")
+        unknown = [s for s in wanted if s not in found]
+        if unknown:
+            raise CheckpointError(f"{parent} has no step {unknown[0]}. It has {_some(list(found))}.{nearest(str(unknown[0]), map(str, found))}")
+        return {s: found[s] for s in sorted(wanted)}
+    if last is not None:
+        if last > len(found):
+            raise CheckpointError(f"last={last}, but {parent} has only {len(found)} steps: {_some(list(found))}.")
+        return dict(list(found.items())[-last:])
+    return found
+
+
+def _some(numbers: list[int]) -> str:
+    text = [str(n) for n in numbers]
+    return ", ".join(text if len(text) <= 12 else [*text[:5], "...", *text[-5:]])
+
+
+def _content(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+    return f"It holds {', '.join(names)}." if names else "The folder is empty."
+
+
+def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
+    """Find and scan what `source.path` (and step, weights, format) means. Runs on one rank; pure reading."""
+    asked = Path(keys["path"]).expanduser()
+    if not asked.exists():
+        formats.detect(asked)
+    weights, name = str(keys.get("weights", "param")), str(keys.get("format", "auto"))
+    step = keys.get("step", "latest")
+    folder = _here(asked, weights, name)
+    if folder is not None:
+        return _scan(asked, asked, folder, name, keys, config, ())
+    if not asked.is_dir():
+        formats.detect(asked)
+    numbered = steps(asked)
+    if not numbered:
+        _explain_ema(asked, weights)
+        formats.detect(asked)
+        raise CheckpointError(f"No {name} checkpoint at {asked}. {_content(asked)}")
+    if step != "latest":
+        path = choose(asked, [int(step)], None)[int(step)]
+        folder = _here(path, weights, name)
+        if folder is None:
+            _explain_ema(path, weights)
+            formats.detect(path)
+        return _scan(asked, path, folder or path, name, keys, config, ())
+    return _latest(asked, numbered, weights, name, keys, config)
+
+
+def _latest(asked: Path, numbered: dict[int, Path], weights: str, name: str, keys: Mapping[str, Any], config: str | None) -> Source:
+    notes: list[str] = []
+    for number, path in reversed(numbered.items()):
+        folder = _here(path, weights, name)
+        try:
+            if folder is None:
+                _explain_ema(path, weights)
+                formats.detect(path)
+                raise CheckpointError(f"{path} holds no {name} checkpoint.")
+            source = _scan(asked, path, folder, name, keys, config, ())
+            return replace(source, notes=(*notes, f"step {number} is the latest complete one of {len(numbered)}"))
+        except CheckpointError as error:
+            notes.append(f"step {number} passed over: {error}")
+    raise CheckpointError(f"{asked} holds {len(numbered)} steps, none of them complete:\n  " + "\n  ".join(reversed(notes)))
+
+
+def _here(path: Path, weights: str, name: str) -> Path | None:
+    """The folder that holds the arrays: one inside a training checkpoint, or the path itself."""
+    candidates = [path / n for n in INSIDE[weights]] if path.is_dir() else []
+    candidates += [path] if weights == "param" or path.name in INSIDE["ema"] else []
+    for folder in candidates:
+        if not folder.exists():
+            continue
+        if name != "auto":
+            if formats.load(name).claims(folder):
+                return folder
+        elif any(formats.load(n).claims(folder) for n in formats.FORMATS):
+            return folder
+    return None
+
+
+def _explain_ema(path: Path, weights: str) -> None:
+    if weights == "ema" and _here(path, "param", "auto") is not None:
+        raise CheckpointError(f"{path} has no EMA weights (no {INSIDE['ema'][0]} folder); its plain weights are there: source.weights=param.")
+
+
+def _scan(asked: Path, path: Path, folder: Path, name: str, keys: Mapping[str, Any], config: str | None, notes: tuple[str, ...]) -> Source:
+    name = formats.detect(folder) if name == "auto" else name
+    catalog: Catalog = formats.load(name).scan(folder, keys)
+    if not catalog.entries:
+        raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
+    found, config_path = find_config(folder, path, asked, config)
+    match = STEP.fullmatch(path.name)
+    return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
+
+
+def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tuple[dict[str, Any], Path | None]:
+    """config.json or params.json: the given one, else beside the arrays, in `huggingface/`, or above up to the run."""
+    if given is not None:
+        place = Path(given).expanduser()
+        places = [place / n for n in CONFIGS] if place.is_dir() else [place]
+        hit = next((p for p in places if p.is_file()), None)
+        if hit is None:
+            raise UsageError(f"model.config={given}: no config.json or params.json there.")
+        return read_config(hit), hit
+    start = folder if folder.is_dir() else folder.parent
+    tops = [start, *start.parents]
+    top = asked if asked.is_dir() else asked.parent
+    last = tops.index(top) if top in tops else 0
+    for place in tops[: last + 2]:
+        for candidate in (place / n for n in (*CONFIGS, "huggingface/config.json")):
+            if candidate.is_file():
+                content = read_config(candidate)
+                if {"model_type", "architectures", "hidden_size", "n_layers"} & set(content):
+                    return content, candidate
+    return {}, None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's JSON config; llama's text part of a composed model is not looked for."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a table of settings.")
+    inner = content.get("model")
+    return inner if isinstance(inner, dict) and "n_layers" in inner else content
+
+
+def assets(source: Source) -> dict[str, Path]:
+    """Config, tokenizer and processor files of a model, by name: from beside its config and beside its arrays."""
+    places = [p for p in (source.folder, source.config_path.parent if source.config_path else None) if p is not None and p.is_dir()]
+    found: dict[str, Path] = {}
+    for place in places:
+        for pattern in ASSETS:
+            found |= {p.name: p for p in sorted(place.glob(pattern)) if p.is_file() and not p.name.endswith(".index.json")}
+    return found
