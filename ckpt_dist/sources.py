@@ -16,7 +16,7 @@ from ckpt_dist import formats
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
-STEP = re.compile(r"(?:[A-Za-z][A-Za-z_]*[-_=]?)?0*(\d+)")
+STEP = re.compile(r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)")
 INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
 CONFIGS = ("config.json", "params.json")
 ASSETS = (

@@ -107,10 +107,10 @@ def scatter(tile: Array, moves: list[Move], write: Callable[[int, int, memoryvie
         source: Array = np.ndarray(tuple(n for n, *_ in dims), tile.dtype, tile, move.tile_at * item, tuple(t * item for *_, t in dims))
         dense = np.ascontiguousarray(source)
         cut, length = _dense_suffix(dims)
-        rows = memoryview(dense.reshape(-1, length).view(np.uint8))
+        bytes_ = memoryview(dense.reshape(-1).view(np.uint8))
         for row, index in enumerate(product(*(range(n) for n, *_ in dims[:cut]))):
             offset = sum(i * s for i, (_, s, _) in zip(index, dims[:cut], strict=True))
-            write(move.file, move.at + offset * item, rows[row])
+            write(move.file, move.at + offset * item, bytes_[row * length * item : (row + 1) * length * item])
 
 
 def _dense_suffix(dims: list[Dim]) -> tuple[int, int]:

@@ -1,0 +1,204 @@
+"""The command line: `ckpt-dist VERB key=value ...` and the files in `jobs/`.
+
+`main` runs one verb in this process, which may be one of many ranks; `console` is the installed command.
+Nothing heavy is imported before the command is known to be right.
+
+Invariant: a person's mistake is one message on stderr, once per job, and an exit code from its class.
+"""
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckpt_dist import __version__, config, keys
+from ckpt_dist.errors import CheckpointError, UsageError, nearest
+from ckpt_dist.report import rank, show_result
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+HOME = "https://github.com/ckpt-dist/ckpt_dist/issues"
+FLAGS = {"-h": "--help", "-m": "--multirun", "-c": "--cfg", "-sc": "--shell-completion"}
+KNOWN_FLAGS = ("--help", "--version", "--multirun", "--cfg", "--shell-completion")
+HEAD_START_S = 2.0  # how long the other ranks leave the word to rank 0, which usually has the same to say
+SIGTERM = 15
+
+
+def console() -> int:
+    """The installed command `ckpt-dist`."""
+    argv = sys.argv[1:]
+    if argv[:1] == ["--version"]:
+        print(f"ckpt-dist {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if argv else 2
+    return main(argv[0], argv[1:])
+
+
+def main(verb: str, argv: Sequence[str]) -> int:
+    """Run one verb; the exit code."""
+    return _guarded(lambda: _main(verb, list(argv)))
+
+
+def _main(verb: str, argv: list[str]) -> int:
+    if verb not in config.VERBS:
+        known = ", ".join(config.VERBS)
+        raise UsageError(f"There is no verb {verb!r}.{nearest(verb, config.VERBS)} Known: {known}.")
+    flags, words = _flags(argv)
+    if "--help" in flags:
+        return _say(help_text(verb))
+    if "--version" in flags:
+        return _say(f"ckpt-dist {__version__}")
+    if "--shell-completion" in flags:
+        return _complete(verb)
+    sets = config.sweep(verb, words) if "--multirun" in flags else [words]
+    if "--cfg" in flags:
+        return _say("\n---\n".join(_yaml(verb, s) for s in sets))
+    return _run(verb, argv, [config.load(verb, s) for s in sets])
+
+
+def _run(verb: str, argv: list[str], configs: list[dict[str, Any]]) -> int:
+    num_ranks = max(cfg["nproc"] for cfg in configs)
+    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        return _launch(verb, num_ranks, [word for word in argv if not word.startswith("nproc=")])
+    if num_ranks > 1 and num_ranks != int(os.environ["WORLD_SIZE"]):
+        raise UsageError(
+            f"nproc={num_ranks}, but torchrun has started {os.environ['WORLD_SIZE']} ranks. Leave nproc out."
+        )
+    verbs = importlib.import_module("ckpt_dist.run")
+    for cfg in configs:
+        result = getattr(verbs, verb)(cfg)
+        show_result(result or {}, cfg["json"])
+    return 0
+
+
+def _flags(argv: list[str]) -> tuple[set[str], list[str]]:
+    """Flags may stand anywhere; `--cfg` takes a word, of which only `job` makes sense here."""
+    flags, words, rest = set(), [], iter(argv)
+    for word in rest:
+        flag = FLAGS.get(word, word)
+        if not word.startswith("-"):
+            words.append(word)
+        elif flag.partition("=")[0] not in KNOWN_FLAGS:
+            raise UsageError(f"There is no flag {word!r}.{nearest(word, KNOWN_FLAGS)} Known: {', '.join(KNOWN_FLAGS)}.")
+        elif flag.partition("=")[0] in ("--cfg", "--shell-completion"):
+            value = flag.partition("=")[2] or next(rest, "")
+            if flag.startswith("--cfg") and value != "job":
+                raise UsageError(f"--cfg shows the configuration of a job: write --cfg job, not --cfg {value}.")
+            flags.add(flag.partition("=")[0])
+        else:
+            flags.add(flag)
+    return flags, words
+
+
+# ---- what is shown
+
+
+def _say(text: str) -> int:
+    if rank() == 0:
+        print(text)
+    return 0
+
+
+def _overview() -> str:
+    verbs = [f"  {verb:9} {config.header(verb)[0]}" for verb in config.VERBS]
+    usage = ["ckpt-dist VERB key=value ...    (ckpt-dist VERB --help lists the keys)", ""]
+    return "\n".join(usage + verbs)
+
+
+def help_text(verb: str) -> str:
+    lines = config.header(verb)
+    lines += ["", f"In a checkout: torchrun --nproc-per-node N jobs/{verb}.py key=value ...", "", "Keys:"]
+    for key, (default, comment) in config.listing(verb).items():
+        choices = keys.kind(verb, key).choices
+        value = "(needed)" if default == config.MISSING else "" if default == "null" else default
+        lines.append(f"  {key:22} {value:10} {comment}" + (f" [{'|'.join(choices)}]" if len(choices) > 2 else ""))
+    flags = "Flags: --cfg job (show the configuration), -m (key=a,b: one job after another for a and b), --version"
+    return "\n".join([*lines, "", flags])
+
+
+def _yaml(verb: str, words: Sequence[str]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(config.preview(verb, words), sort_keys=False, allow_unicode=True)
+    return text.rstrip()
+
+
+def _complete(verb: str) -> int:
+    """Shell completion is Hydra's own: eval "$(python jobs/convert.py --shell-completion install=bash)"."""
+    import hydra
+
+    hydra.main(config_path=str(config.folder("conf")), config_name=verb, version_base="1.3")(lambda cfg: None)()
+    return 0
+
+
+# ---- many processes
+
+
+def _launch(verb: str, num_ranks: int, argv: list[str]) -> int:
+    """torchrun inside this process, so that its exit code is the job's and its traceback is not shown."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    job = str(config.folder("jobs") / f"{verb}.py")
+    try:
+        run(parse_args(["--standalone", "--nproc-per-node", str(num_ranks), job, *argv]))
+    except ChildFailedError as failed:
+        return _exit_code(failed)
+    return 0
+
+
+def _exit_code(failed: ChildFailedError) -> int:
+    """The code of the rank that failed first; a rank that torchrun itself ended has nothing to say."""
+    in_time = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
+    rank_, first = next((item for item in in_time if item[1].exitcode != -SIGTERM), in_time[0])
+    if first.exitcode < 0:
+        cause = " The machine's memory may have been full: lower engine.memory." if first.exitcode == -9 else ""
+        print(f"Rank {rank_} was ended by signal {-first.exitcode}.{cause}", file=sys.stderr)
+        return 1
+    return int(first.exitcode)
+
+
+# ---- what goes wrong
+
+
+def _guarded(job: Callable[[], int]) -> int:
+    try:
+        code = job()
+        sys.stdout.flush()
+        return code
+    except CheckpointError as error:
+        _last_word(f"{type(error).__name__}: {error}", debug=True, certain=isinstance(error, UsageError))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _last_word("Interrupted.", debug=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has closed stdout; python must not flush into it
+        return 0
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        _last_word(f"{text}This is a mistake in ckpt_dist {__version__}, not in your command. Please report it.")
+        return 1
+
+
+def _last_word(message: str, debug: bool = False, certain: bool = False) -> None:
+    """Print once per job. torchrun ends all ranks when one ends, so the others first wait for rank 0 to speak.
+
+    `certain` says that rank 0 meets the same error, however long its imports take.
+    """
+    if rank() > 0:
+        time.sleep(HEAD_START_S * (30 if certain else 1))
+        message = f"rank {rank()}: {message}"
+    if debug and os.environ.get("CKPT_DIST_DEBUG") == "1":
+        message = traceback.format_exc() + message
+    print(message, file=sys.stderr, flush=True)
