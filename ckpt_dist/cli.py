@@ -23,9 +23,9 @@ from ckpt_dist.report import rank, show_result
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-HOME = "https://github.com/ckpt-dist/ckpt_dist/issues"
 FLAGS = {"-h": "--help", "-m": "--multirun", "-c": "--cfg", "-sc": "--shell-completion"}
 KNOWN_FLAGS = ("--help", "--version", "--multirun", "--cfg", "--shell-completion")
+LOOKING = ("inspect", "verify")  # the verbs that write nothing
 HEAD_START_S = 2.0  # how long the other ranks leave the word to rank 0, which usually has the same to say
 SIGTERM = 15
 
@@ -72,9 +72,9 @@ def _run(verb: str, argv: list[str], configs: list[dict[str, Any]]) -> int:
         raise UsageError(
             f"nproc={num_ranks}, but torchrun has started {os.environ['WORLD_SIZE']} ranks. Leave nproc out."
         )
-    verbs = importlib.import_module("ckpt_dist.run")
+    module = importlib.import_module("ckpt_dist.check" if verb in LOOKING else "ckpt_dist.run")
     for cfg in configs:
-        result = getattr(verbs, verb)(cfg)
+        result = getattr(module, verb)(cfg)
         show_result(result or {}, cfg["json"])
     return 0
 
@@ -150,8 +150,9 @@ def _launch(verb: str, num_ranks: int, argv: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     job = str(config.folder("jobs") / f"{verb}.py")
+    words = ["--standalone", "--nproc-per-node", str(num_ranks), job, *argv]
     try:
-        run(parse_args(["--standalone", "--nproc-per-node", str(num_ranks), job, *argv]))
+        run(parse_args(words))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         return _exit_code(failed)
     return 0
@@ -177,7 +178,7 @@ def _guarded(job: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except CheckpointError as error:
-        _last_word(f"{type(error).__name__}: {error}", debug=True, certain=isinstance(error, UsageError))
+        _last_word(f"Error: {error}", debug=True, certain=isinstance(error, UsageError))
         return error.exit_code
     except KeyboardInterrupt:
         _last_word("Interrupted.", debug=True)

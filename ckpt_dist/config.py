@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -63,19 +64,21 @@ def _composed(verb: str) -> dict[str, Any]:
 @contextmanager
 def _own_hydra(conf: Path) -> Iterator[None]:
     """Hydra for our files, without a trace in a caller's program that uses Hydra itself."""
-    from hydra import initialize_config_dir
+    from hydra import initialize_config_dir, version
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.singleton import Singleton
 
-    before = Singleton.get_state()
-    state = Singleton.get_state()
-    state.pop(GlobalHydra, None)
+    theirs, base = GlobalHydra.instance(), version.getbase()
+    running = theirs.hydra
+    theirs.clear()
     try:
-        Singleton.set_state(state)
         with initialize_config_dir(str(conf), version_base="1.3"):
             yield
     finally:
-        Singleton.set_state(before)
+        theirs.hydra = running
+        GlobalHydra.set_instance(theirs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they have been told of their own version_base before
+            version.setbase(str(base) if base else "1.3")
 
 
 # ---- values
@@ -128,7 +131,7 @@ def _split(verb: str, word: str) -> tuple[str, str]:
 
 def _known(verb: str, values: Mapping[str, Any]) -> Flat:
     given: Flat = {}
-    for key, value in _flat(verb, values).items():
+    for key, value in _pairs(verb, values):
         name = SHORT.get(key, key)
         if name not in _plain_keys(verb):
             raise UsageError(_unknown(verb, name))
@@ -191,14 +194,18 @@ def _first_path(verb: str) -> str:
     return next(k for k in _plain_keys(verb) if k.endswith(".path"))
 
 
-def _flat(verb: str, values: Mapping[str, Any], prefix: str = "") -> Flat:
+def _pairs(verb: str, values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys; a dict under a known key is that key's value (`target.dtype` may be rules)."""
-    out: Flat = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        whole = key in _plain_keys(verb) or not isinstance(value, Mapping)
-        out |= {key: value} if whole else _flat(verb, value, key + ".")
-    return out
+        if key in _plain_keys(verb) or not isinstance(value, Mapping):
+            yield key, value
+        else:
+            yield from _pairs(verb, value, key + ".")
+
+
+def _flat(verb: str, values: Mapping[str, Any]) -> Flat:
+    return dict(_pairs(verb, values))
 
 
 def _nested(flat: Flat) -> dict[str, Any]:

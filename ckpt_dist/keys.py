@@ -23,7 +23,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Kind:
-    """`says` completes the sentence "Give ..."; `comma` is how a value with commas is meant: a list, or itself."""
+    """`says` completes the sentence "Give ..."; `choices` are shown in the help and searched for a near miss."""
 
     says: str
     read: Callable[[Any], Any]
@@ -169,6 +169,8 @@ STEP = Kind("latest, or the number of a step", _step)
 SIZE = Kind("a size such as 512MiB, 2GiB or 5GB", parse_size)
 CARRIED = ("weights", "optimizer", "state")
 FORMATS = modules("formats")
+WRITTEN = tuple(name for name in FORMATS if name != "fsdp")  # dcp is what replaces fsdp's own pickles
+FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps the names: it has no table
 
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
@@ -177,18 +179,20 @@ _SOURCE = {
 KEYS: dict[str, Kind] = {
     **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},
     "target.path": PATH,
-    "target.format": choice(*FORMATS),
+    "target.format": choice(*WRITTEN),
     "target.dialect": WORD,
-    "target.dtype": Kind(f"keep, one of {', '.join(DTYPES)}, or rules {{default: bfloat16, '*norm*': float32}}", _dtypes),
+    "target.key": WORD,
+    "target.dtype": Kind(f"keep, {', '.join(DTYPES)}, or rules {{default: bfloat16, '*norm*': float32}}", _dtypes),
     "target.max_shard_size": SIZE,
     "target.safetensors": FLAG,
-    "model.family": choice("auto", *modules("families")),
+    "model.family": choice("auto", *FAMILIES),
     "model.config": PATH,
     "engine.memory": SIZE,
     "engine.device": choice("auto", "cpu", "cuda"),
     "engine.workers": COUNT,
     "engine.transport": choice("auto", "direct"),
     "engine.verify": FLAG,
+    "engine.fsync": FLAG,
     "unmatched": choice("error", "drop"),
     "overwrite": FLAG,
     "dry_run": FLAG,
@@ -203,7 +207,6 @@ KEYS: dict[str, Kind] = {
     "atol": Kind("a number, 0 or more", _tolerance),
     "json": FLAG,
     "quiet": FLAG,
-    "trust_pickle": FLAG,
     "nproc": COUNT,
 }
 SPECIAL: dict[tuple[str, str], Kind] = {

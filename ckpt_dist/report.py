@@ -98,7 +98,8 @@ class Report:
         rows.append(("all", f"{sum(self.phases.values()):.2f} s"))
         rows += [("read", self._rate(self.bytes_read)), ("written", self._rate(self.bytes_written))]
         if self.peak_memory:
-            rows.append(("peak memory", f"{size(max(self.peak_memory))} in the largest of {len(self.peak_memory)} ranks"))
+            num_ranks = len(self.peak_memory)
+            rows.append(("peak memory", f"{size(max(self.peak_memory))} in the largest of {num_ranks} ranks"))
         return rows
 
     def _rate(self, num_bytes: int) -> str:
@@ -178,7 +179,8 @@ class Progress:
         rate = self.done / max(seconds, 1e-9)
         left = max(self.total - self.done, 0) / max(rate, 1.0)
         part = 100 * self.done / max(self.total, 1)
-        return f"{self.what}: {size(self.done)} of {size(self.total)} ({part:.0f}%), {rate / 1e9:.2f} GB/s, {left:.0f} s left"
+        how_much = f"{size(self.done)} of {size(self.total)} ({part:.0f}%)"
+        return f"{self.what}: {how_much}, {rate / 1e9:.2f} GB/s, {left:.0f} s left"
 
 
 def _bar(out: TextIO) -> Bar:

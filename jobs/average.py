@@ -1,4 +1,7 @@
-"""Average checkpoints into one model: `torchrun --nproc-per-node 2 jobs/average.py source.path=run target.path=averages last=5`; --help lists the keys."""
+"""Average checkpoints into one model; --help lists the keys.
+
+    torchrun --nproc-per-node 2 jobs/average.py source.path=run target.path=averages last=5
+"""
 import os
 import sys
 

@@ -1,4 +1,7 @@
-"""Convert a checkpoint: `torchrun --nproc-per-node 2 jobs/convert.py source.path=run/step-1000 target.path=model`; --help lists the keys."""
+"""Convert a checkpoint; --help lists the keys.
+
+    torchrun --nproc-per-node 2 jobs/convert.py source.path=run/step-1000 target.path=model
+"""
 import os
 import sys
 

@@ -1,4 +1,7 @@
-"""Say what a checkpoint is: `python jobs/inspect.py source.path=run/step-1000`; --help lists the keys."""
+"""Say what a checkpoint is; --help lists the keys.
+
+    python jobs/inspect.py source.path=run/step-1000
+"""
 import os
 import sys
 

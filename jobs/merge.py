@@ -1,4 +1,7 @@
-"""Merge the shards of a checkpoint into one Hugging Face model: `torchrun --nproc-per-node 2 jobs/merge.py source.path=run/step-1000`; --help lists the keys."""
+"""Merge the shards of a checkpoint into one Hugging Face model; --help lists the keys.
+
+    torchrun --nproc-per-node 2 jobs/merge.py source.path=run/step-1000
+"""
 import os
 import sys
 

@@ -22,7 +22,7 @@ from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import crc32
 from ckpt_dist.plan import TILE, Moves
 
-BATCH = 8  # tiles a thread takes at a time
+BATCH = 32  # tiles a thread takes at a time; also the longest run that is copied by one call
 Combine: TypeAlias = "Callable[[int, Iterator[Array], Sequence[str], str], Array | None]"
 """(tile, its values from each source in turn, their dtypes, the dtype wanted) -> the result, or None for no result.
 
@@ -112,6 +112,21 @@ def fill(job: Job, workers: int, advance: Callable[[int], None] = lambda n: None
     return total
 
 
+@dataclass(frozen=True)
+class Run:
+    """Bytes that move unchanged: from `at` of a source file to `out_at` of a target file."""
+
+    file: int
+    at: int
+    out: int
+    out_at: int
+    nbytes: int
+
+    def joins(self, more: Run) -> bool:
+        """Whether `more` goes on where this run ends, on both sides."""
+        return (more.file, more.at, more.out, more.out_at) == (self.file, self.at + self.nbytes, self.out, self.out_at + self.nbytes)
+
+
 class _Worker:
     """One thread's buffers and counters."""
 
@@ -128,12 +143,22 @@ class _Worker:
     def batch(self, first: int, last: int) -> None:
         sides = [by_tile(s.moves, s.file_of_chunk, first, last) for s in self.job.sources]
         targets = iter(()) if self.job.target is None else by_tile(self.job.target.moves, self.job.target.file_of_chunk, first, last)
+        run: Run | None = None
         for tile in range(first, last):
-            self.tile(tile, [next(s) for s in sides], next(targets, []))
+            moves, out = [next(s) for s in sides], next(targets, [])
+            more = self.unchanged(tile, moves, out)
+            if run is not None and more is not None and run.joins(more):
+                run = Run(run.file, run.at, run.out, run.out_at, run.nbytes + more.nbytes)
+                continue
+            self.copy(run)
+            run = more
+            if more is None:
+                self.tile(tile, moves, out)
+        self.copy(run)
 
     def tile(self, tile: int, moves: list[list[Move]], out: list[Move]) -> None:
         job, numel = self.job, int(self.job.numel[tile])
-        if numel == 0 or self.copied(tile, numel, moves, out):
+        if numel == 0:
             return
         dtypes = [s.dtypes[tile - job.first] for s in job.sources]
         want = job.target.dtypes[tile - job.first] if job.target else dtypes[0]
@@ -155,22 +180,30 @@ class _Worker:
             self.advance(value.nbytes)
             yield value
 
-    def copied(self, tile: int, numel: int, moves: list[list[Move]], out: list[Move]) -> bool:
-        """Whether the tile could be copied inside the kernel, because nothing about its bytes changes."""
-        job = self.job
+    def unchanged(self, tile: int, moves: list[list[Move]], out: list[Move]) -> Run | None:
+        """Where to copy a tile from and to, if nothing about its bytes changes and nobody looks at them."""
+        job, numel = self.job, int(self.job.numel[tile])
         if job.digests or job.combine is not keep or job.target is None or len(moves) != 1 or len(moves[0]) != 1 or len(out) != 1:
-            return False
-        source, (one,), (two,) = job.sources[0], moves[0], out
-        dtype = source.dtypes[tile - job.first]
+            return None
+        (one,), (two,), dtype = moves[0], out, job.sources[0].dtypes[tile - job.first]
         if one.run != numel or two.run != numel or dtype != job.target.dtypes[tile - job.first] or two.file in job.crc_files:
-            return False
-        nbytes = numel * itemsize(dtype)
-        if not job.target.files.copy(source.files, one.file, one.at, two.file, two.at, nbytes):
-            return False
-        self.done.bytes_read += nbytes
-        self.done.bytes_written += nbytes
-        self.advance(nbytes)
-        return True
+            return None
+        return Run(one.file, one.at, two.file, two.at, numel * itemsize(dtype))
+
+    def copy(self, run: Run | None) -> None:
+        """Copy a run inside the kernel; where the file system cannot, through a buffer."""
+        if run is None or self.job.target is None:
+            return
+        source, target = self.job.sources[0].files, self.job.target.files
+        if not target.copy(source, run.file, run.at, run.out, run.out_at, run.nbytes):
+            buffer = memoryview(self.buffer("uint8", TILE))
+            for at in range(0, run.nbytes, TILE):
+                part = buffer[: min(TILE, run.nbytes - at)]
+                source.read(run.file, run.at + at, part)
+                target.write(run.out, run.out_at + at, part)
+        self.done.bytes_read += run.nbytes
+        self.done.bytes_written += run.nbytes
+        self.advance(run.nbytes)
 
     def write(self, file: int, offset: int, data: memoryview) -> None:
         assert self.job.target is not None

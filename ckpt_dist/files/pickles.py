@@ -12,7 +12,8 @@ import gc
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -333,10 +334,23 @@ class _Refused(Exception):
     """A global that is not on the list."""
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector: looking at millions of records again and again is most of the time they cost.
+
+    It starts again when they are gone, since its first run would look at all that are left.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def loads(data: bytes, where: str) -> Any:
     """Unpickle by the allow-list. What is not on it, and what is damaged, is a CheckpointError that names `where`."""
-    collecting = gc.isenabled()
-    gc.disable()  # most of the time of unpickling millions of records is the collector looking at them
     try:
         return _finish(_Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER)).load())  # type: ignore[arg-type]
     except _Refused as refused:
@@ -349,9 +363,6 @@ def loads(data: bytes, where: str) -> Any:
     except (MemoryError, RecursionError, pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
             ImportError, UnicodeError) as error:
         raise CheckpointError(f"{where} is damaged: its pickle holds {type(error).__name__}: {error!s:.200}.") from None
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _finish(tree: Any) -> Any:

@@ -12,8 +12,8 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
-from operator import itemgetter
+from itertools import chain, repeat
+from operator import is_not, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ def claims(path: Path) -> bool:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """All of `.metadata` (or of the ranks' own `__R.metadata`) as arrays, checked against the files' sizes."""
-    tables = [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)]
     where = str(path / ".metadata")
     try:
-        return _catalog(path, tables, where)
+        with pickles.uncollected():
+            return _catalog(path, [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)], where)
     except (TypeError, ValueError, OverflowError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}. Was the save interrupted?") from None
 
@@ -82,14 +82,15 @@ def _catalog(path: Path, tables: Sequence[_Tables], where: str) -> Catalog:
     boxes = [c for table in tables for n in names if n in table.described for c in table.described[n][0]["chunks"]]
     owner = [e for table in tables for e, n in enumerate(names) if n in table.described for _ in table.described[n][0]["chunks"]]
     index = list(chain.from_iterable(t.index for t in tables))
+    named, offsets = list(map(itemgetter("fqn"), index)), list(map(itemgetter("offset"), index))
     info = list(chain.from_iterable(t.info for t in tables))
     files, file, offset, length = _addresses(path, info, where)
-    tensors = _tensor_rows(index)
+    tensors = np.flatnonzero(np.fromiter(map(is_not, offsets, repeat(None)), bool, len(index)))
     width = max((len(e.shape) for e in entries), default=0)
     fields = list(map(itemgetter(0), boxes))
     start = padded(list(map(itemgetter("offsets"), fields)), width, 0)
     size = padded(list(map(itemgetter("sizes"), fields)), width, 1)
-    row = _storage_rows(entries, ints(owner), start, size, index, tensors, width, where)
+    row = _storage_rows(entries, ints(owner), start, size, named, offsets, tensors, where)
     keep = np.flatnonzero(row >= 0)
     start, size, entry, row = start[keep], size[keep], ints(owner)[keep], row[keep]
     _check_boxes(entries, entry, start, size, where)
@@ -97,7 +98,7 @@ def _catalog(path: Path, tables: Sequence[_Tables], where: str) -> Catalog:
     if _safetensors_files(path, files, offset[tensors]):
         chunks = _in_safetensors(path, files, entries, chunks)
         length = np.full_like(length, -1)
-    extras = _extras(described, paths, index, file, offset, length)
+    extras = _extras(described, paths, named, offsets, file, offset, length)
     about = {"length": length[row], "ranks": len(tables), "nested": bool(paths)}
     return Catalog("dcp", str(path), tuple(files), entries, chunks, extras, about=about)
 
@@ -118,21 +119,18 @@ def _entry(name: str, fields: Mapping[str, Any], paths: Mapping[str, Any], where
     return Entry(name, dtype, shape, path, role(path))
 
 
-def _tensor_rows(index: Sequence[Mapping[str, Any]]) -> Ints:
-    return np.flatnonzero(np.fromiter((i["offset"] is not None for i in index), bool, len(index)))
-
-
 def _storage_rows(
-    entries: Sequence[Entry], owner: Ints, start: Ints, size: Ints, index: Sequence[Mapping[str, Any]], tensors: Ints, width: int, where: str
+    entries: Sequence[Entry], owner: Ints, start: Ints, size: Ints, names: Sequence[str], offsets: Sequence[Any], tensors: Ints, where: str
 ) -> Ints:
     """For each described chunk the row of its storage; -1 for an empty one. Both sides are keyed by (name, offset)."""
+    width = start.shape[1]
     shape = padded([e.shape for e in entries], width, 1)
     steps = row_major(shape)
     room = 2 * np.prod(np.maximum(shape, 1), axis=1, dtype=np.int64) + 2
     base = np.cumsum(room) - room
     ids = {e.name: i for i, e in enumerate(entries)}
-    named = np.fromiter((ids.get(index[r]["fqn"], -1) for r in tensors.tolist()), np.int64, len(tensors))
-    at = padded([index[r]["offset"] for r in tensors.tolist()], width, 0)
+    named = np.fromiter(map(ids.get, names, repeat(-1)), np.int64, len(names))[tensors]
+    at = padded([o for o in offsets if o is not None], width, 0)
     stored = base[named] + np.sum(at * steps[named], axis=1)
     stored[named < 0] = -1
     order = np.argsort(stored, kind="stable")
@@ -165,12 +163,12 @@ def _addresses(path: Path, info: Sequence[Mapping[str, Any]], where: str) -> tup
     relative = list(map(itemgetter("relative_path"), info))
     files = sorted({inside(path, f, where) for f in set(relative)})
     number = {f: i for i, f in enumerate(files)}
-    file = np.fromiter((number[f] for f in relative), np.int64, len(info))
+    file = np.fromiter(map(number.__getitem__, relative), np.int64, len(info))
     offset = np.fromiter(map(itemgetter("offset"), info), np.int64, len(info))
     length = np.fromiter(map(itemgetter("length"), info), np.int64, len(info))
     if len(info) and (offset.min() < 0 or length.min() < 0):
         raise CheckpointError(f"{where} holds a negative offset or length.")
-    for row in info:
+    for row in info if max(map(len, info), default=0) > 3 else ():  # a fourth field is rare, a million rows are not
         if row.get("transform_descriptors"):
             raise CheckpointError(f"{where}: blobs are transformed by {row['transform_descriptors']}, which cannot be read by address. Save without extensions.")
     end = np.zeros(len(files), np.int64)
@@ -208,9 +206,9 @@ def _in_safetensors(path: Path, files: Sequence[str], entries: Sequence[Entry], 
 
 
 def _extras(
-    described: Mapping[str, Any], paths: Mapping[str, Any], index: Sequence[Mapping[str, Any]], file: Ints, offset: Ints, length: Ints
+    described: Mapping[str, Any], paths: Mapping[str, Any], stored: Sequence[str], offsets: Sequence[Any], file: Ints, offset: Ints, length: Ints
 ) -> tuple[Extra, ...]:
-    rows = {index[r]["fqn"]: r for r in range(len(index)) if index[r]["offset"] is None}
+    rows = {name: r for r, (name, o) in enumerate(zip(stored, offsets, strict=True)) if o is None}
     names = [n for n, d in described.items() if "chunks" not in (d[0] if len(d) else {})]
     found = []
     for name in names:
