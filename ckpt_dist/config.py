@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -64,10 +63,12 @@ def _composed(verb: str) -> dict[str, Any]:
 @contextmanager
 def _own_hydra(conf: Path) -> Iterator[None]:
     """Hydra for our files, without a trace in a caller's program that uses Hydra itself."""
-    from hydra import initialize_config_dir, version
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.version import VersionBase
 
-    theirs, base = GlobalHydra.instance(), version.getbase()
+    theirs, base = GlobalHydra.instance(), VersionBase.instance()
+    VersionBase.set_instance(copy.copy(base))
     running = theirs.hydra
     theirs.clear()
     try:
@@ -76,9 +77,7 @@ def _own_hydra(conf: Path) -> Iterator[None]:
     finally:
         theirs.hydra = running
         GlobalHydra.set_instance(theirs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they have been told of their own version_base before
-            version.setbase(str(base) if base else "1.3")
+        VersionBase.set_instance(base)
 
 
 # ---- values

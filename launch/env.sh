@@ -15,6 +15,10 @@ wanted() { cat setup.cfg pyproject.toml launch/constraints.txt launch/env.sh; pw
 KEY=$(wanted | cksum)
 [ -x "$VENV/bin/ckpt-dist" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$KEY" ] && exit 0
 
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "$PYTHON is $("$PYTHON" -V); Python 3.10 or later is needed. Give one: PYTHON=python3.12 bash launch/env.sh" >&2
+    exit 1
+}
 has_torch() { "$PYTHON" -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6))' 2>/dev/null; }
 has_driver() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
@@ -23,7 +27,7 @@ setting() {  # setting NAME: as pip would see it, from PIP_NAME or from its file
     local variable=PIP_${1^^}
     variable=${variable//-/_}
     [ -n "${!variable:-}" ] && { echo "${!variable}"; return; }
-    "$PIP" config get "install.$1" 2>/dev/null || "$PIP" config get "global.$1" 2>/dev/null || true
+    pip config get "install.$1" 2>/dev/null || pip config get "global.$1" 2>/dev/null || true
 }
 hand_over() {  # hand_over UV_NAME pip-name
     [ -n "${!1:-}" ] && return
@@ -35,9 +39,23 @@ hand_over() {  # hand_over UV_NAME pip-name
 echo "Making $VENV (this takes a few minutes the first time)"
 rm -f "$STAMP"
 SITE=(); has_torch && SITE=(--system-site-packages)
-[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "${SITE[@]}" "$VENV"
-PIP=$VENV/bin/pip
-[ -x "$VENV/bin/uv" ] || "$PIP" install --quiet --disable-pip-version-check uv
+[ -x "$VENV/bin/pip" ] || "$PYTHON" -m venv --clear "${SITE[@]}" "$VENV"
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+if has_torch; then
+    echo "Using the torch of $PYTHON"
+    # --system-site-packages shows those of the interpreter, not those of a venv that $PYTHON belongs to
+    "$VENV/bin/python" -c 'import torch' 2>/dev/null || "$PYTHON" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+        > "$("$VENV/bin/python" -c 'import site; print(site.getsitepackages()[0])')/of_python3.pth"
+    { grep -v '^torch==' launch/constraints.txt; "$PYTHON" -c 'import torch; print(f"torch=={torch.__version__}")'; } \
+        > "$VENV/constraints.txt"
+    # pip counts what lies in those folders as installed; uv does not
+    pip install --quiet -c "$VENV/constraints.txt" -e '.[test]'
+    echo "$KEY" > "$STAMP"
+    exit 0
+fi
+
+[ -x "$VENV/bin/uv" ] || pip install --quiet uv
 hand_over UV_DEFAULT_INDEX index-url
 hand_over UV_INDEX extra-index-url
 hand_over UV_FIND_LINKS find-links
@@ -47,11 +65,7 @@ export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}  # as pip: the 
 install() { "$VENV/bin/uv" pip install --python "$VENV/bin/python" --quiet "$@"; }
 
 CONSTRAINTS=launch/constraints.txt
-if has_torch; then
-    echo "Using the torch of $PYTHON"
-    CONSTRAINTS=$VENV/constraints.txt  # all but torch, which is not ours to choose here
-    { grep -v '^torch==' launch/constraints.txt; "$PYTHON" -c 'import torch; print(f"torch=={torch.__version__}")'; } > "$CONSTRAINTS"
-elif has_driver; then
+if has_driver; then
     install -c "$CONSTRAINTS" torch
 else
     TORCH=$(sed -n 's/^torch==//p' launch/constraints.txt)

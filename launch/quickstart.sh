@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/env.sh
 PATH=$PWD/.venv/bin:$PATH
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=  # two gloo processes, no GPU
+torchrun() { python -m torch.distributed.run "$@"; }  # a torch from elsewhere has its command elsewhere
 rm -rf quickstart
 
 echo "== 1. Train a tiny Llama with FSDP2 on 2 processes"

@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/env.sh
 PATH=$PWD/.venv/bin:$PATH
-ruff check .
-mypy
-pytest "$@"
+python -m ruff check .
+python -m mypy
+python -m pytest "$@"

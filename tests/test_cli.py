@@ -217,13 +217,14 @@ def test_python_values_are_checked_like_words() -> None:
 def test_a_program_that_uses_hydra_itself_is_left_alone(tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.version import getbase
 
     (tmp_path / "mine.yaml").write_text("x: 1\n")
     with initialize_config_dir(str(tmp_path), version_base="1.2"):
-        before = GlobalHydra.instance()
+        before, base = GlobalHydra.instance(), getbase()
         config._composed.cache_clear()
         config.fill("inspect", {"source.path": "r"})
-        assert GlobalHydra.instance() is before and compose("mine").x == 1
+        assert GlobalHydra.instance() is before and getbase() == base and compose("mine").x == 1
     assert not GlobalHydra.instance().is_initialized()
 
 

@@ -137,9 +137,9 @@ def _pairs(*args: Any) -> dict[Any, Any]:
     return OrderedDict(args[0]) if len(args) == 1 and isinstance(args[0], (list, dict)) else OrderedDict()
 
 
-def _member(owner: Any, name: Any = "") -> Record:
-    """`getattr(Enum, "MEMBER")`, as old pickles spell a member of an enumeration: inert."""
-    return Record(owner, name)
+def _member(owner: Any, name: Any = "") -> type[Record]:
+    """`getattr(ShardedTensor, "ProcessGroupState")`, as torch spells a class inside a class: an inert one."""
+    return Record
 
 
 def _items(values: Any = ()) -> tuple[Any, ...]:
@@ -191,7 +191,10 @@ class _Wrapper(Record):
 
 def _from_type(function: Any = None, kind: Any = None, args: Any = (), state: Any = None, *more: Any) -> Any:
     """`_rebuild_from_type_v2`: a DTensor, or a plain tensor with attributes (which are left out)."""
-    if function is _Wrapper or (isinstance(kind, type) and getattr(kind, "path", "").endswith("DTensor")):
+    name = getattr(kind, "path", "") if isinstance(kind, type) else ""
+    if name.endswith("ShardedTensor"):
+        return _sharded_tensor(state)
+    if name.endswith("DTensor"):
         return _dtensor(args, state)
     if callable(function) and function in (_tensor, _tensor_v3, _first) and isinstance(args, tuple):
         return function(*args)
@@ -237,11 +240,7 @@ def _mesh(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] |
     """(shape, coordinate, tensor of ranks, rank), by the fields that the writing torch had."""
     tensor = next((fields[k] for k in ("mesh", "_mesh", "_rank_map") if isinstance(fields.get(k), TensorRef)), None)
     layout = _state(fields.get("_layout"))
-    shape = layout.get("shape", layout.get("_shape")) if layout else None
-    if shape is None and isinstance(fields.get("_layout"), Record) and fields["_layout"]:
-        shape = fields["_layout"][0]
-    if isinstance(shape, Record):
-        shape = _state(shape).get("shape", shape[0] if len(shape) else None)
+    shape = layout.get("axes", layout.get("shape", layout.get("_shape")))
     if shape is None and tensor is not None and "_rank_map" not in fields:
         shape = tensor.shape
     flat = _flat(shape)
@@ -251,19 +250,18 @@ def _mesh(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] |
 
 
 def _flat(shape: Any) -> tuple[int, ...]:
-    """A mesh's shape; layouts nest flattened dims: `((2, 2), 2)` -> `(4, 2)`."""
+    """A mesh's shape; a dim may itself be several: `((2, 2), 2)` -> `(4, 2)`."""
     if type(shape) is int:
         return (shape,)
     if isinstance(shape, Record):
-        shape = _state(shape).get("shape", shape[0] if len(shape) else ())
+        shape = _state(shape).get("shape", ())
     return tuple(prod(_flat(s)) for s in shape) if isinstance(shape, (tuple, list)) else ()
 
 
-def _sharded(record: Record) -> Sharded | Record:
-    """A ShardedTensor: (local shards, metadata, process group, sharding spec, ...)."""
-    state = record[-1] if len(record) else None
+def _sharded_tensor(state: Any) -> Sharded:
+    """A ShardedTensor's state: (local shards, metadata, process group, sharding spec, ...)."""
     if not isinstance(state, tuple) or len(state) < 2:
-        return record
+        raise pickle.UnpicklingError("a ShardedTensor without shards")
     shards, meta = _items(state[0]), _state(state[1])
     parts, dtype = [], None
     for shard in shards:
@@ -283,12 +281,6 @@ def _last(record: Any) -> Any:
     return record[-1] if isinstance(record, Record) and len(record) else ()
 
 
-class _ShardedRecord(Record):
-    __slots__ = ()
-    path = _SHARD + "sharded_tensor.api.ShardedTensor"
-
-
-INERT[_ShardedRecord.path] = _ShardedRecord
 CALLS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _tensor, "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
@@ -352,7 +344,7 @@ def uncollected() -> Iterator[None]:
 def loads(data: bytes, where: str) -> Any:
     """Unpickle by the allow-list. What is not on it, and what is damaged, is a CheckpointError that names `where`."""
     try:
-        return _finish(_Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER)).load())  # type: ignore[arg-type]
+        return _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER)).load()  # type: ignore[arg-type]
     except _Refused as refused:
         raise CheckpointError(
             f"{where} asks for {refused}, which no checkpoint needs and which could run code; nothing was run. "
@@ -363,15 +355,6 @@ def loads(data: bytes, where: str) -> Any:
     except (MemoryError, RecursionError, pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
             ImportError, UnicodeError) as error:
         raise CheckpointError(f"{where} is damaged: its pickle holds {type(error).__name__}: {error!s:.200}.") from None
-
-
-def _finish(tree: Any) -> Any:
-    """ShardedTensors get their state after they are made, so they are turned over at the end; only dicts hold them."""
-    if isinstance(tree, _ShardedRecord):
-        return _sharded(tree)
-    if isinstance(tree, dict) and any(isinstance(v, (_ShardedRecord, dict)) for v in tree.values()):
-        return {k: _finish(v) for k, v in tree.items()}
-    return tree
 
 
 class _Name(str):

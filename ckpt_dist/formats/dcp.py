@@ -82,7 +82,7 @@ def _catalog(path: Path, tables: Sequence[_Tables], where: str) -> Catalog:
     boxes = [c for table in tables for n in names if n in table.described for c in table.described[n][0]["chunks"]]
     owner = [e for table in tables for e, n in enumerate(names) if n in table.described for _ in table.described[n][0]["chunks"]]
     index = list(chain.from_iterable(t.index for t in tables))
-    named, offsets = list(map(itemgetter("fqn"), index)), list(map(itemgetter("offset"), index))
+    named, offsets = [i["fqn"] for i in index], [i.get("offset") for i in index]
     info = list(chain.from_iterable(t.info for t in tables))
     files, file, offset, length = _addresses(path, info, where)
     tensors = np.flatnonzero(np.fromiter(map(is_not, offsets, repeat(None)), bool, len(index)))
