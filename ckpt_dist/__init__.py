@@ -1,4 +1,5 @@
 """Convert, reshard, average, merge, inspect and verify distributed training checkpoints."""
+
 from __future__ import annotations
 
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@
 
 Invariant: a function does exactly what the command with the same keys does; errors are raised, not printed.
 """
+
 from __future__ import annotations
 
 import os
@@ -26,7 +27,9 @@ def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) ->
     values: dict[str, Any] = {"quiet": True}
     for name, value in places.items():
         if value is not None:
-            values[f"{name}.path"] = [os.fspath(v) for v in value] if isinstance(value, (list, tuple)) else os.fspath(value)
+            values[f"{name}.path"] = (
+                [os.fspath(v) for v in value] if isinstance(value, (list, tuple)) else os.fspath(value)
+            )
     for name, value in options.items():
         values[f"target.{name}" if name in TARGET else name] = value
     return fill(verb, values)

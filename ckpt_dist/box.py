@@ -3,6 +3,7 @@
 Invariant: everything here is exact integer arithmetic on arrays of shape (boxes, axes); no
 tensors, no files. A box with `start == stop` on any axis is empty.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -64,12 +65,23 @@ def split_interval(lengths: Sequence[int], lo: Ints, hi: Ints) -> tuple[Ints, In
         return keep, lo[keep, None], hi[keep, None]
     inner = int(np.prod(ints(lengths[1:])))
     if inner == 0:
-        return split_interval([], hi, hi)[0], np.zeros((0, len(lengths)), np.int64), np.zeros((0, len(lengths)), np.int64)
+        return (
+            split_interval([], hi, hi)[0],
+            np.zeros((0, len(lengths)), np.int64),
+            np.zeros((0, len(lengths)), np.int64),
+        )
     first, last = -(-lo // inner), hi // inner  # whole steps of the outermost axis are first <= i < last
     parts = []
     head = (lo % inner != 0) & (hi > lo)
-    parts.append(_one_step(lengths, rows[head], (lo // inner)[head], (lo % inner)[head],
-                           np.minimum(inner, hi - lo // inner * inner)[head]))
+    parts.append(
+        _one_step(
+            lengths,
+            rows[head],
+            (lo // inner)[head],
+            (lo % inner)[head],
+            np.minimum(inner, hi - lo // inner * inner)[head],
+        )
+    )
     whole = last > first
     count = int(whole.sum())
     start, stop = np.zeros((count, len(lengths)), np.int64), np.tile(ints(lengths), (count, 1))

@@ -6,6 +6,7 @@ inside one chunk.
 
 Invariant: a catalog and its views are facts; nothing here opens a file or makes a decision.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -141,11 +142,35 @@ class Views:
         return Views(self.keys, self.sizes, *columns)
 
 
-WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "app", "state")  # dicts that a training script puts around a model
+WRAPPERS = (
+    "model",
+    "module",
+    "state_dict",
+    "model_state_dict",
+    "app",
+    "state",
+)  # dicts that a training script puts around a model
 OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict")
 STATES = (
-    "lr_scheduler", "lr_schedulers", "scheduler", "train_state", "trainer", "trainer_state", "dataloader", "rng", "rng_state",
-    "extra_state", "epoch", "step", "global_step", "iteration", "args", "config", "scaler", "loops", "callbacks",
+    "lr_scheduler",
+    "lr_schedulers",
+    "scheduler",
+    "train_state",
+    "trainer",
+    "trainer_state",
+    "dataloader",
+    "rng",
+    "rng_state",
+    "extra_state",
+    "epoch",
+    "step",
+    "global_step",
+    "iteration",
+    "args",
+    "config",
+    "scaler",
+    "loops",
+    "callbacks",
 )
 
 

@@ -2,6 +2,7 @@
 
 Invariant: nothing is written; inspect reads headers only, unless statistics are asked for.
 """
+
 from __future__ import annotations
 
 import fnmatch
@@ -29,14 +30,22 @@ Config = Mapping[str, Any]
 def inspect(cfg: Config) -> dict[str, Any]:
     """What a checkpoint is, from its headers."""
     with job("inspect", {**cfg, "quiet": True}) as (group, report):
-        m = group.on_first(lambda: task.open_model(cfg["source"], {**cfg, "keep": ["weights", "optimizer", "state"], "unmatched": "drop"}))
+        m = group.on_first(
+            lambda: task.open_model(
+                cfg["source"], {**cfg, "keep": ["weights", "optimizer", "state"], "unmatched": "drop"}
+            )
+        )
         facts = _facts(m)
         rows = _rows(m, cfg.get("match"))
         if cfg.get("stats"):
             rows = _with_statistics(group, report, m, rows, cfg)
         lines = [f"{k}: {v}" for k, v in _readable(facts).items()]
         if cfg.get("match") or cfg.get("stats"):
-            lines += ["", *table(list(rows[0]), [list(r.values()) for r in rows])] if rows else ["", f"no tensor matches {cfg['match']!r}"]
+            lines += (
+                ["", *table(list(rows[0]), [list(r.values()) for r in rows])]
+                if rows
+                else ["", f"no tensor matches {cfg['match']!r}"]
+            )
         return {**facts, "tensors": rows, "text": lines}
 
 
@@ -51,12 +60,25 @@ def _facts(m: Model) -> dict[str, Any]:
     by_role = {r: int(whole[[i for i, x in enumerate(roles) if x == r]].sum()) for r in sorted(set(roles))}
     weights = [i for i, r in enumerate(roles) if r == "weight"]
     return {
-        "path": str(m.source.folder), "format": catalog.format, "family": m.family.name if m.family else "unknown", "dialect": m.dialect or "unknown",
-        "step": m.step, "layout": _layout(m), "parameters": int(sum(whole[i] // items[i] for i in weights)), "bytes": by_role,
-        "dtypes": dict(Counter(catalog.entries[i].dtype for i in weights)), "num_tensors": len(catalog.entries), "num_chunks": len(catalog.chunks),
-        "num_files": len(catalog.files), "optimizer": "optimizer" in roles or any(x.role == "optimizer" for x in catalog.extras),
-        "wrapper": ".".join(map(str, m.wrapper)), "sizes": dict(m.sizes), "config": str(m.source.config_path) if m.source.config_path else None,
-        "extras": [x.name for x in catalog.extras], "notes": list(m.source.notes), "dropped": {k: list(v) for k, v in m.dropped.items() if k != "unmatched"},
+        "path": str(m.source.folder),
+        "format": catalog.format,
+        "family": m.family.name if m.family else "unknown",
+        "dialect": m.dialect or "unknown",
+        "step": m.step,
+        "layout": _layout(m),
+        "parameters": int(sum(whole[i] // items[i] for i in weights)),
+        "bytes": by_role,
+        "dtypes": dict(Counter(catalog.entries[i].dtype for i in weights)),
+        "num_tensors": len(catalog.entries),
+        "num_chunks": len(catalog.chunks),
+        "num_files": len(catalog.files),
+        "optimizer": "optimizer" in roles or any(x.role == "optimizer" for x in catalog.extras),
+        "wrapper": ".".join(map(str, m.wrapper)),
+        "sizes": dict(m.sizes),
+        "config": str(m.source.config_path) if m.source.config_path else None,
+        "extras": [x.name for x in catalog.extras],
+        "notes": list(m.source.notes),
+        "dropped": {k: list(v) for k, v in m.dropped.items() if k != "unmatched"},
         "unmatched": list(m.dropped.get("unmatched", ())),
     }
 
@@ -69,7 +91,9 @@ def _layout(m: Model) -> str:
     parts = np.bincount(catalog.chunks.entry, minlength=len(catalog.entries))
     most = int(parts.max(initial=0))
     dims = sorted({d for d in range(catalog.chunks.start.shape[1]) if len(np.unique(catalog.chunks.start[:, d])) > 1})
-    return "whole tensors" if most <= 1 else f"up to {most} chunks a tensor, divided along dim {', '.join(map(str, dims))}"
+    return (
+        "whole tensors" if most <= 1 else f"up to {most} chunks a tensor, divided along dim {', '.join(map(str, dims))}"
+    )
 
 
 def _readable(facts: Config) -> dict[str, Any]:
@@ -78,10 +102,14 @@ def _readable(facts: Config) -> dict[str, Any]:
     shown["bytes"] = ", ".join(f"{r} {size(b)}" for r, b in facts["bytes"].items())
     shown["dtypes"] = ", ".join(f"{d} ({n} tensors)" for d, n in facts["dtypes"].items())
     shown["sizes"] = ", ".join(f"{a}={n}" for a, n in facts["sizes"].items())
-    shown["extras"] = f"{len(facts['extras'])}" + (f": {', '.join(facts['extras'][:6])}" + (", ..." if len(facts["extras"]) > 6 else "") if facts["extras"] else "")
+    shown["extras"] = f"{len(facts['extras'])}" + (
+        f": {', '.join(facts['extras'][:6])}" + (", ..." if len(facts["extras"]) > 6 else "") if facts["extras"] else ""
+    )
     for name in ("notes", "dropped", "unmatched"):
         found = facts[name]
-        shown[name] = "; ".join(f"{k}: {len(v)}" for k, v in found.items()) if isinstance(found, dict) else "; ".join(found)
+        shown[name] = (
+            "; ".join(f"{k}: {len(v)}" for k, v in found.items()) if isinstance(found, dict) else "; ".join(found)
+        )
     return {k: v for k, v in shown.items() if v not in ("", None)}
 
 
@@ -89,7 +117,8 @@ def _rows(m: Model, match: str | None) -> list[dict[str, Any]]:
     counts = np.bincount(m.catalog.chunks.entry, minlength=len(m.catalog.entries)).tolist()
     return [
         {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "role": e.role, "chunks": counts[i]}
-        for i, e in enumerate(m.catalog.entries) if match is None or fnmatch.fnmatch(e.name, match)
+        for i, e in enumerate(m.catalog.entries)
+        if match is None or fnmatch.fnmatch(e.name, match)
     ]
 
 
@@ -130,8 +159,19 @@ def _own_design(m: Model) -> tuple[Bound, Bound]:
     return bound, canon
 
 
-def _read(group: Group, report: Report, what: str, canon: Bound, sides: Sequence[tuple[Model, Bound, Any]], combine: Any, cfg: Config, digests: bool = False) -> Any:
-    return task.run_tiles(group, report, engine_of(cfg), what, canon, sides, None, combine, digests=digests, quiet=bool(cfg.get("quiet")))
+def _read(
+    group: Group,
+    report: Report,
+    what: str,
+    canon: Bound,
+    sides: Sequence[tuple[Model, Bound, Any]],
+    combine: Any,
+    cfg: Config,
+    digests: bool = False,
+) -> Any:
+    return task.run_tiles(
+        group, report, engine_of(cfg), what, canon, sides, None, combine, digests=digests, quiet=bool(cfg.get("quiet"))
+    )
 
 
 def _statistics(group: Group, report: Report, m: Model, cfg: Config) -> dict[str, Sums]:
@@ -156,7 +196,9 @@ def _statistics(group: Group, report: Report, m: Model, cfg: Config) -> dict[str
     return found
 
 
-def _with_statistics(group: Group, report: Report, m: Model, rows: list[dict[str, Any]], cfg: Config) -> list[dict[str, Any]]:
+def _with_statistics(
+    group: Group, report: Report, m: Model, rows: list[dict[str, Any]], cfg: Config
+) -> list[dict[str, Any]]:
     wanted = {r["name"] for r in rows}
     names = tuple(n if m.catalog.entries[e].name in wanted else None for e, n in enumerate(m.names))
     own = {m.catalog.entries[e].name: n for e, n in enumerate(m.names)}
@@ -164,7 +206,11 @@ def _with_statistics(group: Group, report: Report, m: Model, rows: list[dict[str
     for row in rows:
         sums = found.get(str(own[row["name"]]), Sums())
         mean = sums.total / sums.count if sums.count else 0.0
-        some = {"min": sums.least, "max": sums.most, "mean": mean, "norm": sums.squares**0.5} if sums.count else dict.fromkeys(("min", "max", "mean", "norm"), 0.0)
+        some = (
+            {"min": sums.least, "max": sums.most, "mean": mean, "norm": sums.squares**0.5}
+            if sums.count
+            else dict.fromkeys(("min", "max", "mean", "norm"), 0.0)
+        )
         row |= {k: float(f"{v:.6g}") for k, v in some.items()} | {"not_finite": sums.bad}
     return rows
 
@@ -197,10 +243,17 @@ def _alone(group: Group, report: Report, m: Model, cfg: Config) -> dict[str, Any
     bad = {n: s.bad for n, s in found.items() if s.bad}
     if bad:
         worst = sorted(bad.items(), key=lambda item: -item[1])[:10]
-        raise Difference(f"{m.source.folder} is readable and complete, but {len(bad)} tensors hold values that are not finite:\n"
-                         + "\n".join(f"  {n}: {count} values" for n, count in worst))
-    return {"path": str(m.source.folder), "complete": True, "finite": True, "tensors": len(found),
-            "text": [f"{m.source.folder}: {len(found)} tensors, readable, complete and finite"]}
+        raise Difference(
+            f"{m.source.folder} is readable and complete, but {len(bad)} tensors hold values that are not finite:\n"
+            + "\n".join(f"  {n}: {count} values" for n, count in worst)
+        )
+    return {
+        "path": str(m.source.folder),
+        "complete": True,
+        "finite": True,
+        "tensors": len(found),
+        "text": [f"{m.source.folder}: {len(found)} tensors, readable, complete and finite"],
+    }
 
 
 @dataclass
@@ -212,7 +265,11 @@ class Gap:
     nans: int = 0
 
     def merge(self, other: Gap) -> None:
-        self.over, self.nans, self.largest = self.over + other.over, self.nans + other.nans, max(self.largest, other.largest)
+        self.over, self.nans, self.largest = (
+            self.over + other.over,
+            self.nans + other.nans,
+            max(self.largest, other.largest),
+        )
 
 
 def _gap(one: Any, two: Any, rtol: float, atol: float) -> Gap:
@@ -236,7 +293,9 @@ def _pair(a: Model, b: Model) -> Design:
         return Design(bounds, canon, canon, a.dialect)
     for m in (a, b):
         if m.family is None:
-            raise CheckpointError(f"{m.source.folder} is of no known family; its names cannot be compared with those of {(b if m is a else a).source.folder}.")
+            raise CheckpointError(
+                f"{m.source.folder} is of no known family; its names cannot be compared with those of {(b if m is a else a).source.folder}."
+            )
     d = task._family_design([a], "hf", {})
     return Design((d.sources[0], task.model.bind_family(b)), d.canon, d.canon, "hf")
 
@@ -264,7 +323,9 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
 
         gap = _gap(tensor(one, dtypes[0]), tensor(two, dtypes[1]), rtol, atol)
         if not (rtol or atol) and not gap.over and (dtypes[0] != dtypes[1] or is_floating(dtypes[0])):
-            gap.over = 0 if dtypes[0] != dtypes[1] else int((one != two).sum())  # -0.0 and 0.0, or other payloads of NaN
+            gap.over = (
+                0 if dtypes[0] != dtypes[1] else int((one != two).sum())
+            )  # -0.0 and 0.0, or other payloads of NaN
         mine[tile] = gap
 
     with report.phase("compare"):
@@ -280,29 +341,49 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
 def _same_names(a: Model, b: Model, va: Any, vb: Any, d: Design) -> None:
     only_a, only_b = sorted(set(va.keys) - set(vb.keys)), sorted(set(vb.keys) - set(va.keys))
     if only_a or only_b:
-        lines = [f"  only in {m.source.folder}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                 for m, names in ((a, only_a), (b, only_b)) if names]
+        lines = [
+            f"  only in {m.source.folder}: {', '.join(names[:5])}"
+            + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            for m, names in ((a, only_a), (b, only_b))
+            if names
+        ]
         raise Difference("The checkpoints do not hold the same weights:\n" + "\n".join(lines))
     aligned = [{k: v.sizes[i].tolist() for i, k in enumerate(v.keys)} for v in (va, vb)]
     for key, lengths in aligned[0].items():
         if lengths != aligned[1][key]:
-            raise Difference(f"{key} has axis lengths {lengths} in {a.source.folder} and {aligned[1][key]} in {b.source.folder}.")
+            raise Difference(
+                f"{key} has axis lengths {lengths} in {a.source.folder} and {aligned[1][key]} in {b.source.folder}."
+            )
 
 
-def _verdict(a: Model, b: Model, d: Design, found: Mapping[str, Gap], done: Any, rtol: float, atol: float) -> dict[str, Any]:
+def _verdict(
+    a: Model, b: Model, d: Design, found: Mapping[str, Gap], done: Any, rtol: float, atol: float
+) -> dict[str, Any]:
     wrong = {n: g for n, g in found.items() if g.over}
     if wrong:
         worst = sorted(wrong.items(), key=lambda item: -item[1].largest)[:10]
-        lines = [f"  {n}: {g.over} elements differ, by up to {g.largest:.6g}" + (f", {g.nans} not a number on one side" if g.nans else "") for n, g in worst]
+        lines = [
+            f"  {n}: {g.over} elements differ, by up to {g.largest:.6g}"
+            + (f", {g.nans} not a number on one side" if g.nans else "")
+            for n, g in worst
+        ]
         limit = "bit by bit" if not (rtol or atol) else f"within rtol={rtol:g} atol={atol:g}"
-        raise Difference(f"{a.source.folder} and {b.source.folder} are not equal {limit}: {len(wrong)} of {len(d.canon.entries)} tensors differ, the worst:\n"
-                         + "\n".join(lines))
+        raise Difference(
+            f"{a.source.folder} and {b.source.folder} are not equal {limit}: {len(wrong)} of {len(d.canon.entries)} tensors differ, the worst:\n"
+            + "\n".join(lines)
+        )
     exact = not found
     print_a = task.fingerprint_of(task.weight_digests(d.canon, done, 0))
     largest = max((g.largest for g in found.values()), default=0.0)
     text = f"{len(d.canon.entries)} tensors are {'bit-equal' if exact else f'equal within tolerance (largest difference {largest:.6g})'}"
-    return {"equal": True, "bit_equal": exact, "tensors": len(d.canon.entries), "largest_difference": largest,
-            "fingerprint": print_a if exact else None, "text": [text + (f", fingerprint {print_a}" if exact else "")]}
+    return {
+        "equal": True,
+        "bit_equal": exact,
+        "tensors": len(d.canon.entries),
+        "largest_difference": largest,
+        "fingerprint": print_a if exact else None,
+        "text": [text + (f", fingerprint {print_a}" if exact else "")],
+    }
 
 
 def fingerprint(path: str | Path, **keys: Any) -> str:

@@ -5,6 +5,7 @@ Nothing heavy is imported before the command is known to be right.
 
 Invariant: a person's mistake is one message on stderr, once per job, and an exit code from its class.
 """
+
 from __future__ import annotations
 
 import importlib

@@ -6,6 +6,7 @@ does the rest. `load` (command line) and `fill` (Python) both end in `_checked`.
 
 Invariant: a configuration that leaves this file is complete, and every value in it has passed its key's reader.
 """
+
 from __future__ import annotations
 
 import copy

@@ -4,6 +4,7 @@ An exit code travels with the class, so that every way out of the program agrees
 0 done; 2 the command is wrong; 3 a source is missing, damaged, unsafe or does not fit;
 4 verify found a difference; 1 anything else (our own mistake).
 """
+
 from __future__ import annotations
 
 import difflib

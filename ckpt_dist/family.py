@@ -6,12 +6,13 @@ checkpoint in some dialect holds: the same table, read in both directions.
 
 Invariant: each stored name is matched by exactly one rule or reported; nothing is guessed by position.
 """
+
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from itertools import product
 from typing import Any
@@ -68,8 +69,10 @@ class Rule:
     fixed: tuple[tuple[str, int], ...] = ()
 
 
-@lru_cache(maxsize=None)
-def _table(family_name: str, dialect: str, rules: tuple[tuple[str, str], ...]) -> dict[str, tuple[Pattern, tuple[str, ...]]]:
+@cache
+def _table(
+    family_name: str, dialect: str, rules: tuple[tuple[str, str], ...]
+) -> dict[str, tuple[Pattern, tuple[str, ...]]]:
     """Rules keyed by the name with every number replaced by `{}`, so that a lookup is one dictionary access."""
     table = {}
     for name, text in rules:
@@ -99,7 +102,9 @@ def plain(entry: Entry, name: str) -> Rule:
     return Rule(identity(len(entry.shape)), (name,))
 
 
-def resolve(family: Family, dialect: str, named: Iterable[tuple[str, Sequence[int]]], known: Mapping[str, int]) -> dict[str, int]:
+def resolve(
+    family: Family, dialect: str, named: Iterable[tuple[str, Sequence[int]]], known: Mapping[str, int]
+) -> dict[str, int]:
     """Axis lengths from the config (`known`) and the stored shapes; contradictions are refused with both numbers."""
     sizes = dict(known)
     seen: dict[tuple[Pattern, tuple[int, ...]], str] = {}
@@ -111,7 +116,9 @@ def resolve(family: Family, dialect: str, named: Iterable[tuple[str, Sequence[in
             if axis not in known:
                 sizes[axis] = max(sizes.get(axis, 0), index + 1)
             elif index >= known[axis]:
-                raise CheckpointError(f"{name}: index {index} of axis {axis}, but the config says {known[axis]} of them.")
+                raise CheckpointError(
+                    f"{name}: index {index} of axis {axis}, but the config says {known[axis]} of them."
+                )
         seen.setdefault((rule.pattern, tuple(stored)), name)
     for _ in range(2):  # a length found in one tensor may be what another one needs
         for (pattern, stored), name in seen.items():
@@ -126,7 +133,10 @@ def resolve(family: Family, dialect: str, named: Iterable[tuple[str, Sequence[in
 
 
 def bind(
-    entries: Sequence[Entry], rules: Sequence[Rule | None], chunks: Chunks, sizes: Mapping[str, int],
+    entries: Sequence[Entry],
+    rules: Sequence[Rule | None],
+    chunks: Chunks,
+    sizes: Mapping[str, int],
     axes: Mapping[str, tuple[str, ...]],
 ) -> Views:
     """Views of all chunks whose entry has a rule. `axes` orders a weight's axes; a plain weight keeps its dims."""
@@ -160,7 +170,9 @@ def bind(
             ids = ints([keys[rules[m].weights[branch]] for m in members])  # type: ignore[union-attr]
             weight = rules[members[0]].weights[branch]  # type: ignore[union-attr]
             order = axes[weight] if known else pattern.axes(0)
-            parts.append(_group(pattern, branch, names, fixed, frame, sizes, order, width, chunks, rows, local, ids, known))
+            parts.append(
+                _group(pattern, branch, names, fixed, frame, sizes, order, width, chunks, rows, local, ids, known)
+            )
     if not parts:
         none = np.zeros(0, np.int64)
         return Views(tuple(keys), padded(lengths, width, 1), none, none, *(np.zeros((0, width), np.int64),) * 3, none)
@@ -169,13 +181,26 @@ def bind(
 
 
 def _group(
-    pattern: Pattern, branch: int, names: tuple[str, ...], fixed: Ints, frame: tuple[tuple[str, int, int], ...],
-    sizes: Mapping[str, int], order: tuple[str, ...], width: int, chunks: Chunks, rows: Ints, local: Ints, ids: Ints, known: bool,
+    pattern: Pattern,
+    branch: int,
+    names: tuple[str, ...],
+    fixed: Ints,
+    frame: tuple[tuple[str, int, int], ...],
+    sizes: Mapping[str, int],
+    order: tuple[str, ...],
+    width: int,
+    chunks: Chunks,
+    rows: Ints,
+    local: Ints,
+    ids: Ints,
+    known: bool,
 ) -> tuple[Ints, ...]:
     """The views of one branch of one pattern, for all chunks of the entries that share it."""
     low = {a: lo for a, lo, _ in frame}
     inside = {**sizes, **{a: hi - lo for a, lo, hi in frame}} if known else dict.fromkeys(pattern.axes(0), 1)
-    row, start, stop, stride, origin = boxes(pattern, branch, inside, chunks.start[rows], chunks.stop[rows], chunks.strides[rows])
+    row, start, stop, stride, origin = boxes(
+        pattern, branch, inside, chunks.start[rows], chunks.stop[rows], chunks.strides[rows]
+    )
     shift = ints([low.get(a, 0) for a in pattern.axes(branch)])
     place = {a: k for k, a in enumerate(pattern.axes(branch))}
     out_start, out_stop = np.zeros((len(row), width), np.int64), np.ones((len(row), width), np.int64)
@@ -191,7 +216,9 @@ def _group(
     return ids[local[row]], rows[row], out_start, out_stop, out_stride, origin
 
 
-def spell(family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int]) -> list[tuple[str, Rule, tuple[int, ...]]]:
+def spell(
+    family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int]
+) -> list[tuple[str, Rule, tuple[int, ...]]]:
     """What a model is called in a dialect: (stored name, rule, shape), in the order of the table, layer by layer.
 
     `present[weight]`: (n, axes) lower corners of the boxes a source holds, to know which layers have a weight.
@@ -206,7 +233,15 @@ def spell(family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapp
         corners = sorted({tuple(int(c) for c in row) for row in present[pattern.weights[0]][:, places]})
         for corner in corners:
             fixed = tuple(zip(names, corner, strict=True))
-            found.append((corner, position, name.format(**dict(fixed)), Rule(pattern, pattern.weights, fixed), shape(pattern, sizes)))
+            found.append(
+                (
+                    corner,
+                    position,
+                    name.format(**dict(fixed)),
+                    Rule(pattern, pattern.weights, fixed),
+                    shape(pattern, sizes),
+                )
+            )
     first = min((p for c, p, *_ in found if c), default=0)
     found.sort(key=lambda f: (bool(f[0]) + (not f[0] and f[1] > first) * 2, f[0], f[1]))
     return [(name, rule, stored) for _, _, name, rule, stored in found]

@@ -5,6 +5,7 @@ a person what would. The keys and their defaults are in `conf/`; a test compares
 
 Invariant: a reader never opens anything but the names of folders, and reading twice changes nothing.
 """
+
 from __future__ import annotations
 
 import os

@@ -2,6 +2,7 @@
 
 Invariant: each stored name is selected, carried or dropped by a named rule, or is unmatched and refused.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -48,12 +49,19 @@ def clean(name: str) -> str:
     return name
 
 
-def recognise(source: Source, *, family: str = "auto", dialect: str = "auto", keep: Sequence[str] = ("weights",), unmatched: str = "error") -> Model:
+def recognise(
+    source: Source,
+    *,
+    family: str = "auto",
+    dialect: str = "auto",
+    keep: Sequence[str] = ("weights",),
+    unmatched: str = "error",
+) -> Model:
     """Family and dialect from the config's model_type and the names; what does not fit is refused or listed."""
     catalog = source.catalog
     own, wrapper = _own_names(catalog)
     chosen, spoken, prefix = _best([n for n in own if n is not None], source.config, family, dialect)
-    names: list[str | None] = [n[len(prefix):] if n is not None and n.startswith(prefix) else n for n in own]
+    names: list[str | None] = [n[len(prefix) :] if n is not None and n.startswith(prefix) else n for n in own]
     dropped: dict[str, list[str]] = {}
     lost: list[str] = []
     for e, name in enumerate(names):
@@ -76,13 +84,30 @@ def recognise(source: Source, *, family: str = "auto", dialect: str = "auto", ke
         )
     if lost:
         dropped["unmatched"] = lost
-    names = [n if catalog.entries[e].role == "weight" else (catalog.entries[e].name if _kept(catalog.entries[e].role, keep) else None)
-             for e, n in enumerate(names)]
+    names = [
+        n
+        if catalog.entries[e].role == "weight"
+        else (catalog.entries[e].name if _kept(catalog.entries[e].role, keep) else None)
+        for e, n in enumerate(names)
+    ]
     _unambiguous(names, source)
     sizes, unresolved = _sizes(source, chosen, spoken, names)
-    guesses = [f"model family {chosen.name} in the names of {spoken}" if chosen else "unknown model: names are kept as they are"]
-    return Model(source, tuple(names), wrapper + ((prefix.rstrip("."),) if prefix else ()), chosen, spoken, sizes, unresolved,
-                 {k: tuple(v) for k, v in dropped.items()}, tuple(guesses))
+    guesses = [
+        f"model family {chosen.name} in the names of {spoken}"
+        if chosen
+        else "unknown model: names are kept as they are"
+    ]
+    return Model(
+        source,
+        tuple(names),
+        wrapper + ((prefix.rstrip("."),) if prefix else ()),
+        chosen,
+        spoken,
+        sizes,
+        unresolved,
+        {k: tuple(v) for k, v in dropped.items()},
+        tuple(guesses),
+    )
 
 
 def _kept(role: str, keep: Sequence[str]) -> bool:
@@ -114,7 +139,9 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
     best: tuple[float, Family | None, str, str] = (0.0, None, "", "")
     for candidate in typed or known:
         if dialect not in ("auto", *candidate.dialects):
-            raise UsageError(f"dialect={dialect!r} is none of {candidate.name}.{nearest(dialect, candidate.dialects)} Known: {', '.join(candidate.dialects)}.")
+            raise UsageError(
+                f"dialect={dialect!r} is none of {candidate.name}.{nearest(dialect, candidate.dialects)} Known: {', '.join(candidate.dialects)}."
+            )
         for spoken in candidate.dialects if dialect == "auto" else (dialect,):
             for prefix in ("", "model.", "module."):
                 score = _score(candidate, spoken, prefix, names)
@@ -128,7 +155,7 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
 
 def _score(family: Family, dialect: str, prefix: str, names: Sequence[str]) -> float:
     """The part of the names that a dialect knows; names it only drops do not speak for it."""
-    hits = sum(n.startswith(prefix) and families.match(family, dialect, n[len(prefix):]) is not None for n in names)
+    hits = sum(n.startswith(prefix) and families.match(family, dialect, n[len(prefix) :]) is not None for n in names)
     drops = sum(families.dropped(family, n) for n in names)
     return hits / max(len(names) - drops, 1)
 
@@ -138,10 +165,14 @@ def _unambiguous(names: Sequence[str | None], source: Source) -> None:
     for e, name in enumerate(names):
         if name is not None and seen.setdefault(name, e) != e:
             one, two = source.catalog.entries[seen[name]].name, source.catalog.entries[e].name
-            raise CheckpointError(f"{source.folder}: {one!r} and {two!r} both are the weight {name!r}. Give one with source.path, or model=identity.")
+            raise CheckpointError(
+                f"{source.folder}: {one!r} and {two!r} both are the weight {name!r}. Give one with source.path, or model=identity."
+            )
 
 
-def _sizes(source: Source, family: Family | None, dialect: str, names: Sequence[str | None]) -> tuple[dict[str, int], str]:
+def _sizes(
+    source: Source, family: Family | None, dialect: str, names: Sequence[str | None]
+) -> tuple[dict[str, int], str]:
     """Axis lengths, and which axes could not be known (an empty text if all are)."""
     if family is None:
         return {}, ""
@@ -155,7 +186,14 @@ def _sizes(source: Source, family: Family | None, dialect: str, names: Sequence[
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
     sizes = families.resolve(family, dialect, shapes, known)
-    used = {a for n, _ in shapes for rule in [families.match(family, dialect, n)] if rule for k in range(len(rule.weights)) for a in rule.pattern.axes(k)}
+    used = {
+        a
+        for n, _ in shapes
+        for rule in [families.match(family, dialect, n)]
+        if rule
+        for k in range(len(rule.weights))
+        for a in rule.pattern.axes(k)
+    }
     missing = sorted(used - set(sizes))
     return sizes, f"the lengths of {', '.join(missing)}" if missing else ""
 
@@ -197,13 +235,17 @@ def corners(bound: Bound, views: Views) -> dict[str, Ints]:
     return {key: np.unique(views.start[views.weight == w], axis=0) for w, key in enumerate(views.keys)}
 
 
-def spelled(family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int], dtype_of: Any) -> Bound:
+def spelled(
+    family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int], dtype_of: Any
+) -> Bound:
     """The entries of a model in a dialect; a weight that the dialect has no name for is refused."""
     found = families.spell(family, dialect, present, sizes)
     named = {w for _, rule, _ in found for w in rule.weights}
     for weight in present:
         if weight not in named:
-            raise CheckpointError(f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect.")
+            raise CheckpointError(
+                f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect."
+            )
     entries = tuple(Entry(name, dtype_of(rule), shape, (name,)) for name, rule, shape in found)
     return Bound(entries, tuple(rule for _, rule, _ in found), sizes, axes_of(family))
 

@@ -3,10 +3,11 @@
 FSDP rows, tensor, pipeline and expert parallelism are all intervals of an axis; here are the rules by which
 frameworks cut them. Invariant: the parts of one cut are disjoint, in order and complete; integers only.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 
 from ckpt_dist.box import Box
 
@@ -31,10 +32,12 @@ def even(length: int, parts: int) -> list[Interval]:
 def bounds(lengths: Sequence[int]) -> list[Interval]:
     """Parts of given lengths: `bounds([3, 4])` -> `[(0, 3), (3, 7)]`."""
     ends = list(accumulate(lengths, initial=0))
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
-def placed(shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]) -> list[tuple[Box, tuple[int, ...]]]:
+def placed(
+    shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> list[tuple[Box, tuple[int, ...]]]:
     """The boxes of a DTensor that one rank holds, each with its place in the rank's local tensor.
 
     `placed((5, 7), (4,), (2,), [("shard", 0)])` -> `[(((4, 5), (0, 7)), (0, 0))]`. There is more than one box only

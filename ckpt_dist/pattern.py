@@ -9,12 +9,13 @@ Invariant: a pattern is an affine map from axis indices to element offsets. What
 `boxes` finds disjoint boxes of the weight that together are the slice's part of it, each with one stride per
 axis. Pure integers: neither torch nor files.
 """
+
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Pattern:
         return tuple(found)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Pattern:
     """Parse a pattern; an error shows the text with a caret and the rule that was broken.
 
@@ -161,7 +162,9 @@ def solve(pattern: Pattern, stored: Sequence[int], known: Mapping[str, int]) -> 
         hidden = {a for t in dim if not isinstance(t, str) for branch in t for a in branch if a not in sizes}
         if hidden or len(unknown) > 1:
             continue
-        rest = int(np.prod([n for t, n in zip(dim, _partial(dim, sizes), strict=True) if t not in unknown], dtype=np.int64))
+        rest = int(
+            np.prod([n for t, n in zip(dim, _partial(dim, sizes), strict=True) if t not in unknown], dtype=np.int64)
+        )
         if unknown and (rest == 0 or length % rest):
             raise PatternError(f"a dim of {length} is no multiple of {rest} in {pattern.text!r}")
         if unknown:
@@ -224,7 +227,8 @@ def _dim_boxes(
         before = sum(parts[:branch])
         inside, sub_lo, sub_hi = split_interval(
             [sizes[a] for a in term[branch]],
-            np.maximum(start[:, k] - before, 0), np.minimum(stop[:, k] - before, parts[branch]),
+            np.maximum(start[:, k] - before, 0),
+            np.minimum(stop[:, k] - before, parts[branch]),
         )
         row, start, stop, at = row[inside], start[inside], stop[inside], at[inside]
         los, his = ([c[inside] for c in columns] for columns in (los, his))

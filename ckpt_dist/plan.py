@@ -7,8 +7,10 @@ rank count; a *wave* is a run of tiles that one rank makes at one time.
 
 Invariant: pure integers. No files, no tensors, no process group; the same answer on every rank.
 """
+
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +61,9 @@ def align(a: Views, b: Views) -> tuple[Views, Views]:
         wrong = np.flatnonzero((sizes[rows, : views.sizes.shape[1]] != views.sizes).any(axis=1))
         for w in wrong[:1]:
             have, need = sizes[rows[w]], views.sizes[w]
-            raise CheckpointError(f"{views.keys[w]}: one side has axis lengths {have.tolist()}, the other {need.tolist()}.")
+            raise CheckpointError(
+                f"{views.keys[w]}: one side has axis lengths {have.tolist()}, the other {need.tolist()}."
+            )
     return tuple(_widened(v, ints([ids[k] for k in v.keys]), keys, sizes) for v in (a, b))  # type: ignore[return-value]
 
 
@@ -205,7 +209,9 @@ def tiles(entries: Sequence[Entry], elements: int = TILE) -> Chunks:
     column = np.arange(width)[None, :]
     first = (block * step[entry])[:, None]
     start = np.where(column < cut, position, np.where(column == cut, first, start))
-    stop = np.where(column < cut, position + 1, np.where(column == cut, np.minimum(first + step[entry][:, None], stop), stop))
+    stop = np.where(
+        column < cut, position + 1, np.where(column == cut, np.minimum(first + step[entry][:, None], stop), stop)
+    )
     offset = np.sum(start * inner[entry], axis=1, dtype=np.int64)
     return Chunks.dense(entry, start, stop, entry * 0, offset)
 
@@ -217,7 +223,7 @@ def share(nbytes: Ints, world: int) -> list[tuple[int, int]]:
     """
     total = np.concatenate([[0], np.cumsum(nbytes)])
     bounds = [int(np.searchsorted(total, int(total[-1]) * r // world)) for r in range(world)] + [len(nbytes)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def pack(nbytes: Ints, memory: int, first: int, last: int, *, copies: int = 1) -> list[tuple[int, int]]:
@@ -265,8 +271,13 @@ def moves(views: Views, chunks: Chunks, itemsize: Ints, tiled: Views, *, alterna
     element = views.origin[a] + np.sum((start - views.start[a]) * views.stride[a], axis=1, dtype=np.int64)
     within = tiled.origin[b] + np.sum((start - tiled.start[b]) * tiled.stride[b], axis=1, dtype=np.int64)
     return Moves(
-        tiled.chunk[b], chunk, hits.stop[order] - start, chunks.offset[chunk] + element * itemsize[chunk],
-        views.stride[a], within, tiled.stride[b],
+        tiled.chunk[b],
+        chunk,
+        hits.stop[order] - start,
+        chunks.offset[chunk] + element * itemsize[chunk],
+        views.stride[a],
+        within,
+        tiled.stride[b],
     )
 
 

@@ -5,6 +5,7 @@ rich is imported only when something is drawn.
 
 Invariant: a report is plain data (`Report.to_dict`); what is drawn is made from it and nothing else.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,9 +24,11 @@ from ckpt_dist.errors import UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-UNITS = {"": 1, "B": 1} | {p + "B": 1000**n for n, p in enumerate("KMGTP", 1)} | {
-    p + "iB": 1024**n for n, p in enumerate("KMGTP", 1)
-}
+UNITS = (
+    {"": 1, "B": 1}
+    | {p + "B": 1000**n for n, p in enumerate("KMGTP", 1)}
+    | {p + "iB": 1024**n for n, p in enumerate("KMGTP", 1)}
+)
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 EVERY_S = 5.0  # between two plain progress lines
 

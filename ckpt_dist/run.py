@@ -2,6 +2,7 @@
 
 Invariant: a verb either publishes a whole target and a report, or raises and leaves no trace of the target.
 """
+
 from __future__ import annotations
 
 import json
@@ -59,7 +60,16 @@ def merge(cfg: Config) -> dict[str, Any]:
             m = group.on_first(lambda: task.open_model(cfg["source"], cfg))
         given = cfg["target"].get("path")
         into = None if given else _checkpoint_of(m)
-        return _write(group, report, [m], cfg, Path(given) if given else _checkpoint_of(m), keep, {"verb": "merge"}, into=into is not None)
+        return _write(
+            group,
+            report,
+            [m],
+            cfg,
+            Path(given) if given else _checkpoint_of(m),
+            keep,
+            {"verb": "merge"},
+            into=into is not None,
+        )
 
 
 def _checkpoint_of(m: Model) -> Path:
@@ -96,7 +106,9 @@ def _open_all(cfg: Config) -> list[Model]:
         raise UsageError("steps= and last= exclude each other; give one.")
     if len(paths) > 1:
         if wanted is not None or last is not None:
-            raise UsageError("steps= and last= choose among the steps of one folder; source.path names several checkpoints.")
+            raise UsageError(
+                "steps= and last= choose among the steps of one folder; source.path names several checkpoints."
+            )
         found = [Path(p) for p in paths]
     else:
         root = Path(paths[0]).expanduser()
@@ -128,7 +140,11 @@ def _average_target(cfg: Config, first: Model, label: str) -> Path:
     path, name = cfg["target"].get("path"), cfg.get("name")
     if path and not name:
         return Path(path)
-    parent = Path(path) if path else (first.source.asked if first.source.asked.is_dir() else first.source.asked.parent).parent
+    parent = (
+        Path(path)
+        if path
+        else (first.source.asked if first.source.asked.is_dir() else first.source.asked.parent).parent
+    )
     return parent / f"{label}-averaged"
 
 
@@ -145,7 +161,13 @@ def _same_models(models: Sequence[Model], d: task.Design) -> None:
     """All sources hold the same tensors, shapes and dtypes, or the differences are shown."""
     tables = []
     for bound in d.sources:
-        tables.append({(r.weights, r.fixed): (e.dtype, e.shape) for e, r in zip(bound.entries, bound.rules, strict=True) if r is not None})
+        tables.append(
+            {
+                (r.weights, r.fixed): (e.dtype, e.shape)
+                for e, r in zip(bound.entries, bound.rules, strict=True)
+                if r is not None
+            }
+        )
     first, differences = tables[0], []
     for m, table_ in zip(models[1:], tables[1:], strict=True):
         if d.sources[0].axes and m.dialect != models[0].dialect:
@@ -153,7 +175,9 @@ def _same_models(models: Sequence[Model], d: task.Design) -> None:
         for key in [*first, *(k for k in table_ if k not in first)]:
             if first.get(key) != table_.get(key):
                 name = ", ".join(key[0]) + "".join(f" {a}={i}" for a, i in key[1])
-                differences.append(f"  {name}: {_kind(first.get(key))} in {models[0].source.folder.name}, {_kind(table_.get(key))} in {m.source.folder.name}")
+                differences.append(
+                    f"  {name}: {_kind(first.get(key))} in {models[0].source.folder.name}, {_kind(table_.get(key))} in {m.source.folder.name}"
+                )
     if differences:
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise CheckpointError("These checkpoints are not of one model:\n" + "\n".join(differences[:10]) + more)
@@ -164,8 +188,16 @@ def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:
 
 
 def _write(
-    group: Group, report: Report, models: list[Model], cfg: Config, path: Path, combine: Combine, about: Mapping[str, Any],
-    *, into: bool = False, given: Sequence[float] = (),
+    group: Group,
+    report: Report,
+    models: list[Model],
+    cfg: Config,
+    path: Path,
+    combine: Combine,
+    about: Mapping[str, Any],
+    *,
+    into: bool = False,
+    given: Sequence[float] = (),
 ) -> dict[str, Any]:
     """From understood sources to a published target."""
     engine, target = engine_of(cfg), cfg["target"]
@@ -181,7 +213,9 @@ def _write(
         layout = _lay_out(d, models[0], extras, cfg, path)
         views, target_views = task.prove_all(d, models, layout.catalog.chunks)
         staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
-        small = _small_files(models[0], d, layout, cfg, report) if target["format"] == "hf" and not staging.single else {}
+        small = (
+            _small_files(models[0], d, layout, cfg, report) if target["format"] == "hf" and not staging.single else {}
+        )
         group.on_first(lambda: stage.check(staging, layout, list(small), bool(cfg.get("overwrite"))))
         _account(report, models, lost)
     if cfg.get("dry_run"):
@@ -192,8 +226,18 @@ def _write(
             triples = list(zip(models, d.sources, views, strict=True))
             files = Files(staging.folder, layout.catalog.files, writable=True)
             digests = combine is not keep or bool(engine.get("verify"))
-            done = task.run_tiles(group, report, engine, about["verb"], d.canon, triples, (d.target, layout, files, target_views), combine,
-                                  digests=digests, quiet=bool(cfg.get("quiet")))
+            done = task.run_tiles(
+                group,
+                report,
+                engine,
+                about["verb"],
+                d.canon,
+                triples,
+                (d.target, layout, files, target_views),
+                combine,
+                digests=digests,
+                quiet=bool(cfg.get("quiet")),
+            )
         if engine.get("verify"):
             with report.phase("verify"):
                 _reread(group, report, d, layout, staging, target_views, done, len(models), engine, cfg)
@@ -211,14 +255,25 @@ def _write(
     return {**report.to_dict(), **prints}
 
 
-def _finish(staging: stage.Staging, layout: Layout, runs: stage.Runs, small: Mapping[str, bytes | Path], engine: Config, cfg: Config) -> None:
+def _finish(
+    staging: stage.Staging,
+    layout: Layout,
+    runs: stage.Runs,
+    small: Mapping[str, bytes | Path],
+    engine: Config,
+    cfg: Config,
+) -> None:
     stage.finish(staging, layout, runs, small)
     stage.publish(staging, bool(engine.get("fsync", True)), bool(cfg.get("overwrite")))
 
 
 def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, path: Path) -> Layout:
     target = cfg["target"]
-    options = {**target, "max_shard_size": parse_size(target["max_shard_size"]), "file": path.name if _is_file_name(path, target["format"]) else None}
+    options = {
+        **target,
+        "max_shard_size": parse_size(target["max_shard_size"]),
+        "file": path.name if _is_file_name(path, target["format"]) else None,
+    }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
@@ -241,7 +296,9 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     holds = cfg["target"]["format"] in ("dcp", "torch")
     for extra in m.catalog.extras:
         if extra.role == "weight" or extra.role not in wanted or not holds:
-            lost.setdefault("not a tensor" if extra.role == "weight" else f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
+            lost.setdefault(
+                "not a tensor" if extra.role == "weight" else f"{extra.role} (keep={','.join(sorted(wanted))})", []
+            ).append(extra.name)
         elif cfg["target"]["format"] == "torch" and m.catalog.format == "dcp":
             carried.append(replace(extra, value=formats.load("dcp").read_extra(m.catalog, extra), address=None))
         else:
@@ -284,22 +341,47 @@ def _fingerprints(d: task.Design, done: Any, models: Sequence[Model]) -> dict[st
     out = {e.name: e.dtype for e in d.target.entries}
     canon_dtypes = {e.name: out.get(e.name, e.dtype) for e in d.canon.entries}
     result = task.weight_digests(d.canon, done, len(models), canon_dtypes)
-    return {"fingerprint": task.fingerprint_of(result),
-            "source_fingerprints": [task.fingerprint_of(task.weight_digests(d.canon, done, k)) for k in range(len(models))]}
+    return {
+        "fingerprint": task.fingerprint_of(result),
+        "source_fingerprints": [task.fingerprint_of(task.weight_digests(d.canon, done, k)) for k in range(len(models))],
+    }
 
 
 def _reread(
-    group: Group, report: Report, d: task.Design, layout: Layout, staging: stage.Staging, views: plan.Views, done: Any, result: int,
-    engine: Config, cfg: Config,
+    group: Group,
+    report: Report,
+    d: task.Design,
+    layout: Layout,
+    staging: stage.Staging,
+    views: plan.Views,
+    done: Any,
+    result: int,
+    engine: Config,
+    cfg: Config,
 ) -> None:
     """Read the staged target again, through its own addresses, and compare with what was meant to be written."""
-    catalog = replace(layout.catalog, root=str(staging.folder), format="hf")  # addresses are exact already: nothing to locate
+    catalog = replace(
+        layout.catalog, root=str(staging.folder), format="hf"
+    )  # addresses are exact already: nothing to locate
     m = Model(sources.Source(catalog, staging.folder, staging.folder), tuple(e.name for e in layout.catalog.entries))
     canon = replace(d.canon, entries=tuple(d.canon.entries))
-    again = task.run_tiles(group, report, engine, "verify", canon, [(m, d.target, views)], None, _drain, digests=True, quiet=bool(cfg.get("quiet")))
+    again = task.run_tiles(
+        group,
+        report,
+        engine,
+        "verify",
+        canon,
+        [(m, d.target, views)],
+        None,
+        _drain,
+        digests=True,
+        quiet=bool(cfg.get("quiet")),
+    )
     wrong = [key for key, value in done.digests.items() if key[0] == result and again.digests.get((0, key[1])) != value]
     if wrong:
-        raise CheckpointError(f"{len(wrong)} tiles of {staging.target} read back differ from what was written; nothing was published. Check the disk.")
+        raise CheckpointError(
+            f"{len(wrong)} tiles of {staging.target} read back differ from what was written; nothing was published. Check the disk."
+        )
     report.notes.append("every tile was read back and is equal to what was written")
 
 
@@ -308,7 +390,9 @@ def _drain(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
         pass
 
 
-def _record(cfg: Config, about: Config, models: Sequence[Model], given: Sequence[float], prints: Config, report: Report) -> dict[str, bytes]:
+def _record(
+    cfg: Config, about: Config, models: Sequence[Model], given: Sequence[float], prints: Config, report: Report
+) -> dict[str, bytes]:
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
     recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
     found = {"ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
@@ -319,7 +403,13 @@ def _record(cfg: Config, about: Config, models: Sequence[Model], given: Sequence
             {"path": str(m.source.folder.absolute()), "step": m.step, "weight": w, "fingerprint": f}
             for m, w, f in zip(models, given, prints["source_fingerprints"], strict=True)
         ]
-        document = {"ckpt_dist": __version__, "name": about["name"], "fingerprint": prints["fingerprint"], "sources": each, "recipe": _plain(cfg)}
+        document = {
+            "ckpt_dist": __version__,
+            "name": about["name"],
+            "fingerprint": prints["fingerprint"],
+            "sources": each,
+            "recipe": _plain(cfg),
+        }
         found["average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
     return found
 
@@ -328,19 +418,31 @@ def _plain(cfg: Any) -> Any:
     return json.loads(json.dumps(cfg, default=str))
 
 
-def _dry(group: Group, report: Report, models: Sequence[Model], d: task.Design, layout: Layout, engine: Config, path: Path) -> dict[str, Any]:
+def _dry(
+    group: Group, report: Report, models: Sequence[Model], d: task.Design, layout: Layout, engine: Config, path: Path
+) -> dict[str, Any]:
     """The plan as text: files, bytes, memory, guesses; nothing was written."""
     total = sum(layout.sizes)
     workers = task.worker_count(engine, group.local_world)
     tiles = plan.tiles(d.canon.entries)
-    lines = [f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"]
+    lines = [
+        f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"
+    ]
     lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
     lines += [f"  {n}  small" for n in layout.late]
-    lines.append(f"{len(tiles)} tiles for {group.world} ranks of {workers} threads; at most {size(workers * task.WORKER_BYTES)} of data in memory a rank")
+    lines.append(
+        f"{len(tiles)} tiles for {group.world} ranks of {workers} threads; at most {size(workers * task.WORKER_BYTES)} of data in memory a rank"
+    )
     lines += report.remarks()
     report.notes.clear()
     report.guesses.clear()
     files = dict(zip(layout.catalog.files, layout.sizes, strict=True))
-    return {**report.to_dict(), "dry_run": True, "target": str(path), "files": files, "bytes": total, "tiles": len(tiles), "text": lines}
-
-
+    return {
+        **report.to_dict(),
+        "dry_run": True,
+        "target": str(path),
+        "files": files,
+        "bytes": total,
+        "tiles": len(tiles),
+        "text": lines,
+    }

@@ -3,6 +3,7 @@
 Invariant: nothing is guessed by modification time or listing order; steps are compared as numbers, what is
 passed over is said.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,13 +17,31 @@ from ckpt_dist import formats
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
-STEP = re.compile(r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)")
+STEP = re.compile(
+    r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
+)
 INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece*", "chat_template*", "*preprocessor_config.json", "processor_config.json", "*.jinja",
-    "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*",
+    "chat_template*",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "*.jinja",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "processing_*.py",
+    "image_processing_*.py",
 )
 
 
@@ -51,7 +70,9 @@ def steps(parent: Path) -> dict[int, Path]:
             continue
         number = int(match[1])
         if number in found:
-            raise CheckpointError(f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself.")
+            raise CheckpointError(
+                f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself."
+            )
         found[number] = path
     return dict(sorted(found.items()))
 
@@ -66,7 +87,9 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
             raise UsageError(f"steps={wanted}: a step is named twice.")
         unknown = [s for s in wanted if s not in found]
         if unknown:
-            raise CheckpointError(f"{parent} has no step {unknown[0]}. It has {_some(list(found))}.{nearest(str(unknown[0]), map(str, found))}")
+            raise CheckpointError(
+                f"{parent} has no step {unknown[0]}. It has {_some(list(found))}.{nearest(str(unknown[0]), map(str, found))}"
+            )
         return {s: found[s] for s in sorted(wanted)}
     if last is not None:
         if last > len(found):
@@ -112,7 +135,9 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     return _latest(asked, numbered, weights, name, keys, config)
 
 
-def _latest(asked: Path, numbered: dict[int, Path], weights: str, name: str, keys: Mapping[str, Any], config: str | None) -> Source:
+def _latest(
+    asked: Path, numbered: dict[int, Path], weights: str, name: str, keys: Mapping[str, Any], config: str | None
+) -> Source:
     notes: list[str] = []
     for number, path in reversed(numbered.items()):
         folder = _here(path, weights, name)
@@ -125,7 +150,9 @@ def _latest(asked: Path, numbered: dict[int, Path], weights: str, name: str, key
             return replace(source, notes=(*notes, f"step {number} is the latest complete one of {len(numbered)}"))
         except CheckpointError as error:
             notes.append(f"step {number} passed over: {error}")
-    raise CheckpointError(f"{asked} holds {len(numbered)} steps, none of them complete:\n  " + "\n  ".join(reversed(notes)))
+    raise CheckpointError(
+        f"{asked} holds {len(numbered)} steps, none of them complete:\n  " + "\n  ".join(reversed(notes))
+    )
 
 
 def _here(path: Path, weights: str, name: str) -> Path | None:
@@ -145,10 +172,20 @@ def _here(path: Path, weights: str, name: str) -> Path | None:
 
 def _explain_ema(path: Path, weights: str) -> None:
     if weights == "ema" and _here(path, "param", "auto") is not None:
-        raise CheckpointError(f"{path} has no EMA weights (no {INSIDE['ema'][0]} folder); its plain weights are there: source.weights=param.")
+        raise CheckpointError(
+            f"{path} has no EMA weights (no {INSIDE['ema'][0]} folder); its plain weights are there: source.weights=param."
+        )
 
 
-def _scan(asked: Path, path: Path, folder: Path, name: str, keys: Mapping[str, Any], config: str | None, notes: tuple[str, ...]) -> Source:
+def _scan(
+    asked: Path,
+    path: Path,
+    folder: Path,
+    name: str,
+    keys: Mapping[str, Any],
+    config: str | None,
+    notes: tuple[str, ...],
+) -> Source:
     name = formats.detect(folder) if name == "auto" else name
     catalog: Catalog = formats.load(name).scan(folder, keys)
     if not catalog.entries:
@@ -194,9 +231,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def assets(source: Source) -> dict[str, Path]:
     """Config, tokenizer and processor files of a model, by name: from beside its config and beside its arrays."""
-    places = [p for p in (source.folder, source.config_path.parent if source.config_path else None) if p is not None and p.is_dir()]
+    places = [
+        p
+        for p in (source.folder, source.config_path.parent if source.config_path else None)
+        if p is not None and p.is_dir()
+    ]
     found: dict[str, Path] = {}
     for place in places:
         for pattern in ASSETS:
-            found |= {p.name: p for p in sorted(place.glob(pattern)) if p.is_file() and not p.name.endswith(".index.json")}
+            found |= {
+                p.name: p for p in sorted(place.glob(pattern)) if p.is_file() and not p.name.endswith(".index.json")
+            }
     return found

@@ -8,6 +8,7 @@
 
 Invariant: up to `run_tiles` nothing is written and no tensor is read, except for the ties.
 """
+
 from __future__ import annotations
 
 import fnmatch
@@ -20,7 +21,6 @@ import numpy as np
 
 from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan
-from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, Job, Side, fill, tile_dtypes
@@ -33,7 +33,9 @@ from ckpt_dist.model import Bound, Model
 from ckpt_dist.report import Progress, Report, size
 from ckpt_dist.sources import Source, open_source
 
-WORKER_BYTES = 24 << 20  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
+WORKER_BYTES = (
+    24 << 20
+)  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
 def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     settings = cfg.get("model") or {}
     return model.recognise(
-        source, family=settings.get("family", "auto"), dialect=keys.get("dialect", "auto"),
-        keep=cfg.get("keep", ["weights"]), unmatched=cfg.get("unmatched", "error"),
+        source,
+        family=settings.get("family", "auto"),
+        dialect=keys.get("dialect", "auto"),
+        keep=cfg.get("keep", ["weights"]),
+        unmatched=cfg.get("unmatched", "error"),
     )
 
 
@@ -76,7 +81,9 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
     asked = str(cfg_target.get("dialect", "auto"))
     if first.family is None:
         if asked != "auto":
-            raise UsageError(f"target.dialect={asked}: the source is of no known family, so its names cannot be translated. Give model=FAMILY.")
+            raise UsageError(
+                f"target.dialect={asked}: the source is of no known family, so its names cannot be translated. Give model=FAMILY."
+            )
         return ""
     if asked == "auto":
         return families.CANONICAL if cfg_target.get("format") == "hf" else first.dialect
@@ -86,7 +93,9 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
 
 
 def _plain_entries(first: Model) -> Bound:
-    picked = [(replace(first.catalog.entries[e], name=n, frame=()), n) for e, n in enumerate(first.names) if n is not None]
+    picked = [
+        (replace(first.catalog.entries[e], name=n, frame=()), n) for e, n in enumerate(first.names) if n is not None
+    ]
     entries = tuple(e for e, _ in picked)
     return Bound(entries, tuple(families.plain(e, n) for e, n in picked), {}, {})
 
@@ -100,7 +109,9 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
                 f"{dialect or 'others'} without. Give model.config=PATH of its config.json or params.json."
             )
         if any(n is not None and m.catalog.entries[e].role != "weight" for e, n in enumerate(m.names)):
-            raise UsageError(f"Optimizer state is carried only under the same names; {m.dialect} becomes {dialect}. Use keep=[weights].")
+            raise UsageError(
+                f"Optimizer state is carried only under the same names; {m.dialect} becomes {dialect}. Use keep=[weights]."
+            )
     first = models[0]
     assert first.family is not None
     bounds = tuple(model.bind_family(m) for m in models)
@@ -108,9 +119,21 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     present = model.corners(bounds[0], views)
     dtype_of = _dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
-    ties = {copy: of for copy, of in first.family.ties.items() if dialect != families.CANONICAL and copy not in present and tied(first)}
-    target = model.spelled(first.family, dialect, present | {c: present[o] for c, o in ties.items()}, first.sizes, dtype_of_tied(dtype_of, ties))
-    rules = tuple(r if r is None else replace(r, weights=tuple(ties.get(w, w) for w in r.weights)) for r in target.rules)
+    ties = {
+        copy: of
+        for copy, of in first.family.ties.items()
+        if dialect != families.CANONICAL and copy not in present and tied(first)
+    }
+    target = model.spelled(
+        first.family,
+        dialect,
+        present | {c: present[o] for c, o in ties.items()},
+        first.sizes,
+        dtype_of_tied(dtype_of, ties),
+    )
+    rules = tuple(
+        r if r is None else replace(r, weights=tuple(ties.get(w, w) for w in r.weights)) for r in target.rules
+    )
     return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
 
 
@@ -133,7 +156,9 @@ def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> B
     """Names and nesting as the target stores them: `hf` is flat; others keep the dicts around the model, or get target.key."""
     key = cfg_target.get("key", "auto")
     keeps = cfg_target.get("format") in ("dcp", "torch") and first.catalog.format in ("dcp", "torch")
-    around: tuple[str | int, ...] = (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()
+    around: tuple[str | int, ...] = (
+        (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()
+    )
     entries = []
     for entry in target.entries:
         path = entry.path if entry.role != "weight" else (*around, entry.name)
@@ -171,13 +196,24 @@ class Work:
 
 
 def run_tiles(
-    group: Group, report: Report, engine: Mapping[str, Any], what: str, canon: Bound, sources: Sequence[tuple[Model, Bound, Views]],
-    target: tuple[Bound, Layout, Files, Views] | None, combine: Combine, *, digests: bool, quiet: bool,
+    group: Group,
+    report: Report,
+    engine: Mapping[str, Any],
+    what: str,
+    canon: Bound,
+    sources: Sequence[tuple[Model, Bound, Views]],
+    target: tuple[Bound, Layout, Files, Views] | None,
+    combine: Combine,
+    *,
+    digests: bool,
+    quiet: bool,
 ) -> Done:
     """Make all tiles; this rank its share. The result holds this rank's runs and everyone's byte counts and digests."""
     tiles = plan.tiles(canon.entries)
     numel = np.prod(tiles.stop - tiles.start, axis=1, dtype=np.int64)
-    weight = numel * np.array([itemsize(e.dtype) for e in canon.entries], np.int64)[tiles.entry] if len(tiles) else numel
+    weight = (
+        numel * np.array([itemsize(e.dtype) for e in canon.entries], np.int64)[tiles.entry] if len(tiles) else numel
+    )
     first, last = plan.share(weight, group.world)[group.rank]
     workers = worker_count(engine, group.local_world)
 
@@ -189,7 +225,9 @@ def run_tiles(
             out = _target_side(target, mine, last - first) if target else None
             crc = frozenset(c.file for c in target[1].crcs) if target else frozenset()
             total = int(weight[first:last].sum()) * len(sources)
-            job = Job(0, last - first, numel[first:last], sides, out, _named(combine, canon, tiles, first), digests, crc)
+            job = Job(
+                0, last - first, numel[first:last], sides, out, _named(combine, canon, tiles, first), digests, crc
+            )
             with Progress(what, total * group.world, quiet) as progress:
                 done = fill(job, workers, lambda n: progress.advance(n * group.world))
             if target and engine.get("fsync", True):
@@ -232,7 +270,9 @@ def worker_count(engine: Mapping[str, Any], local_world: int) -> int:
     wanted = int(engine.get("workers") or max(1, min(8, -(-cpus // local_world))))
     memory = int(engine["memory"])
     if memory < WORKER_BYTES:
-        raise plan.TooBig(f"engine.memory={size(memory)} is too little: one thread needs {size(WORKER_BYTES)}. Give at least that.")
+        raise plan.TooBig(
+            f"engine.memory={size(memory)} is too little: one thread needs {size(WORKER_BYTES)}. Give at least that."
+        )
     return min(wanted, memory // WORKER_BYTES)
 
 
@@ -246,9 +286,13 @@ def _side(m: Model, bound: Bound, views: Views, mine: Views, files: Files, count
         rows = np.unique(needed.chunk[plan.join(needed, tiled).a])
         chunks = locate(catalog, rows)
         views = bound.views(chunks)
-    items = np.array([itemsize(e.dtype) for e in catalog.entries], np.int64)[chunks.entry] if len(chunks) else chunks.entry
+    items = (
+        np.array([itemsize(e.dtype) for e in catalog.entries], np.int64)[chunks.entry] if len(chunks) else chunks.entry
+    )
     moves = plan.moves(views, chunks, items, mine)
-    dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in catalog.entries], 0, count, [e.name for e in catalog.entries])
+    dtypes = tile_dtypes(
+        moves, chunks.entry, [e.dtype for e in catalog.entries], 0, count, [e.name for e in catalog.entries]
+    )
     return Side(files, moves, chunks.file, dtypes)
 
 
@@ -257,7 +301,12 @@ def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count:
     chunks, entries = layout.catalog.chunks, bound.entries
     items = np.array([itemsize(e.dtype) for e in entries], np.int64)[chunks.entry]
     moves = plan.moves(views, chunks, items, mine, alternatives=False)
-    return Side(files, moves, chunks.file, tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, [e.name for e in entries]))
+    return Side(
+        files,
+        moves,
+        chunks.file,
+        tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, [e.name for e in entries]),
+    )
 
 
 def weight_digests(canon: Bound, done: Done, which: int, dtypes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -295,9 +344,13 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
         one, two = where[copy], where[of]
         if equal_entries(group, report, m, one, two, engine):
             names = tuple(None if e == one else n for e, n in enumerate(m.names))
-            m = replace(m, names=names, dropped={**m.dropped, f"tied to {m.names[two]}": (m.catalog.entries[one].name,)})
+            m = replace(
+                m, names=names, dropped={**m.dropped, f"tied to {m.names[two]}": (m.catalog.entries[one].name,)}
+            )
         else:
-            report.warnings.append(f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied")
+            report.warnings.append(
+                f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied"
+            )
     return m
 
 
@@ -337,5 +390,3 @@ def prove_all(d: Design, models: Sequence[Model], target_chunks: Chunks) -> tupl
             raise type(error)(f"{m.source.folder}: {error}") from None
         found.append(views)
     return found, target
-
-

@@ -1,7 +1,8 @@
 """Average checkpoints into one model; --help lists the keys.
 
-    torchrun --nproc-per-node 2 jobs/average.py source.path=run target.path=averages last=5
+torchrun --nproc-per-node 2 jobs/average.py source.path=run target.path=averages last=5
 """
+
 import os
 import sys
 

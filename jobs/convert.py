@@ -1,7 +1,8 @@
 """Convert a checkpoint; --help lists the keys.
 
-    torchrun --nproc-per-node 2 jobs/convert.py source.path=run/step-1000 target.path=model
+torchrun --nproc-per-node 2 jobs/convert.py source.path=run/step-1000 target.path=model
 """
+
 import os
 import sys
 

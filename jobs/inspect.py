@@ -1,7 +1,8 @@
 """Say what a checkpoint is; --help lists the keys.
 
-    python jobs/inspect.py source.path=run/step-1000
+python jobs/inspect.py source.path=run/step-1000
 """
+
 import os
 import sys
 

@@ -1,7 +1,8 @@
 """Merge the shards of a checkpoint into one Hugging Face model; --help lists the keys.
 
-    torchrun --nproc-per-node 2 jobs/merge.py source.path=run/step-1000
+torchrun --nproc-per-node 2 jobs/merge.py source.path=run/step-1000
 """
+
 import os
 import sys
 

@@ -1,7 +1,8 @@
 """Compare two checkpoints, or check one; --help lists the keys.
 
-    torchrun --nproc-per-node 2 jobs/verify.py a.path=run/step-1000 b.path=model
+torchrun --nproc-per-node 2 jobs/verify.py a.path=run/step-1000 b.path=model
 """
+
 import os
 import sys
 

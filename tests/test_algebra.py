@@ -2,6 +2,7 @@
 disjoint and complete, a copy there and back is bit-exact, and a plan is complete, within memory and the same for any
 number of ranks. Not checked here: files (test_formats) and processes (test_jobs).
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -70,10 +71,12 @@ def test_fused_qkv_equals_megatrons_recipe() -> None:
     assert torch.equal(_read(pattern, 2, sizes, ("g", "c", "r", "e"), stored), v.reshape(2, 2, 2, 5))
 
 
-def _read(pattern: Pattern, branch: int, sizes: dict[str, int], order: tuple[str, ...], stored: torch.Tensor) -> torch.Tensor:
+def _read(
+    pattern: Pattern, branch: int, sizes: dict[str, int], order: tuple[str, ...], stored: torch.Tensor
+) -> torch.Tensor:
     """A weight out of a whole stored array, by the views alone."""
     full = ints([stored.shape])
-    rows, start, stop, stride, origin = boxes(pattern, branch, sizes, full * 0, full, row_major(full))
+    _rows, start, stop, stride, origin = boxes(pattern, branch, sizes, full * 0, full, row_major(full))
     axes = pattern.axes(branch)
     out = torch.full([sizes[a] for a in axes], -1, dtype=stored.dtype)
     for s, t, step, at in zip(start, stop, stride, origin, strict=True):
@@ -107,7 +110,9 @@ def sliced(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
 
 @given(patterns(), st.data())
 @SLOW
-def test_slices_of_a_pattern_are_disjoint_complete_and_hold_the_right_elements(made: tuple[Pattern, dict[str, int]], data: st.DataObject) -> None:
+def test_slices_of_a_pattern_are_disjoint_complete_and_hold_the_right_elements(
+    made: tuple[Pattern, dict[str, int]], data: st.DataObject
+) -> None:
     pattern, sizes = made
     stored_shape = shape(pattern, sizes)
     stored = torch.arange(int(np.prod(stored_shape))).reshape(stored_shape)
@@ -269,18 +274,28 @@ def test_frames_of_tensor_parallel_ranks_interleave_by_themselves() -> None:
 
 
 TORCH_PLACEMENTS = [
-    ((10, 7), (2, 2), [("strided", 0, 2), ("shard", 0)]), ((12, 5), (4,), [("shard", 0)]), ((5, 3), (4,), [("shard", 0)]),
-    ((8, 6), (2, 3), [("shard", 0), ("shard", 1)]), ((9, 4), (2, 2), [("replicate",), ("shard", 0)]), ((4, 6, 5), (2, 2), [("shard", 1), ("shard", 0)]),
+    ((10, 7), (2, 2), [("strided", 0, 2), ("shard", 0)]),
+    ((12, 5), (4,), [("shard", 0)]),
+    ((5, 3), (4,), [("shard", 0)]),
+    ((8, 6), (2, 3), [("shard", 0), ("shard", 1)]),
+    ((9, 4), (2, 2), [("replicate",), ("shard", 0)]),
+    ((4, 6, 5), (2, 2), [("shard", 1), ("shard", 0)]),
 ]
 
 
 @pytest.mark.parametrize(("sizes", "mesh", "placements"), TORCH_PLACEMENTS)
-def test_placements_are_cut_as_torch_cuts_them(sizes: tuple[int, ...], mesh: tuple[int, ...], placements: list[tuple[object, ...]]) -> None:
+def test_placements_are_cut_as_torch_cuts_them(
+    sizes: tuple[int, ...], mesh: tuple[int, ...], placements: list[tuple[object, ...]]
+) -> None:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    kinds = {"shard": lambda d: Shard(d), "replicate": lambda: Replicate(), "strided": lambda d, f: _StridedShard(d, split_factor=f)}
+    kinds = {
+        "shard": lambda d: Shard(d),
+        "replicate": lambda: Replicate(),
+        "strided": lambda d, f: _StridedShard(d, split_factor=f),
+    }
     theirs = [kinds[str(p[0])](*p[1:]) for p in placements]
     for coordinate in np.ndindex(*mesh):
         local, offset = _compute_local_shape_and_global_offset(sizes, mesh, list(coordinate), theirs)

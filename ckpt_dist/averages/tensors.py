@@ -3,6 +3,7 @@
 Invariant: floating values are summed in fp32 (fp64 for fp64) in the order given and rounded once; integers and
 booleans are never summed and never cast to floating types.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -41,7 +42,9 @@ class Differs(CheckpointError):
     """Values that must not be averaged differ between the sources."""
 
 
-def mean(values: Iterable[NDArray[Any]], dtypes: Sequence[str], coefficients: Sequence[float], want: str) -> NDArray[Any]:
+def mean(
+    values: Iterable[NDArray[Any]], dtypes: Sequence[str], coefficients: Sequence[float], want: str
+) -> NDArray[Any]:
     """The weighted mean of tiles. Equal coefficients are one sum and one division; others are applied before the sum.
 
     >>> import numpy as np

@@ -3,6 +3,7 @@
 Invariant: sources are opened read-only; a short read or a failed write is an error that names the file and
 both numbers; descriptors of one thread are never closed by another.
 """
+
 from __future__ import annotations
 
 import errno
@@ -49,10 +50,14 @@ class Files:
             try:
                 count = os.preadv(fd, [into[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"Cannot read {self.paths[file]} at byte {offset + done}: {error.strerror}.") from None
+                raise CheckpointError(
+                    f"Cannot read {self.paths[file]} at byte {offset + done}: {error.strerror}."
+                ) from None
             if count == 0:
                 size = os.fstat(fd).st_size
-                raise CheckpointError(f"{self.paths[file]} is truncated: it has {size} bytes, {offset + len(into)} are needed. Fetch it again.")
+                raise CheckpointError(
+                    f"{self.paths[file]} is truncated: it has {size} bytes, {offset + len(into)} are needed. Fetch it again."
+                )
             done += count
 
     def write(self, file: int, offset: int, data: memoryview) -> None:
@@ -64,7 +69,9 @@ class Files:
                 raise self.failed(file, error) from None
 
     def failed(self, file: int, error: OSError) -> CheckpointError:
-        return CheckpointError(f"Cannot write {self.paths[file]}: {error.strerror}. Nothing was published; free space or choose another target.path.")
+        return CheckpointError(
+            f"Cannot write {self.paths[file]}: {error.strerror}. Nothing was published; free space or choose another target.path."
+        )
 
     def copy(self, source: Files, from_file: int, from_at: int, file: int, at: int, nbytes: int) -> bool:
         """Bytes from file to file inside the kernel; False where this file system cannot."""

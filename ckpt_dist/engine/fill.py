@@ -5,12 +5,13 @@ a handful of tiles whatever the model's size, and it does not depend on ranks, s
 
 Invariant: each tile is made once, by one thread, from its sources in the order given.
 """
+
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -124,7 +125,12 @@ class Run:
 
     def joins(self, more: Run) -> bool:
         """Whether `more` goes on where this run ends, on both sides."""
-        return (more.file, more.at, more.out, more.out_at) == (self.file, self.at + self.nbytes, self.out, self.out_at + self.nbytes)
+        return (more.file, more.at, more.out, more.out_at) == (
+            self.file,
+            self.at + self.nbytes,
+            self.out,
+            self.out_at + self.nbytes,
+        )
 
 
 class _Worker:
@@ -142,7 +148,11 @@ class _Worker:
 
     def batch(self, first: int, last: int) -> None:
         sides = [by_tile(s.moves, s.file_of_chunk, first, last) for s in self.job.sources]
-        targets = iter(()) if self.job.target is None else by_tile(self.job.target.moves, self.job.target.file_of_chunk, first, last)
+        targets = (
+            iter(())
+            if self.job.target is None
+            else by_tile(self.job.target.moves, self.job.target.file_of_chunk, first, last)
+        )
         run: Run | None = None
         for tile in range(first, last):
             moves, out = [next(s) for s in sides], next(targets, [])
@@ -183,10 +193,22 @@ class _Worker:
     def unchanged(self, tile: int, moves: list[list[Move]], out: list[Move]) -> Run | None:
         """Where to copy a tile from and to, if nothing about its bytes changes and nobody looks at them."""
         job, numel = self.job, int(self.job.numel[tile])
-        if job.digests or job.combine is not keep or job.target is None or len(moves) != 1 or len(moves[0]) != 1 or len(out) != 1:
+        if (
+            job.digests
+            or job.combine is not keep
+            or job.target is None
+            or len(moves) != 1
+            or len(moves[0]) != 1
+            or len(out) != 1
+        ):
             return None
         (one,), (two,), dtype = moves[0], out, job.sources[0].dtypes[tile - job.first]
-        if one.run != numel or two.run != numel or dtype != job.target.dtypes[tile - job.first] or two.file in job.crc_files:
+        if (
+            one.run != numel
+            or two.run != numel
+            or dtype != job.target.dtypes[tile - job.first]
+            or two.file in job.crc_files
+        ):
             return None
         return Run(one.file, one.at, two.file, two.at, numel * itemsize(dtype))
 
@@ -219,15 +241,23 @@ def digest(value: Array) -> bytes:
     return xxhash.xxh3_128_digest(memoryview(value.view(np.uint8)))
 
 
-def tile_dtypes(moves: Moves, entry_of_chunk: Ints, dtypes: Sequence[str], first: int, last: int, names: Sequence[str]) -> list[str]:
+def tile_dtypes(
+    moves: Moves, entry_of_chunk: Ints, dtypes: Sequence[str], first: int, last: int, names: Sequence[str]
+) -> list[str]:
     """The dtype each tile has in a checkpoint; a tile put together from several dtypes is refused."""
     table = sorted(set(dtypes))
-    code = np.array([table.index(d) for d in dtypes], np.int64)[entry_of_chunk[moves.chunk]] if len(moves.tile) else np.zeros(0, np.int64)
+    code = (
+        np.array([table.index(d) for d in dtypes], np.int64)[entry_of_chunk[moves.chunk]]
+        if len(moves.tile)
+        else np.zeros(0, np.int64)
+    )
     low, high = np.full(last - first, len(table)), np.full(last - first, -1)
     np.minimum.at(low, moves.tile - first, code)
     np.maximum.at(high, moves.tile - first, code)
     for tile in np.flatnonzero((high >= 0) & (low != high))[:1].tolist():
         row = int(np.flatnonzero(moves.tile - first == tile)[0])
         name = names[entry_of_chunk[moves.chunk[row]]]
-        raise CheckpointError(f"{name}: its parts are stored as {table[low[tile]]} and {table[high[tile]]}; one tensor has one dtype.")
+        raise CheckpointError(
+            f"{name}: its parts are stored as {table[low[tile]]} and {table[high[tile]]}; one tensor has one dtype."
+        )
     return [table[c] if c >= 0 else "uint8" for c in high.tolist()]

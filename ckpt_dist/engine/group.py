@@ -3,6 +3,7 @@
 Invariant: every rank makes the same calls in the same order, and an error on one rank is raised on all of
 them, as one message, printed by rank 0.
 """
+
 from __future__ import annotations
 
 import os
@@ -94,4 +95,6 @@ def _first(failures: list[tuple[int, BaseException]], rank: int, own: BaseExcept
     failed, error = failures[0]
     if isinstance(error, CheckpointError):
         return error
-    return own if own is not None and failed == rank else RuntimeError(f"rank {failed} ({socket.gethostname()}): {error}")
+    return (
+        own if own is not None and failed == rank else RuntimeError(f"rank {failed} ({socket.gethostname()}): {error}")
+    )

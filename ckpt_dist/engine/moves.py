@@ -6,11 +6,12 @@ contiguous on both sides are read or written in place; anything else is one stri
 Invariant: every byte of a file that is asked for is read once, and scratch memory stays below SPAN bytes
 plus one tile.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,14 @@ def simplify(extent: list[int], stride: list[int], tile_stride: list[int]) -> tu
 def by_tile(moves: Moves, file_of_chunk: NDArray[np.int64], first: int, last: int) -> Iterator[list[Move]]:
     """The moves of each tile from first to last, in order; a tile that nothing touches gives an empty list."""
     cuts = np.searchsorted(moves.tile, np.arange(first, last + 1)).tolist()
-    for lo, hi in zip(cuts[:-1], cuts[1:], strict=True):
-        columns = (moves.extent[lo:hi], moves.stride[lo:hi], moves.tile_stride[lo:hi], moves.at[lo:hi], moves.tile_at[lo:hi])
+    for lo, hi in pairwise(cuts):
+        columns = (
+            moves.extent[lo:hi],
+            moves.stride[lo:hi],
+            moves.tile_stride[lo:hi],
+            moves.at[lo:hi],
+            moves.tile_at[lo:hi],
+        )
         files = file_of_chunk[moves.chunk[lo:hi]].tolist()
         rows = zip(files, *(c.tolist() for c in columns), strict=True)
         yield [Move(f, at, tile_at, simplify(n, s, t)) for f, n, s, t, at, tile_at in rows]
@@ -77,10 +84,12 @@ def gather(tile: Array, moves: list[Move], read: Callable[[int, int, memoryview]
             _gather_strided(tile, move.file, move.at, move.tile_at, move.dims, read)
 
 
-def _gather_strided(tile: Array, file: int, at: int, tile_at: int, dims: tuple[Dim, ...], read: Callable[[int, int, memoryview], None]) -> None:
+def _gather_strided(
+    tile: Array, file: int, at: int, tile_at: int, dims: tuple[Dim, ...], read: Callable[[int, int, memoryview], None]
+) -> None:
     item = tile.itemsize
     span = sum((n - 1) * s for n, s, _ in dims) + 1
-    if span * item > SPAN and len(dims) > 1 or span * item > SPAN and dims[0][1] * item > SPAN:
+    if (span * item > SPAN and len(dims) > 1) or (span * item > SPAN and dims[0][1] * item > SPAN):
         outer = max(range(len(dims)), key=lambda k: dims[k][1])
         n, s, t = dims[outer]
         rest = dims[:outer] + dims[outer + 1 :] or ((1, 1, 1),)
@@ -104,7 +113,9 @@ def scatter(tile: Array, moves: list[Move], write: Callable[[int, int, memoryvie
             write(move.file, move.at, raw[move.tile_at * item : (move.tile_at + move.run) * item])
             continue
         dims = sorted(move.dims, key=lambda d: -d[1])
-        source: Array = np.ndarray(tuple(n for n, *_ in dims), tile.dtype, tile, move.tile_at * item, tuple(t * item for *_, t in dims))
+        source: Array = np.ndarray(
+            tuple(n for n, *_ in dims), tile.dtype, tile, move.tile_at * item, tuple(t * item for *_, t in dims)
+        )
         dense = np.ascontiguousarray(source)
         cut, length = _dense_suffix(dims)
         bytes_ = memoryview(dense.reshape(-1).view(np.uint8))

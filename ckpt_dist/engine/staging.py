@@ -5,6 +5,7 @@ Calls, in order: `check` and `create` and `finish` and `publish` by rank 0 only,
 
 Invariant: nothing under the target's name is touched before `publish`; sources are never written.
 """
+
 from __future__ import annotations
 
 import os
@@ -39,16 +40,19 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], overwrite: bool
     if staging.into:
         taken = [n for n in (*layout.catalog.files, *layout.late, *more) if (target / n).exists()]
         if taken and not overwrite:
-            raise UsageError(f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true.")
-    elif target.exists() or target.is_symlink():
-        if not overwrite:
-            raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
+            raise UsageError(
+                f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
+            )
+    elif (target.exists() or target.is_symlink()) and not overwrite:
+        raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
     need, room = sum(layout.sizes), shutil.disk_usage(parent)
     if need > room.free:
-        raise CheckpointError(f"Not enough space for {target}: {need} bytes are needed, {room.free} are free on its disk. Nothing was written.")
+        raise CheckpointError(
+            f"Not enough space for {target}: {need} bytes are needed, {room.free} are free on its disk. Nothing was written."
+        )
 
 
 def create(staging: Staging, layout: Layout) -> None:
@@ -65,7 +69,9 @@ def create(staging: Staging, layout: Layout) -> None:
         _write_pieces(folder, layout)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(f"Cannot write to {error.filename or folder}: {error.strerror}. Nothing was written; choose another target.path.") from None
+        raise CheckpointError(
+            f"Cannot write to {error.filename or folder}: {error.strerror}. Nothing was written; choose another target.path."
+        ) from None
 
 
 def _write_pieces(folder: Path, layout: Layout) -> None:
@@ -90,7 +96,9 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published.") from None
+        raise CheckpointError(
+            f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published."
+        ) from None
 
 
 def _patch_crcs(folder: Path, layout: Layout, runs: Runs) -> None:
@@ -135,7 +143,9 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
         if fsync:
             _sync(target.parent)
     except OSError as error:
-        raise CheckpointError(f"Cannot publish {target}: {error.strerror}. The finished files are in {folder}.") from None
+        raise CheckpointError(
+            f"Cannot publish {target}: {error.strerror}. The finished files are in {folder}."
+        ) from None
 
 
 def discard(staging: Staging) -> None:

@@ -3,6 +3,7 @@
 l layer  v vocabulary  e embedding  g key-value group  q queries per group  c rotary half  r rotary pair
 f feed-forward. Hugging Face rotates halves (c r); Meta and torchtitan rotate adjacent pairs (r c).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,10 +13,26 @@ model_types = ("llama", "mistral", "qwen2", "qwen3")
 
 weights = dict(
     embed="v e",
-    attn_norm="l e", q="l g q c r e", k="l g c r e", v="l g c r e", o="l e g q c r",
-    q_bias="l g q c r", k_bias="l g c r", v_bias="l g c r", o_bias="l e", q_norm="l c r", k_norm="l c r",
-    mlp_norm="l e", gate="l f e", up="l f e", down="l e f", gate_bias="l f", up_bias="l f", down_bias="l e",
-    norm="e", head="v e",
+    attn_norm="l e",
+    q="l g q c r e",
+    k="l g c r e",
+    v="l g c r e",
+    o="l e g q c r",
+    q_bias="l g q c r",
+    k_bias="l g c r",
+    v_bias="l g c r",
+    o_bias="l e",
+    q_norm="l c r",
+    k_norm="l c r",
+    mlp_norm="l e",
+    gate="l f e",
+    up="l f e",
+    down="l e f",
+    gate_bias="l f",
+    up_bias="l f",
+    down_bias="l e",
+    norm="e",
+    head="v e",
 )
 ties = dict(head="embed")
 drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
@@ -82,8 +99,16 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     heads = c["num_attention_heads"]
     groups = c.get("num_key_value_heads") or heads
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
-    return dict(l=c["num_hidden_layers"], v=c["vocab_size"], e=c["hidden_size"], f=c["intermediate_size"],
-                g=groups, q=heads // groups, c=2, r=head_dim // 2)
+    return dict(
+        l=c["num_hidden_layers"],
+        v=c["vocab_size"],
+        e=c["hidden_size"],
+        f=c["intermediate_size"],
+        g=groups,
+        q=heads // groups,
+        c=2,
+        r=head_dim // 2,
+    )
 
 
 def _from_params(p: Mapping[str, Any]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 Invariant: one table; importing it needs no torch.
 """
+
 from __future__ import annotations
 
 from ckpt_dist.errors import CheckpointError

@@ -6,6 +6,7 @@ refused by name. The other direction writes tensors as torch.save does, from nam
 
 Invariant: unpickling runs no code but this file's, and its memory is bounded by the pickle's own length.
 """
+
 from __future__ import annotations
 
 import gc
@@ -93,28 +94,78 @@ _OLD, _NEW = "torch.distributed._tensor.", "torch.distributed.tensor."
 INERT = {
     path: _record(path)
     for path in (
-        *(_CHECKPOINT + "metadata." + n for n in (
-            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata",
-            "TensorProperties", "_MEM_FORMAT_ENCODING")),
-        _CHECKPOINT + "filesystem._StorageInfo", _CHECKPOINT + "_hf_utils._HFStorageInfo",
-        _SHARD + "sharded_tensor.metadata.TensorProperties", _SHARD + "sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-        _SHARD + "sharded_tensor.metadata.ShardedTensorMetadata", _SHARD + "sharded_tensor.api.ShardedTensor",
-        _SHARD + "sharded_tensor.shard.Shard", _SHARD + "metadata.ShardMetadata",
-        _SHARD + "sharding_spec.chunk_sharding_spec.ChunkShardingSpec", _SHARD + "sharding_spec.api.EnumerableShardingSpec",
+        *(
+            _CHECKPOINT + "metadata." + n
+            for n in (
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorStorageMetadata",
+                "ChunkStorageMetadata",
+                "BytesStorageMetadata",
+                "TensorProperties",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        _CHECKPOINT + "filesystem._StorageInfo",
+        _CHECKPOINT + "_hf_utils._HFStorageInfo",
+        _SHARD + "sharded_tensor.metadata.TensorProperties",
+        _SHARD + "sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        _SHARD + "sharded_tensor.metadata.ShardedTensorMetadata",
+        _SHARD + "sharded_tensor.api.ShardedTensor",
+        _SHARD + "sharded_tensor.shard.Shard",
+        _SHARD + "metadata.ShardMetadata",
+        _SHARD + "sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
+        _SHARD + "sharding_spec.api.EnumerableShardingSpec",
         "torch.distributed.remote_device._remote_device",
-        *(m + n for m in (_OLD, _NEW) for n in (
-            "placement_types.Shard", "placement_types._StridedShard", "placement_types.Replicate", "placement_types.Partial",
-            "placement_types._Partial", "placement_types.DTensorSpec", "placement_types.TensorMeta", "_dtensor_spec.DTensorSpec",
-            "_dtensor_spec.TensorMeta", "_dtensor_spec.ShardOrderEntry", "api.DTensor", "DTensor", "_api.DTensor")),
-        "torch.distributed.device_mesh.DeviceMesh", _OLD + "device_mesh.DeviceMesh",
-        "torch.distributed._mesh_layout._MeshLayout", "torch.distributed._mesh_layout._FlatLayout",
-        "torch.distributed._pycute.layout.Layout", "torch.device", "torch.serialization._get_layout",
-        "torch.storage.UntypedStorage", "torch.storage.TypedStorage", "torch.UntypedStorage", "torch.Tensor",
-        "torch.nn.parameter.Parameter", "torch.distributed.fsdp._common_utils.FSDPMeta", "argparse.Namespace", "types.SimpleNamespace",
-        "torch.torch_version.TorchVersion", "datetime.timedelta", "datetime.datetime", "uuid.UUID", "fractions.Fraction", "decimal.Decimal",
-        "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-        "torch.Generator", "torch.cuda.amp.grad_scaler._refresh_per_optimizer_state",
+        *(
+            m + n
+            for m in (_OLD, _NEW)
+            for n in (
+                "placement_types.Shard",
+                "placement_types._StridedShard",
+                "placement_types.Replicate",
+                "placement_types.Partial",
+                "placement_types._Partial",
+                "placement_types.DTensorSpec",
+                "placement_types.TensorMeta",
+                "_dtensor_spec.DTensorSpec",
+                "_dtensor_spec.TensorMeta",
+                "_dtensor_spec.ShardOrderEntry",
+                "api.DTensor",
+                "DTensor",
+                "_api.DTensor",
+            )
+        ),
+        "torch.distributed.device_mesh.DeviceMesh",
+        _OLD + "device_mesh.DeviceMesh",
+        "torch.distributed._mesh_layout._MeshLayout",
+        "torch.distributed._mesh_layout._FlatLayout",
+        "torch.distributed._pycute.layout.Layout",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch.storage.UntypedStorage",
+        "torch.storage.TypedStorage",
+        "torch.UntypedStorage",
+        "torch.Tensor",
+        "torch.nn.parameter.Parameter",
+        "torch.distributed.fsdp._common_utils.FSDPMeta",
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        "torch.torch_version.TorchVersion",
+        "datetime.timedelta",
+        "datetime.datetime",
+        "uuid.UUID",
+        "fractions.Fraction",
+        "decimal.Decimal",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "torch.Generator",
+        "torch.cuda.amp.grad_scaler._refresh_per_optimizer_state",
     )
 }
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
@@ -172,7 +223,16 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any, dtyp
     return TensorRef(storage, kind, at, sizes, steps)
 
 
-def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any = None, hooks: Any = None, dtype: Any = None, *more: Any) -> TensorRef:
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    grad: Any = None,
+    hooks: Any = None,
+    dtype: Any = None,
+    *more: Any,
+) -> TensorRef:
     if not isinstance(dtype, Dtype):
         raise pickle.UnpicklingError("a tensor without a dtype")
     return _tensor(storage, offset, shape, stride, dtype=str(dtype))
@@ -210,7 +270,11 @@ def _dtensor(args: Any, state: Any) -> Sharded:
     fields = _state(spec)
     mesh = _state(fields.get("mesh"))
     meta = fields.get("tensor_meta")
-    shape = meta[0] if isinstance(meta, Record) and meta and isinstance(meta[0], (tuple, list)) else _state(meta).get("shape", args[2] if len(args) > 2 else ())
+    shape = (
+        meta[0]
+        if isinstance(meta, Record) and meta and isinstance(meta[0], (tuple, list))
+        else _state(meta).get("shape", args[2] if len(args) > 2 else ())
+    )
     placements = tuple(_placement(p) for p in _items(fields.get("placements")))
     return Sharded(_numbers(shape, "shape"), local.dtype, local, placements, *_mesh(mesh))
 
@@ -246,7 +310,12 @@ def _mesh(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] |
     flat = _flat(shape)
     coordinate = fields.get("_coordinate_on_dim")
     rank = fields.get("_rank", fields.get("_cur_rank"))
-    return flat, _numbers(coordinate, "coordinate") if coordinate is not None else None, tensor, rank if type(rank) is int else None
+    return (
+        flat,
+        _numbers(coordinate, "coordinate") if coordinate is not None else None,
+        tensor,
+        rank if type(rank) is int else None,
+    )
 
 
 def _flat(shape: Any) -> tuple[int, ...]:
@@ -274,7 +343,9 @@ def _sharded_tensor(state: Any) -> Sharded:
         dtype = tensor.dtype
     properties = meta.get("tensor_properties")
     listed = [a for a in _items(_last(properties)) if isinstance(a, Dtype)]
-    return Sharded(_numbers(meta.get("size"), "size"), dtype or (str(listed[0]) if listed else "float32"), parts=tuple(parts))
+    return Sharded(
+        _numbers(meta.get("size"), "size"), dtype or (str(listed[0]) if listed else "float32"), parts=tuple(parts)
+    )
 
 
 def _last(record: Any) -> Any:
@@ -282,13 +353,31 @@ def _last(record: Any) -> Any:
 
 
 CALLS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor_v2": _tensor, "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._tensor._rebuild_from_type_v2": _from_type, "torch._utils._rebuild_wrapper_subclass": _Wrapper,
-    "collections.OrderedDict": _pairs, "collections.defaultdict": _pairs, "torch.Size": _items, "builtins.tuple": _items, "builtins.list": list,
-    "builtins.dict": dict, "builtins.set": _items, "builtins.frozenset": _items, "__builtin__.set": _items, "builtins.complex": _complex,
-    "__builtin__.complex": _complex, "builtins.getattr": _member, "__builtin__.getattr": _member, "_codecs.encode": _encode,
-    "builtins.int": _record("int"), "builtins.float": _record("float"), "builtins.str": _record("str"), "builtins.bool": _record("bool"),
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch._utils._rebuild_wrapper_subclass": _Wrapper,
+    "collections.OrderedDict": _pairs,
+    "collections.defaultdict": _pairs,
+    "torch.Size": _items,
+    "builtins.tuple": _items,
+    "builtins.list": list,
+    "builtins.dict": dict,
+    "builtins.set": _items,
+    "builtins.frozenset": _items,
+    "__builtin__.set": _items,
+    "builtins.complex": _complex,
+    "__builtin__.complex": _complex,
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,
+    "_codecs.encode": _encode,
+    "builtins.int": _record("int"),
+    "builtins.float": _record("float"),
+    "builtins.str": _record("str"),
+    "builtins.bool": _record("bool"),
     "builtins.bytearray": _record("bytearray"),
 }
 CALLS["torch.Size"] = tuple  # a million of them in a large .metadata; a tuple of a tuple is itself
@@ -316,7 +405,13 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise pickle.UnpicklingError(f"a reference of an unknown kind: {pid!r:.60}")
         kind, key, numel = pid[1], pid[2], pid[4]
-        dtype = str(kind) if isinstance(kind, Dtype) else "uint8" if isinstance(kind, type) and kind.__name__ == "UntypedStorage" else None
+        dtype = (
+            str(kind)
+            if isinstance(kind, Dtype)
+            else "uint8"
+            if isinstance(kind, type) and kind.__name__ == "UntypedStorage"
+            else None
+        )
         if dtype is None or type(key) is not str or type(numel) is not int or not 0 <= numel < DEEP:
             raise pickle.UnpicklingError(f"a storage of an unknown kind: {pid!r:.60}")
         return Storage(key, dtype, numel)
@@ -352,8 +447,20 @@ def loads(data: bytes, where: str) -> Any:
         ) from None
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    except (MemoryError, RecursionError, pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
-            ImportError, UnicodeError) as error:
+    except (
+        MemoryError,
+        RecursionError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        ImportError,
+        UnicodeError,
+    ) as error:
         raise CheckpointError(f"{where} is damaged: its pickle holds {type(error).__name__}: {error!s:.200}.") from None
 
 
@@ -389,8 +496,12 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
             self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
         elif isinstance(value, TensorRef):
             self._tensor(value)
-        elif isinstance(value, Record) or not isinstance(value, (dict, list, tuple, str, bytes, int, float, bool, complex, type(None), Storage)):
-            raise CheckpointError(f"A value of type {getattr(value, 'path', '') or type(value).__name__} cannot be written.")
+        elif isinstance(value, Record) or not isinstance(
+            value, (dict, list, tuple, str, bytes, int, float, bool, complex, type(None), Storage)
+        ):
+            raise CheckpointError(
+                f"A value of type {getattr(value, 'path', '') or type(value).__name__} cannot be written."
+            )
         else:
             super().save(dict(value) if type(value) is OrderedDict else value, save_persistent_id)
 

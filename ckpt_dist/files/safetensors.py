@@ -3,6 +3,7 @@
 The format: 8 bytes little-endian N, N bytes of JSON (name -> dtype, shape, data_offsets), then the data, dense.
 Invariant: a header that is accepted describes its file exactly: no gap, no overlap, no byte too few or too many.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,17 +37,23 @@ def read_header(path: str | Path) -> tuple[list[Stored], dict[str, str]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > MAX_HEADER or 8 + length > size:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: it has {size} bytes, its header says {8 + length}.")
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file: it has {size} bytes, its header says {8 + length}."
+            )
         text = file.read(length)
     table = _table(text, path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is no table of strings.")
-    stored = sorted((_stored(name, fields, 8 + length, path) for name, fields in table.items()), key=lambda t: (t.offset, t.nbytes))
+    stored = sorted(
+        (_stored(name, fields, 8 + length, path) for name, fields in table.items()), key=lambda t: (t.offset, t.nbytes)
+    )
     end = 8 + length
     for tensor in stored:
         if tensor.offset != end:
-            raise CheckpointError(f"{path}: {tensor.name!r} begins at byte {tensor.offset}, the tensor before it ends at {end}. The header is damaged.")
+            raise CheckpointError(
+                f"{path}: {tensor.name!r} begins at byte {tensor.offset}, the tensor before it ends at {end}. The header is damaged."
+            )
         end += tensor.nbytes
     if end != size:
         what = "truncated" if size < end else "longer than its header says"
@@ -84,14 +91,36 @@ def _stored(name: str, fields: Any, base: int, path: str | Path) -> Stored:
         raise CheckpointError(f"{path}: {name!r} has the dtype {dtype!r}, which is not supported.")
     need = prod(shape) * itemsize(FROM_SAFETENSORS[dtype])
     if end - begin != need:
-        raise CheckpointError(f"{path}: {name!r} of {dtype}{shape} needs {need} bytes, the header gives it {end - begin}.")
+        raise CheckpointError(
+            f"{path}: {name!r} of {dtype}{shape} needs {need} bytes, the header gives it {end - begin}."
+        )
     return Stored(name, FROM_SAFETENSORS[dtype], tuple(shape), base + begin, need)
 
 
-ORDER = {name: rank for rank, name in enumerate((
-    "uint64", "int64", "float64", "complex64", "uint32", "int32", "float32", "uint16", "int16", "bfloat16", "float16",
-    "float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool",
-))}
+ORDER = {
+    name: rank
+    for rank, name in enumerate(
+        (
+            "uint64",
+            "int64",
+            "float64",
+            "complex64",
+            "uint32",
+            "int32",
+            "float32",
+            "uint16",
+            "int16",
+            "bfloat16",
+            "float16",
+            "float8_e8m0fnu",
+            "float8_e4m3fn",
+            "float8_e5m2",
+            "int8",
+            "uint8",
+            "bool",
+        )
+    )
+}
 
 
 def lay_out(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:

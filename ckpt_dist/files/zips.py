@@ -6,6 +6,7 @@ descriptor), so only the central directory is believed, and every address in it 
 
 Invariant: no record reaches outside its archive; what is laid out is a valid zip once data and CRCs are filled in.
 """
+
 from __future__ import annotations
 
 import os
@@ -21,7 +22,12 @@ from ckpt_dist.errors import CheckpointError
 ALIGNMENT = 64
 TAIL = 4096
 END, END64, LOCATOR, CENTRAL, LOCAL, DESCRIPTOR = (
-    b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x01\x02", b"PK\x03\x04", b"PK\x07\x08",
+    b"PK\x05\x06",
+    b"PK\x06\x06",
+    b"PK\x06\x07",
+    b"PK\x01\x02",
+    b"PK\x03\x04",
+    b"PK\x07\x08",
 )
 FLAGS = 0x0808  # names are UTF-8, sizes come in a data descriptor
 SMALL = 0xFFFFFFFF
@@ -50,7 +56,9 @@ def directory(fd: int, base: int, length: int, where: str) -> dict[str, Record]:
             raise CheckpointError(f"{where} is damaged: its zip64 directory is not where it should be.")
         count, size, start = struct.unpack_from("<QQQ", end64, 32)
     first = max(length - TAIL, 0)
-    central = tail[start - first : start - first + size] if start >= first else _read(fd, base, length, start, size, where)
+    central = (
+        tail[start - first : start - first + size] if start >= first else _read(fd, base, length, start, size, where)
+    )
     if len(central) != size:
         raise CheckpointError(f"{where} is damaged: its directory of {size} bytes does not end before byte {length}.")
     return _records(fd, base, length, central, count, where)
@@ -68,9 +76,13 @@ def _read(fd: int, base: int, length: int, at: int, size: int, where: str) -> by
 def _no_archive(fd: int, base: int, length: int, where: str) -> CheckpointError:
     head = os.pread(fd, min(length, 16), base)
     if head.startswith(b"PK\x03\x04"):
-        return CheckpointError(f"{where} is truncated: it starts as a zip archive, but its end of {length} bytes holds no directory. Fetch it again.")
+        return CheckpointError(
+            f"{where} is truncated: it starts as a zip archive, but its end of {length} bytes holds no directory. Fetch it again."
+        )
     if head[:2] in (b"\x80\x02", b"\x80\x04") or b"\x8a\x0al\xfc" in head:
-        return CheckpointError(f"{where} was saved by torch before 1.6; load it there and save it again with torch.save.")
+        return CheckpointError(
+            f"{where} was saved by torch before 1.6; load it there and save it again with torch.save."
+        )
     return CheckpointError(f"{where} is no file of torch.save: it does not begin as a zip archive.")
 
 
@@ -88,11 +100,15 @@ def _records(fd: int, base: int, length: int, central: bytes, count: int, where:
         if SMALL in (packed, nbytes, header):
             nbytes, packed, header = _wide(extra, nbytes, packed, header, where)
         if method != 0 or packed != nbytes or flags & 1:
-            raise CheckpointError(f"{where}: the record {name!r} is compressed or encrypted, which torch.save never does.")
+            raise CheckpointError(
+                f"{where}: the record {name!r} is compressed or encrypted, which torch.save never does."
+            )
         local = _read(fd, base, length, header, 30, where)
         data = header + 30 + sum(struct.unpack_from("<HH", local, 26))
         if local[:4] != LOCAL or data + nbytes > length or name in found:
-            raise CheckpointError(f"{where} is damaged: the record {name!r} of {nbytes} bytes at {data} does not lie in the archive's {length} bytes, or is there twice.")
+            raise CheckpointError(
+                f"{where} is damaged: the record {name!r} of {nbytes} bytes at {data} does not lie in the archive's {length} bytes, or is there twice."
+            )
         found[name] = Record(name, base + data, nbytes)
         at += 46 + names + extras + comments
     return found
@@ -117,7 +133,9 @@ def find(records: Mapping[str, Record], ending: str, where: str) -> Record:
     """The only record whose name ends so: torch puts the file's own name before `/data.pkl`."""
     found = [r for name, r in records.items() if name.endswith(ending) or name == ending.lstrip("/")]
     if len(found) != 1:
-        raise CheckpointError(f"{where}: {len(found)} records end in {ending!r}, one is needed. Was it made by torch.save?")
+        raise CheckpointError(
+            f"{where}: {len(found)} records end in {ending!r}, one is needed. Was it made by torch.save?"
+        )
     return found[0]
 
 
@@ -147,7 +165,20 @@ def lay_out(records: Sequence[tuple[str, bytes | int]], prefix: str = "archive")
         zip64 = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
         fill = -(at + 30 + len(label) + len(zip64) + 4) % ALIGNMENT
         extra = zip64 + struct.pack("<HH", 0x4246, fill) + b"Z" * fill
-        fixed = struct.pack("<4sHHHHHIIIHH", LOCAL, 0, FLAGS, 0, 0, 0, 0, SMALL if wide else 0, SMALL if wide else 0, len(label), len(extra))
+        fixed = struct.pack(
+            "<4sHHHHHIIIHH",
+            LOCAL,
+            0,
+            FLAGS,
+            0,
+            0,
+            0,
+            0,
+            SMALL if wide else 0,
+            SMALL if wide else 0,
+            len(label),
+            len(extra),
+        )
         data = at + len(fixed) + len(label) + len(extra)
         descriptor = struct.pack("<4sIQQ" if wide else "<4sIII", DESCRIPTOR, crc, nbytes, nbytes)
         body = b"" if isinstance(content, int) else content
@@ -172,7 +203,23 @@ def _central(records: Sequence[tuple[bytes, int, int, int]], start: int) -> tupl
         wide = [n for n in (nbytes, nbytes, header) if n >= SMALL]
         extra = struct.pack("<HH", 1, 8 * len(wide)) + struct.pack(f"<{len(wide)}Q", *wide) if wide else b""
         fixed = struct.pack(
-            "<4sHHHHHHIIIHHHHHII", CENTRAL, 0, 0, FLAGS, 0, 0, 0, crc, min(nbytes, SMALL), min(nbytes, SMALL), len(label), len(extra), 0, 0, 0, 0,
+            "<4sHHHHHHIIIHHHHHII",
+            CENTRAL,
+            0,
+            0,
+            FLAGS,
+            0,
+            0,
+            0,
+            crc,
+            min(nbytes, SMALL),
+            min(nbytes, SMALL),
+            len(label),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
             min(header, SMALL),
         )
         crc_at.append(at + 16)

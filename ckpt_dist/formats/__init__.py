@@ -7,6 +7,7 @@
 
 Invariant: a format is a table of addresses. Nothing here reads or writes the bytes of a tensor.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence

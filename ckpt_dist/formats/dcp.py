@@ -6,6 +6,7 @@ the blob's own headers, so `locate` finds it only for the chunks a rank will tou
 
 Invariant: `.metadata` is unpickled by an allow-list, becomes integer arrays at once, and is checked against the files.
 """
+
 from __future__ import annotations
 
 import os
@@ -32,7 +33,9 @@ TAIL = 4096
 
 
 def claims(path: Path) -> bool:
-    return path.is_dir() and ((path / ".metadata").exists() or any(path.glob("__*.metadata")) or any(path.glob("*.distcp")))
+    return path.is_dir() and (
+        (path / ".metadata").exists() or any(path.glob("__*.metadata")) or any(path.glob("*.distcp"))
+    )
 
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
@@ -40,9 +43,13 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     where = str(path / ".metadata")
     try:
         with pickles.uncollected():
-            return _catalog(path, [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)], where)
+            return _catalog(
+                path, [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)], where
+            )
     except (TypeError, ValueError, OverflowError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}. Was the save interrupted?") from None
+        raise CheckpointError(
+            f"{where} is damaged: {type(error).__name__}: {error}. Was the save interrupted?"
+        ) from None
 
 
 def _metadata_files(path: Path) -> list[Path]:
@@ -51,7 +58,9 @@ def _metadata_files(path: Path) -> list[Path]:
     ranks = sorted(path.glob("__*.metadata"), key=lambda p: (len(p.name), p.name))
     if not ranks:
         unfinished = ".metadata.tmp is there: " if (path / ".metadata.tmp").exists() else ""
-        raise CheckpointError(f"{path} has .distcp files but no .metadata: {unfinished}the save did not finish. Use an earlier checkpoint.")
+        raise CheckpointError(
+            f"{path} has .distcp files but no .metadata: {unfinished}the save did not finish. Use an earlier checkpoint."
+        )
     return ranks
 
 
@@ -80,7 +89,13 @@ def _catalog(path: Path, tables: Sequence[_Tables], where: str) -> Catalog:
     names = [n for n, d in described.items() if "chunks" in (d[0] if len(d) else {})]
     entries = tuple(_entry(n, described[n][0], paths, where) for n in names)
     boxes = [c for table in tables for n in names if n in table.described for c in table.described[n][0]["chunks"]]
-    owner = [e for table in tables for e, n in enumerate(names) if n in table.described for _ in table.described[n][0]["chunks"]]
+    owner = [
+        e
+        for table in tables
+        for e, n in enumerate(names)
+        if n in table.described
+        for _ in table.described[n][0]["chunks"]
+    ]
     index = list(chain.from_iterable(t.index for t in tables))
     named, offsets = [i["fqn"] for i in index], [i.get("offset") for i in index]
     info = list(chain.from_iterable(t.info for t in tables))
@@ -120,7 +135,14 @@ def _entry(name: str, fields: Mapping[str, Any], paths: Mapping[str, Any], where
 
 
 def _storage_rows(
-    entries: Sequence[Entry], owner: Ints, start: Ints, size: Ints, names: Sequence[str], offsets: Sequence[Any], tensors: Ints, where: str
+    entries: Sequence[Entry],
+    owner: Ints,
+    start: Ints,
+    size: Ints,
+    names: Sequence[str],
+    offsets: Sequence[Any],
+    tensors: Ints,
+    where: str,
 ) -> Ints:
     """For each described chunk the row of its storage; -1 for an empty one. Both sides are keyed by (name, offset)."""
     width = start.shape[1]
@@ -141,7 +163,9 @@ def _storage_rows(
     inside_range = found < len(stored)
     hit[inside_range] = stored[order][found[inside_range]] == wanted[inside_range]
     for lost in np.flatnonzero(full & ~hit)[:1].tolist():
-        raise CheckpointError(f"{where}: {entries[owner[lost]].name!r} has a chunk at {start[lost].tolist()} that no file is named for.")
+        raise CheckpointError(
+            f"{where}: {entries[owner[lost]].name!r} has a chunk at {start[lost].tolist()} that no file is named for."
+        )
     rows = np.full(len(owner), -1, np.int64)
     take = full & hit
     rows[take] = tensors[order[found[take]]]
@@ -170,16 +194,22 @@ def _addresses(path: Path, info: Sequence[Mapping[str, Any]], where: str) -> tup
         raise CheckpointError(f"{where} holds a negative offset or length.")
     for row in info if max(map(len, info), default=0) > 3 else ():  # a fourth field is rare, a million rows are not
         if row.get("transform_descriptors"):
-            raise CheckpointError(f"{where}: blobs are transformed by {row['transform_descriptors']}, which cannot be read by address. Save without extensions.")
+            raise CheckpointError(
+                f"{where}: blobs are transformed by {row['transform_descriptors']}, which cannot be read by address. Save without extensions."
+            )
     end = np.zeros(len(files), np.int64)
     np.maximum.at(end, file, offset + length)
     for name, need in zip(files, end.tolist(), strict=True):
         if not (path / name).is_file():
             have = sum((path / f).is_file() for f in files)
-            raise CheckpointError(f"{path / name} is missing: .metadata names {len(files)} files, {have} are there. Fetch it again.")
+            raise CheckpointError(
+                f"{path / name} is missing: .metadata names {len(files)} files, {have} are there. Fetch it again."
+            )
         size = (path / name).stat().st_size
         if size < need:
-            raise CheckpointError(f"{path / name} is truncated: it has {size} bytes, .metadata needs {need}. Fetch it again.")
+            raise CheckpointError(
+                f"{path / name} is truncated: it has {size} bytes, .metadata needs {need}. Fetch it again."
+            )
     return files, file, offset, length
 
 
@@ -200,13 +230,21 @@ def _in_safetensors(path: Path, files: Sequence[str], entries: Sequence[Entry], 
             tensor = stored.get(entry.name)
             shape = tuple((chunks.stop[row] - chunks.start[row]).tolist()[: len(entry.shape)])
             if tensor is None or tensor.shape != shape or tensor.dtype != entry.dtype:
-                raise CheckpointError(f"{path / files[number]}: {entry.name!r} should be {entry.dtype}{list(shape)} by .metadata, the file has {tensor}.")
+                raise CheckpointError(
+                    f"{path / files[number]}: {entry.name!r} should be {entry.dtype}{list(shape)} by .metadata, the file has {tensor}."
+                )
             offset[row] = tensor.offset
     return Chunks(chunks.entry, chunks.start, chunks.stop, chunks.strides, chunks.file, offset)
 
 
 def _extras(
-    described: Mapping[str, Any], paths: Mapping[str, Any], stored: Sequence[str], offsets: Sequence[Any], file: Ints, offset: Ints, length: Ints
+    described: Mapping[str, Any],
+    paths: Mapping[str, Any],
+    stored: Sequence[str],
+    offsets: Sequence[Any],
+    file: Ints,
+    offset: Ints,
+    length: Ints,
 ) -> tuple[Extra, ...]:
     rows = {name: r for r, (name, o) in enumerate(zip(stored, offsets, strict=True)) if o is None}
     names = [n for n, d in described.items() if "chunks" not in (d[0] if len(d) else {})]
@@ -237,7 +275,9 @@ def locate(catalog: Catalog, rows: Ints) -> Chunks:
             for row in group.tolist():
                 entry = catalog.entries[chunks.entry[row]]
                 shape = tuple((chunks.stop[row] - chunks.start[row]).tolist()[: len(entry.shape)])
-                at, stride = _blob(fd, int(chunks.offset[row]), int(length[row]), entry, shape, f"{where}: {entry.name!r}", known)
+                at, stride = _blob(
+                    fd, int(chunks.offset[row]), int(length[row]), entry, shape, f"{where}: {entry.name!r}", known
+                )
                 offset[row] = at
                 strides[row, : len(stride)] = stride
         finally:
@@ -246,7 +286,13 @@ def locate(catalog: Catalog, rows: Ints) -> Chunks:
 
 
 def _blob(
-    fd: int, base: int, length: int, entry: Entry, shape: tuple[int, ...], where: str, known: dict[bytes, pickles.TensorRef]
+    fd: int,
+    base: int,
+    length: int,
+    entry: Entry,
+    shape: tuple[int, ...],
+    where: str,
+    known: dict[bytes, pickles.TensorRef],
 ) -> tuple[int, tuple[int, ...]]:
     """The address of a blob's first element, and its strides."""
     directory = zips.directory(fd, base, length, where)
@@ -256,7 +302,9 @@ def _blob(
     if ref is None:
         ref = known.setdefault(data, pickles.loads(data, where))
     if not isinstance(ref, pickles.TensorRef) or ref.shape != shape or ref.dtype != entry.dtype:
-        raise CheckpointError(f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {ref}. The files belong to another checkpoint.")
+        raise CheckpointError(
+            f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {ref}. The files belong to another checkpoint."
+        )
     storages = {name.split("/data/", 1)[1]: r for name, r in directory.items() if "/data/" in name}
     return pt.storage_record(storages, ref, where), ref.stride
 
@@ -279,11 +327,17 @@ def lay_out(spec: Spec) -> Layout:
     """Row chunks of at most CHUNK_BYTES, each a zip blob, in `__0_k.distcp` files of at most `max_shard_size`."""
     width = max((len(e.shape) for e in spec.entries), default=0)
     boxes = [(e, lo, hi) for e, entry in enumerate(spec.entries) for lo, hi in _row_chunks(entry)]
-    start, stop = (np.zeros((len(boxes), width), np.int64), padded([spec.entries[e].shape for e, *_ in boxes], width, 1))
+    start, stop = (
+        np.zeros((len(boxes), width), np.int64),
+        padded([spec.entries[e].shape for e, *_ in boxes], width, 1),
+    )
     if width:
         start[:, 0], stop[:, 0] = ints([lo for _, lo, _ in boxes]), ints([hi for *_, hi in boxes])
     sizes = volume(start, stop) * ints([itemsize(spec.entries[e].dtype) for e, *_ in boxes])
-    blobs = [_blob_layout(spec.entries[e], (stop[b] - start[b]).tolist(), int(n)) for b, ((e, *_), n) in enumerate(zip(boxes, sizes, strict=True))]
+    blobs = [
+        _blob_layout(spec.entries[e], (stop[b] - start[b]).tolist(), int(n))
+        for b, ((e, *_), n) in enumerate(zip(boxes, sizes, strict=True))
+    ]
     values = [(x, _value_blob(spec, x)) for x in spec.extras]
     groups = split([b.length for b in blobs], int(spec.options["max_shard_size"]))
     names = [f"__0_{k}.distcp" for k in range(len(groups))]
@@ -309,7 +363,9 @@ def lay_out(spec: Spec) -> Layout:
     chunks = Chunks.dense([e for e, *_ in boxes], start, stop, file, offset)
     catalog = Catalog("dcp", "", tuple(names), spec.entries, chunks)
     blob_at = [(names[f], int(at), blob.length) for f, at, blob in zip(file.tolist(), base, blobs, strict=True)]
-    return Layout(catalog, tuple(lengths), tuple(pieces), tuple(crcs), {".metadata": partial(_metadata, catalog, blob_at, stored)})
+    return Layout(
+        catalog, tuple(lengths), tuple(pieces), tuple(crcs), {".metadata": partial(_metadata, catalog, blob_at, stored)}
+    )
 
 
 _DATA = next(k for k, (name, _) in enumerate(pt.records(b"", [0])) if name == "data/0")
@@ -341,7 +397,9 @@ def _value_blob(spec: Spec, extra: Extra) -> bytes:
     return bytes(out)
 
 
-def _metadata(catalog: Catalog, blobs: Sequence[tuple[str, int, int]], extras: Sequence[tuple[str, Extra, int, int]]) -> bytes:
+def _metadata(
+    catalog: Catalog, blobs: Sequence[tuple[str, int, int]], extras: Sequence[tuple[str, Extra, int, int]]
+) -> bytes:
     """The pickle that torch's own reader expects, made of torch's own classes."""
     import pickle
 
@@ -370,6 +428,8 @@ def _metadata(catalog: Catalog, blobs: Sequence[tuple[str, int, int]], extras: S
         boxes = described[entry.name].chunks
         boxes.append(ChunkStorageMetadata(start, torch.Size(t - s for s, t in zip(start, stop, strict=True))))
         stored[MetadataIndex(entry.name, start, len(boxes) - 1)] = _StorageInfo(name, at, length)
-    paths = {e.name: e.path or (e.name,) for e in catalog.entries} | {x.name: x.path or (x.name,) for _, x, *_ in extras}
-    plain = {name: tuple(str(p) if not type(p) is int else p for p in path) for name, path in paths.items()}
+    paths = {e.name: e.path or (e.name,) for e in catalog.entries} | {
+        x.name: x.path or (x.name,) for _, x, *_ in extras
+    }
+    plain = {name: tuple(str(p) if type(p) is not int else p for p in path) for name, path in paths.items()}
     return pickle.dumps(Metadata(described, plain, stored, StorageMeta(save_id=str(uuid.UUID(int=0)))))

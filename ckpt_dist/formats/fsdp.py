@@ -7,6 +7,7 @@ Replicas have equal boxes, of which the plan reads one.
 
 Invariant: read only; no process group; a missing, foreign or short shard is refused by name.
 """
+
 from __future__ import annotations
 
 import os
@@ -51,7 +52,9 @@ def _files(path: Path) -> list[str]:
         worlds = sorted({w for w, _ in named})
         if len(worlds) > 1:
             counts = ", ".join(f"{sum(w == x for x, _ in named)} of {w}" for w in worlds)
-            raise CheckpointError(f"{path} mixes shards of different world sizes ({counts}). Move those of the other run away.")
+            raise CheckpointError(
+                f"{path} mixes shards of different world sizes ({counts}). Move those of the other run away."
+            )
         world, ranks = worlds[0], {r for _, r in named}
     else:
         bare = {int(m[1]): m[0] for p in path.iterdir() if (m := BARE.fullmatch(p.name))}
@@ -60,7 +63,9 @@ def _files(path: Path) -> list[str]:
     missing = sorted(set(range(world)) - ranks)
     if missing:
         wanted = next(iter(named.values())).replace(f"rank_{min(ranks)}", f"rank_{missing[0]}")
-        raise CheckpointError(f"{path}: {len(missing)} of {world} shards are missing, first that of rank {missing[0]} ({wanted}). Fetch it again.")
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {world} shards are missing, first that of rank {missing[0]} ({wanted}). Fetch it again."
+        )
     return [named[world, r] for r in range(world)]
 
 
@@ -70,10 +75,14 @@ class _Table:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.extras: dict[str, Extra] = {}
-        self.rows: list[tuple[int, list[int], list[int], list[int], int, int]] = []  # entry, start, stop, strides, file, offset
+        self.rows: list[
+            tuple[int, list[int], list[int], list[int], int, int]
+        ] = []  # entry, start, stop, strides, file, offset
         self.order: dict[str, int] = {}
 
-    def add(self, file: Path, number: int, path: tuple[str | int, ...], leaf: Any, storages: Mapping[str, zips.Record]) -> None:
+    def add(
+        self, file: Path, number: int, path: tuple[str | int, ...], leaf: Any, storages: Mapping[str, zips.Record]
+    ) -> None:
         label = ".".join(map(str, path))
         if not isinstance(leaf, (pickles.TensorRef, pickles.Sharded)):
             self.extras.setdefault(label, Extra(label, path, role(path) if path else "state", leaf))
@@ -84,7 +93,9 @@ class _Table:
             entry = self.entries[label] = Entry(label, leaf.dtype, shape, path, role(path))
             self.order[label] = len(self.order)
         if (entry.shape, entry.dtype) != (shape, leaf.dtype):
-            raise CheckpointError(f"{where} is {leaf.dtype}{list(shape)}, another rank has {entry.dtype}{list(entry.shape)}. The shards are of different models.")
+            raise CheckpointError(
+                f"{where} is {leaf.dtype}{list(shape)}, another rank has {entry.dtype}{list(entry.shape)}. The shards are of different models."
+            )
         for start, stop, ref, at in _pieces(leaf, where, storages, file):
             offset = pt.storage_record(storages, ref, where) + at * itemsize(ref.dtype)
             self.rows.append((self.order[label], start, stop, list(ref.stride), number, offset))
@@ -93,38 +104,59 @@ class _Table:
         entries = tuple(self.entries.values())
         width = max((len(e.shape) for e in entries), default=0)
         entry, start, stop, strides, file, offset = zip(*self.rows, strict=True) if self.rows else ((),) * 6
-        chunks = Chunks(ints(entry), padded(start, width, 0), padded(stop, width, 1), padded(strides, width, 0), ints(file), ints(offset))
-        return Catalog("fsdp", str(path), tuple(names), entries, chunks, tuple(self.extras.values()), about={"ranks": len(names)})
+        chunks = Chunks(
+            ints(entry),
+            padded(start, width, 0),
+            padded(stop, width, 1),
+            padded(strides, width, 0),
+            ints(file),
+            ints(offset),
+        )
+        return Catalog(
+            "fsdp", str(path), tuple(names), entries, chunks, tuple(self.extras.values()), about={"ranks": len(names)}
+        )
 
 
-def _pieces(leaf: Any, where: str, storages: Mapping[str, zips.Record], file: Path) -> list[tuple[list[int], list[int], pickles.TensorRef, int]]:
+def _pieces(
+    leaf: Any, where: str, storages: Mapping[str, zips.Record], file: Path
+) -> list[tuple[list[int], list[int], pickles.TensorRef, int]]:
     """(start, stop, tensor, element of the tensor where the piece begins) for all that a leaf holds."""
     if isinstance(leaf, pickles.TensorRef):
         return [([0] * len(leaf.shape), list(leaf.shape), leaf, 0)]
     if leaf.parts or leaf.local is None:
-        for offsets, sizes, ref in leaf.parts:
+        for _offsets, sizes, ref in leaf.parts:
             if ref.shape != sizes:
                 if len(ref.shape) == 1 and len(sizes) != 1:
-                    raise CheckpointError(f"{where} is a flat shard (FSDP1 LOCAL_STATE_DICT), which does not say its shape. Save with SHARDED_STATE_DICT.")
+                    raise CheckpointError(
+                        f"{where} is a flat shard (FSDP1 LOCAL_STATE_DICT), which does not say its shape. Save with SHARDED_STATE_DICT."
+                    )
                 raise CheckpointError(f"{where} says a shard of {list(sizes)}, the tensor has {list(ref.shape)}.")
         return [(list(o), [a + n for a, n in zip(o, s, strict=True)], r, 0) for o, s, r in leaf.parts]
     return _dtensor(leaf, leaf.local, where, storages, file)
 
 
-def _dtensor(leaf: pickles.Sharded, local: pickles.TensorRef, where: str, storages: Mapping[str, zips.Record], file: Path) -> list[Any]:
+def _dtensor(
+    leaf: pickles.Sharded, local: pickles.TensorRef, where: str, storages: Mapping[str, zips.Record], file: Path
+) -> list[Any]:
     if any(p[0] == "partial" for p in leaf.placements):
         raise CheckpointError(f"{where} holds partial sums of a tensor, which were not reduced before saving.")
     coordinate = leaf.coordinate or _coordinate(leaf, where, storages, file)
     if len(coordinate) != len(leaf.mesh_shape) or len(leaf.placements) != len(leaf.mesh_shape):
-        raise CheckpointError(f"{where}: a mesh of {leaf.mesh_shape}, the coordinate {coordinate} and {len(leaf.placements)} placements do not fit together.")
+        raise CheckpointError(
+            f"{where}: a mesh of {leaf.mesh_shape}, the coordinate {coordinate} and {len(leaf.placements)} placements do not fit together."
+        )
     if any(c >= n for c, n in zip(coordinate, leaf.mesh_shape, strict=True)):
         raise CheckpointError(f"{where}: the coordinate {coordinate} lies outside the mesh {leaf.mesh_shape}.")
     if any(type(p[1]) is not int or not 0 <= p[1] < len(leaf.shape) for p in leaf.placements if len(p) > 1):
-        raise CheckpointError(f"{where}: placements {leaf.placements} name a dim that a tensor of shape {leaf.shape} does not have.")
+        raise CheckpointError(
+            f"{where}: placements {leaf.placements} name a dim that a tensor of shape {leaf.shape} does not have."
+        )
     boxes = placed(leaf.shape, leaf.mesh_shape, coordinate, leaf.placements)
     have = tuple(max((at[d] + box[d][1] - box[d][0] for box, at in boxes), default=0) for d in range(len(leaf.shape)))
     if have != local.shape and 0 not in have + local.shape:
-        raise CheckpointError(f"{where}: by its placements {leaf.placements} rank {coordinate} holds {list(have)}, the file has {list(local.shape)}.")
+        raise CheckpointError(
+            f"{where}: by its placements {leaf.placements} rank {coordinate} holds {list(have)}, the file has {list(local.shape)}."
+        )
     found = []
     for box, at in boxes:
         if all(t > s for s, t in box) and 0 not in local.shape:
@@ -136,7 +168,9 @@ def _dtensor(leaf: pickles.Sharded, local: pickles.TensorRef, where: str, storag
 def _coordinate(leaf: pickles.Sharded, where: str, storages: Mapping[str, zips.Record], file: Path) -> tuple[int, ...]:
     """Where this file's rank stands in the mesh, when only the tensor of ranks is stored."""
     if leaf.mesh is None:
-        raise CheckpointError(f"{where}: the mesh does not say which ranks it is made of; save with torch 2.3 or newer.")
+        raise CheckpointError(
+            f"{where}: the mesh does not say which ranks it is made of; save with torch 2.3 or newer."
+        )
     name = NAMED.fullmatch(file.name) or BARE.fullmatch(file.name)
     rank = leaf.rank if leaf.rank is not None else int(name[name.lastindex or 1]) if name else 0
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)

@@ -5,6 +5,7 @@ folder listing (repositories hold `consolidated.safetensors` and the like beside
 
 Invariant: what is written has each name once, an index when there are several files, and `format: pt`.
 """
+
 from __future__ import annotations
 
 import json
@@ -28,7 +29,11 @@ SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 def claims(path: Path) -> bool:
     if path.is_file():
-        return path.suffix == ".safetensors" or path.name in INDEXES or path.name.startswith("pytorch_model") and path.suffix == ".bin"
+        return (
+            path.suffix == ".safetensors"
+            or path.name in INDEXES
+            or (path.name.startswith("pytorch_model") and path.suffix == ".bin")
+        )
     return path.is_dir() and (any((path / n).exists() for n in INDEXES + SINGLES) or any(path.glob("*.safetensors")))
 
 
@@ -36,10 +41,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """Headers of all files that the index names (or the one file there is)."""
     root = path if path.is_dir() else path.parent
     names, weight_map = _files(path)
-    if names[0].endswith(".bin"):
-        catalog = pt.scan_files(root, names, options)
-    else:
-        catalog = _scan_safetensors(root, names)
+    catalog = pt.scan_files(root, names, options) if names[0].endswith(".bin") else _scan_safetensors(root, names)
     if weight_map is not None:
         _check_index(catalog, weight_map, root)
     _refuse_quantised(catalog, root)
@@ -59,7 +61,9 @@ def _files(path: Path) -> tuple[list[str], dict[str, str] | None]:
             return sorted({inside(root, f, str(root / index)) for f in weight_map.values()}), weight_map
     found = sorted(p.name for p in root.glob("*.safetensors"))
     if not all(n.startswith("shard-") for n in found) and len(found) > 1:
-        raise CheckpointError(f"{root} holds {len(found)} safetensors files and no {INDEXES[0]}; which belong together is not known.")
+        raise CheckpointError(
+            f"{root} holds {len(found)} safetensors files and no {INDEXES[0]}; which belong together is not known."
+        )
     return found, None
 
 
@@ -85,14 +89,18 @@ def _check_index(catalog: Catalog, weight_map: Mapping[str, str], root: Path) ->
     for row, entry in enumerate(catalog.entries):
         file = catalog.files[first[row]] if len(first) == len(catalog.entries) else None
         if file is not None and entry.name in weight_map and weight_map[entry.name] != file:
-            raise CheckpointError(f"{root}: {entry.name!r} lies in {file!r}, the index says {weight_map[entry.name]!r}.")
+            raise CheckpointError(
+                f"{root}: {entry.name!r} lies in {file!r}, the index says {weight_map[entry.name]!r}."
+            )
 
 
 def _refuse_quantised(catalog: Catalog, root: Path) -> None:
     marks = ("_scale_inv", ".qweight", ".absmax", "_blocks", ".qzeros", ".SCB")
     for entry in catalog.entries:
         if entry.name.endswith(marks):
-            raise CheckpointError(f"{root}: {entry.name!r} belongs to a quantised checkpoint, which cannot be converted yet. De-quantise it first.")
+            raise CheckpointError(
+                f"{root}: {entry.name!r} belongs to a quantised checkpoint, which cannot be converted yet. De-quantise it first."
+            )
 
 
 def _scan_safetensors(root: Path, names: list[str]) -> Catalog:
@@ -110,7 +118,9 @@ def _scan_safetensors(root: Path, names: list[str]) -> Catalog:
     seen: dict[str, int] = {}
     for tensor, number in zip(stored, files, strict=True):
         if tensor.name in seen:
-            raise CheckpointError(f"{root}: {tensor.name!r} is stored twice, in {names[seen[tensor.name]]} and {names[number]}.")
+            raise CheckpointError(
+                f"{root}: {tensor.name!r} is stored twice, in {names[seen[tensor.name]]} and {names[number]}."
+            )
         seen[tensor.name] = number
     entries = tuple(Entry(t.name, t.dtype, t.shape, (t.name,)) for t in stored)
     return Catalog("hf", str(root), tuple(names), entries, whole(entries, files, [t.offset for t in stored]))
@@ -127,7 +137,9 @@ def _sharding(metadata: Mapping[str, str], path: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"{path}: DCP_SHARDING_INFO is damaged: {error!r}.") from None
 
 
-def _distributed(root: Path, names: list[str], stored: list[Any], files: list[int], starts: list[list[int] | None]) -> Catalog:
+def _distributed(
+    root: Path, names: list[str], stored: list[Any], files: list[int], starts: list[list[int] | None]
+) -> Catalog:
     """Shards of one tensor in several files; the whole shape is what they reach to."""
     offsets = [s if s is not None else [0] * len(t.shape) for s, t in zip(starts, stored, strict=True)]
     ends = [tuple(o + n for o, n in zip(at, t.shape, strict=True)) for at, t in zip(offsets, stored, strict=True)]
@@ -140,7 +152,13 @@ def _distributed(root: Path, names: list[str], stored: list[Any], files: list[in
     entries = tuple(Entry(n, dtypes[n], shape, (n,)) for n, shape in shapes.items())
     row = {e.name: i for i, e in enumerate(entries)}
     width = max((len(e.shape) for e in entries), default=0)
-    chunks = Chunks.dense([row[t.name] for t in stored], padded(offsets, width, 0), padded(ends, width, 1), files, [t.offset for t in stored])
+    chunks = Chunks.dense(
+        [row[t.name] for t in stored],
+        padded(offsets, width, 0),
+        padded(ends, width, 1),
+        files,
+        [t.offset for t in stored],
+    )
     return Catalog("hf", str(root), tuple(names), entries, chunks)
 
 
@@ -151,14 +169,14 @@ def lay_out(spec: Spec) -> Layout:
     stem, ending = ("model", ".safetensors") if spec.options.get("safetensors", True) else ("pytorch_model", ".bin")
     count = len(groups)
     names = [stem + ending] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}{ending}" for i in range(count)]
-    if ending == ".bin":
-        layout = pt.lay_out_files(spec, names, groups)
-    else:
-        layout = _safetensors(spec, names, groups)
+    layout = pt.lay_out_files(spec, names, groups) if ending == ".bin" else _safetensors(spec, names, groups)
     if count > 1:
         weight_map = {spec.entries[i].name: names[g] for g, group in enumerate(groups) for i in group}
         elements = sum(int(np.prod(e.shape, dtype=np.int64)) for e in spec.entries)
-        index = {"metadata": {"total_parameters": elements, "total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_parameters": elements, "total_size": sum(sizes)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         text = json.dumps(index, indent=2) + "\n"
         layout = replace(layout, late={**layout.late, stem + ending + ".index.json": text.encode})
     return layout

@@ -5,6 +5,7 @@ of the zip, stored uncompressed at multiples of 64 bytes. Only the pickle is rea
 
 Invariant: no code of a file is run, and no storage is read.
 """
+
 from __future__ import annotations
 
 import os
@@ -72,7 +73,9 @@ def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[st
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
             yield from walk(value, (*path, Key(key) if type(key) is int else str(key)))
-    elif isinstance(tree, (list, tuple)) and not isinstance(tree, pickles.Record) and any(_holds_tensor(v) for v in tree):
+    elif (
+        isinstance(tree, (list, tuple)) and not isinstance(tree, pickles.Record) and any(_holds_tensor(v) for v in tree)
+    ):
         for index, value in enumerate(tree):
             yield from walk(value, (*path, index))
     else:
@@ -94,7 +97,9 @@ def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> 
         for path, leaf in walk(tree):
             label = ".".join(map(str, path))
             if isinstance(leaf, pickles.Sharded):
-                raise CheckpointError(f"{root / name}: {label!r} is a shard of a tensor; give the folder with the files of all ranks.")
+                raise CheckpointError(
+                    f"{root / name}: {label!r} is a shard of a tensor; give the folder with the files of all ranks."
+                )
             if not isinstance(leaf, pickles.TensorRef):
                 extras.append(Extra(label, path, role(path) if path else "state", leaf))
                 continue
@@ -127,7 +132,9 @@ def lay_out_files(spec: Spec, names: Sequence[str], groups: Sequence[Sequence[in
     crcs: list[Crc] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
         tree = _tree([spec.entries[i] for i in group], spec.extras if number == 0 else ())
-        storages = [int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group]
+        storages = [
+            int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group
+        ]
         archive = zips.lay_out(records(pickles.dumps(tree), storages), Path(name).stem)
         data = [k for k, (label, _) in enumerate(records(b"", storages)) if label.startswith("data/")]
         for i, k, nbytes in zip(group, data, storages, strict=True):
@@ -142,9 +149,13 @@ def lay_out_files(spec: Spec, names: Sequence[str], groups: Sequence[Sequence[in
 def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes | int]]:
     """The records of an archive in torch's order; an int stands for bytes that come later."""
     return [
-        ("data.pkl", data_pkl), (".format_version", b"1"), (".storage_alignment", b"64"), ("byteorder", b"little"),
+        ("data.pkl", data_pkl),
+        (".format_version", b"1"),
+        (".storage_alignment", b"64"),
+        ("byteorder", b"little"),
         *((f"data/{k}", nbytes) for k, nbytes in enumerate(storages)),
-        ("version", b"3\n"), (".data/serialization_id", b"0" * 40),
+        ("version", b"3\n"),
+        (".data/serialization_id", b"0" * 40),
     ]
 
 

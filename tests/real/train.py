@@ -9,6 +9,7 @@ Every case trains one or two steps and writes to OUT/CASE:
     dcp/                    dcp.save of {"model", "optim"} as get_state_dict gives them
     ranks/                  model_world_size_W_rank_R.pt: torch.save of each rank's own state dict
 """
+
 from __future__ import annotations
 
 import os
@@ -28,8 +29,16 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SIZES = dict(hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-             vocab_size=131, max_position_embeddings=64)
+SIZES = dict(
+    hidden_size=24,
+    intermediate_size=44,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=131,
+    max_position_embeddings=64,
+)
 
 
 class WithBuffers(nn.Module):
@@ -149,7 +158,7 @@ def save_reference(out: Path, case: str, full: dict[str, torch.Tensor]) -> None:
     save_file(distinct, out / "reference.safetensors", metadata={"format": "pt"})
     plain = model(tied=case == "tied", dtype=torch.bfloat16 if case == "bf16" else torch.float32)
     prefix = "inner." if case == "buffers" else ""
-    plain.load_state_dict({k[len(prefix):]: v for k, v in full.items() if k.startswith(prefix)}, strict=False)
+    plain.load_state_dict({k[len(prefix) :]: v for k, v in full.items() if k.startswith(prefix)}, strict=False)
     plain.save_pretrained(out / "hf")
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
