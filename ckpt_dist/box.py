@@ -23,7 +23,7 @@ def ints(values: Any) -> Ints:
 
 def volume(start: Ints, stop: Ints) -> Ints:
     """Elements of each box: `volume([[0, 1]], [[2, 4]])` -> `[6]`; a box without axes holds one element."""
-    return np.prod(np.maximum(stop - start, 0), axis=-1, dtype=np.int64)
+    return ints(np.prod(np.maximum(stop - start, 0), axis=-1, dtype=np.int64))
 
 
 def intersect(a: Box, b: Box) -> Box | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import plan, task
+from ckpt_dist import model, plan, task
 from ckpt_dist.box import volume
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
@@ -154,7 +154,7 @@ class Sums:
 
 def _own_design(m: Model) -> tuple[Bound, Bound]:
     """A checkpoint read as it is: every selected name a tensor of its own."""
-    bound = task.model.bind_plain(m)
+    bound = model.bind_plain(m)
     canon = task._plain_entries(m)
     return bound, canon
 
@@ -289,7 +289,7 @@ def _gap(one: Any, two: Any, rtol: float, atol: float) -> Gap:
 def _pair(a: Model, b: Model) -> Design:
     """Both checkpoints over the same weights: by name where the spelling is the same, else by family."""
     if a.dialect == b.dialect and (a.family is None) == (b.family is None):
-        bounds, canon = (task.model.bind_plain(a), task.model.bind_plain(b)), task._plain_entries(a)
+        bounds, canon = (model.bind_plain(a), model.bind_plain(b)), task._plain_entries(a)
         return Design(bounds, canon, canon, a.dialect)
     for m in (a, b):
         if m.family is None:
@@ -297,7 +297,7 @@ def _pair(a: Model, b: Model) -> Design:
                 f"{m.source.folder} is of no known family; its names cannot be compared with those of {(b if m is a else a).source.folder}."
             )
     d = task._family_design([a], "hf", {})
-    return Design((d.sources[0], task.model.bind_family(b)), d.canon, d.canon, "hf")
+    return Design((d.sources[0], model.bind_family(b)), d.canon, d.canon, "hf")
 
 
 def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> dict[str, Any]:
@@ -386,15 +386,15 @@ def _verdict(
     }
 
 
-def fingerprint(path: str | Path, **keys: Any) -> str:
-    """The digest of a model's values, the same for every format, dialect and sharding of it."""
+def fingerprint(path: str | Path, **options: Any) -> str:
+    """The digest of a model's values, the same for every format, dialect and sharding of it. Keys as of `verify`."""
     from ckpt_dist.config import fill
 
-    cfg = fill("verify", {"a": {"path": str(path), **keys}, "quiet": True})
+    cfg = fill("verify", {"a.path": str(path), "quiet": True, **options})
     group, report = Group(), Report("fingerprint")
     try:
         m = _open(group, report, cfg["a"], cfg)
-        bare = task.model.canonical(m.dialect) or m.unresolved
+        bare = model.canonical(m.dialect) or m.unresolved
         d = task.design([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else _own_design(m)
         views = bound.views(m.catalog.chunks)

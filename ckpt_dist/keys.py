@@ -191,7 +191,6 @@ KEYS: dict[str, Kind] = {
     "engine.memory": SIZE,
     "engine.device": choice("auto", "cpu", "cuda"),
     "engine.workers": COUNT,
-    "engine.transport": choice("auto", "direct"),
     "engine.verify": FLAG,
     "engine.fsync": FLAG,
     "unmatched": choice("error", "drop"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist import __version__, formats, plan, sources, task
-from ckpt_dist.catalog import Extra
+from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, keep
@@ -216,10 +216,16 @@ def _write(
         small = (
             _small_files(models[0], d, layout, cfg, report) if target["format"] == "hf" and not staging.single else {}
         )
+        if into:  # what a checkpoint has of its own stays as it is
+            small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
         group.on_first(lambda: stage.check(staging, layout, list(small), bool(cfg.get("overwrite"))))
         _account(report, models, lost)
     if cfg.get("dry_run"):
         return _dry(group, report, models, d, layout, engine, path)
+    if combine is not keep or _casts(d):
+        from ckpt_dist.averages.tensors import use
+
+        report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
     group.on_first(lambda: stage.create(staging, layout))
     try:
         with report.phase("copy" if combine is keep else "average"):
@@ -253,6 +259,12 @@ def _write(
         raise
     report.target = str(path)
     return {**report.to_dict(), **prints}
+
+
+def _casts(d: task.Design) -> bool:
+    """Whether any weight changes its dtype on the way."""
+    stored = {key: e.dtype for e, r in zip(d.sources[0].entries, d.sources[0].rules, strict=True) if r for key in r.weights}
+    return any(stored.get(key) != e.dtype for e, r in zip(d.target.entries, d.target.rules, strict=True) if r for key in r.weights)
 
 
 def _finish(
@@ -353,7 +365,7 @@ def _reread(
     d: task.Design,
     layout: Layout,
     staging: stage.Staging,
-    views: plan.Views,
+    views: Views,
     done: Any,
     result: int,
     engine: Config,

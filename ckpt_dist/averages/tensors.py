@@ -13,10 +13,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating
 
 torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must not depend on how torch splits them
+
+
+DEVICE = torch.device("cpu")
+
+
+def use(device: str, local_rank: int) -> str:
+    """Choose where sums and casts are computed, once for a process: `auto` is this rank's GPU if there is one."""
+    global DEVICE
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("engine.device=cuda, but torch sees no GPU here. Use engine.device=auto or cpu.")
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    DEVICE = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    return str(DEVICE)
 
 
 def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
@@ -27,7 +40,7 @@ def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
 def words(value: torch.Tensor, like: int) -> NDArray[Any]:
     """A tensor's memory as words of some size in bytes."""
     kinds: dict[int, type[Any]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
-    return value.contiguous().view(torch.uint8).numpy().view(kinds[like])
+    return value.cpu().contiguous().view(torch.uint8).numpy().view(kinds[like])
 
 
 def cast(value: NDArray[Any], dtype: str, want: str) -> NDArray[Any]:
@@ -35,7 +48,7 @@ def cast(value: NDArray[Any], dtype: str, want: str) -> NDArray[Any]:
     if not (is_floating(dtype) and is_floating(want)):
         raise CheckpointError(f"A {dtype} tensor cannot become {want}: only floating types are cast.")
     target = getattr(torch, want)
-    return words(tensor(value, dtype).to(target), target.itemsize)
+    return words(tensor(value, dtype).to(DEVICE).to(target), target.itemsize)
 
 
 class Differs(CheckpointError):
@@ -45,7 +58,7 @@ class Differs(CheckpointError):
 def mean(
     values: Iterable[NDArray[Any]], dtypes: Sequence[str], coefficients: Sequence[float], want: str
 ) -> NDArray[Any]:
-    """The weighted mean of tiles. Equal coefficients are one sum and one division; others are applied before the sum.
+    """The weighted mean of tiles; coefficients sum to 1. Equal ones are one sum and one division, others are applied before the sum.
 
     >>> import numpy as np
     >>> mean([np.float32([1, 2]).view(np.uint32), np.float32([3, 4]).view(np.uint32)], ["float32"] * 2, [.5, .5], "float32").view(np.float32)
@@ -57,7 +70,7 @@ def mean(
     uniform = len(set(coefficients)) == 1
     total: torch.Tensor | None = None
     for value, dtype, c in zip(values, dtypes, coefficients, strict=True):
-        part = tensor(value, dtype)
+        part = tensor(value, dtype).to(DEVICE)
         if total is None:
             total = part.to(wide, copy=True)
             if not uniform:
@@ -68,7 +81,7 @@ def mean(
             total.add_(part.to(wide), alpha=1 if uniform else c)
     assert total is not None
     if uniform:
-        total.div_(1 / (coefficients[0]) if coefficients[0] else float("inf"))
+        total.div_(len(coefficients))
     target = getattr(torch, want)
     return words(total.to(target), target.itemsize)
 

@@ -108,12 +108,12 @@ def _patch_crcs(folder: Path, layout: Layout, runs: Runs) -> None:
     for number in sorted({c.file for c in layout.crcs}):
         mine, at = pending.get(number, []), 0
         with open(folder / layout.catalog.files[number], "r+b") as file:
-            for crc in sorted((c for c in layout.crcs if c.file == number), key=lambda c: c.offset):
+            for entry in sorted((c for c in layout.crcs if c.file == number), key=lambda c: c.offset):
                 first = at
-                while at < len(mine) and mine[at][0] < crc.offset + crc.nbytes:
+                while at < len(mine) and mine[at][0] < entry.offset + entry.nbytes:
                     at += 1
-                value = combine_runs(mine[first:at])[2] if crc.nbytes else 0
-                for position in crc.positions:
+                value = combine_runs(mine[first:at])[2] if entry.nbytes else 0
+                for position in entry.positions:
                     file.seek(position)
                     file.write(value.to_bytes(4, "little"))
 

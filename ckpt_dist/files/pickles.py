@@ -439,7 +439,7 @@ def uncollected() -> Iterator[None]:
 def loads(data: bytes, where: str) -> Any:
     """Unpickle by the allow-list. What is not on it, and what is damaged, is a CheckpointError that names `where`."""
     try:
-        return _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER)).load()  # type: ignore[arg-type]
+        return _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER)).load()
     except _Refused as refused:
         raise CheckpointError(
             f"{where} asks for {refused}, which no checkpoint needs and which could run code; nothing was run. "
@@ -479,7 +479,10 @@ def dumps(tree: Any) -> bytes:
     return out.getvalue()
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
+_PurePython: Any = pickle._Pickler  # its types do not show what a subclass needs
+
+
+class _Pickler(_PurePython):  # type: ignore[misc]
     """The pure-Python pickler, taught to write names that it does not import."""
 
     def persistent_id(self, value: Any) -> Any:
