@@ -5,8 +5,9 @@ Invariant: a verb either publishes a whole target and a report, or raises and le
 
 from __future__ import annotations
 
+import fnmatch
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,6 @@ def job(verb: str, cfg: Config) -> Iterator[tuple[Group, Report]]:
     group, report = Group(), Report(verb)
     try:
         yield group, report
-        report.peak_memory = group.gather(peak_memory())
         report.show(bool(cfg.get("quiet")))
     finally:
         group.close()
@@ -50,7 +50,7 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = group.on_first(lambda: task.open_model(cfg["source"], cfg))
-        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), keep, {"verb": "convert"})
+        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
 
 
 def merge(cfg: Config) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def merge(cfg: Config) -> dict[str, Any]:
             [m],
             cfg,
             Path(given) if given else _checkpoint_of(m),
-            keep,
+            lambda d: keep,
             {"verb": "merge"},
             into=into is not None,
         )
@@ -91,7 +91,7 @@ def average(cfg: Config) -> dict[str, Any]:
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
-        return _write(group, report, models, cfg, target, _mean(given), about, given=given)
+        return _write(group, report, models, cfg, target, lambda d: _mean(d, given), about, given=given)
 
 
 def _paths(cfg: Config) -> list[str]:
@@ -115,7 +115,10 @@ def _open_all(cfg: Config) -> list[Model]:
         if not root.is_dir():
             formats.detect(root)
             raise UsageError(f"{root} is one checkpoint; an average needs a folder of steps or a list of paths.")
-        found = list(sources.choose(root, wanted, last).values())
+        chosen = sources.choose(root, wanted, last)
+        found = [
+            chosen[s] for s in (wanted if wanted and cfg.get("weights") else chosen)
+        ]  # weights= goes by the order of steps=
     if len(found) < 2:
         raise UsageError(f"An average needs at least two checkpoints; {paths[0]} gives {len(found)}.")
     return [task.open_model({**cfg["source"], "path": str(p)}, cfg) for p in found]
@@ -148,10 +151,16 @@ def _average_target(cfg: Config, first: Model, label: str) -> Path:
     return parent / f"{label}-averaged"
 
 
-def _mean(coefficients: Sequence[float]) -> Combine:
-    def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
-        from ckpt_dist.averages.tensors import mean
+def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
+    """The combination of an average: the mean, except where training sets a value without gradients."""
+    from ckpt_dist.averages.tensors import COPIED, last, mean
 
+    tiles = plan.tiles(d.canon.entries).entry
+    copied = [any(fnmatch.fnmatch(e.name, pattern) for pattern in COPIED) for e in d.canon.entries]
+
+    def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+        if copied[tiles[tile]]:
+            return keep(tile, iter([last(values)]), dtypes[-1:], want)
         return mean(values, dtypes, coefficients, want)
 
     return combine
@@ -193,7 +202,7 @@ def _write(
     models: list[Model],
     cfg: Config,
     path: Path,
-    combine: Combine,
+    combination: Callable[[task.Design], Combine],
     about: Mapping[str, Any],
     *,
     into: bool = False,
@@ -207,6 +216,7 @@ def _write(
             report.notes += m.source.notes
         report.guesses += models[0].guesses
         d = task.design(models, target)
+        combine = combination(d)
         if len(models) > 1:
             _same_models(models, d)
         extras, lost = _extras(models[0], cfg)
@@ -249,6 +259,7 @@ def _write(
                 _reread(group, report, d, layout, staging, target_views, done, len(models), engine, cfg)
         with report.phase("publish"):
             runs = [run for part in group.gather(done.runs) for run in part]
+            report.peak_memory = group.gather(peak_memory())
             prints = _fingerprints(d, done, models) if digests else {}
             record = _record(cfg, about, models, given, prints, report)
             final = small if staging.single else {**small, **record}
@@ -263,8 +274,15 @@ def _write(
 
 def _casts(d: task.Design) -> bool:
     """Whether any weight changes its dtype on the way."""
-    stored = {key: e.dtype for e, r in zip(d.sources[0].entries, d.sources[0].rules, strict=True) if r for key in r.weights}
-    return any(stored.get(key) != e.dtype for e, r in zip(d.target.entries, d.target.rules, strict=True) if r for key in r.weights)
+    stored = {
+        key: e.dtype for e, r in zip(d.sources[0].entries, d.sources[0].rules, strict=True) if r for key in r.weights
+    }
+    return any(
+        stored.get(key) != e.dtype
+        for e, r in zip(d.target.entries, d.target.rules, strict=True)
+        if r
+        for key in r.weights
+    )
 
 
 def _finish(

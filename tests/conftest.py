@@ -17,7 +17,15 @@ TWO_RANKS = ("tp",)
 
 def torchrun(num_ranks: int, *argv: str | Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
     """A script or module under torchrun, as a person starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *map(str, argv)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+        *map(str, argv),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)
 
@@ -36,7 +44,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(case: str) -> Path:
         num_ranks = 2 if case in TWO_RANKS else 4
         if num_ranks not in made:
-            made[num_ranks] = _train(tmp_path_factory.mktemp("real"), num_ranks, TWO_RANKS if num_ranks == 2 else FOUR_RANKS)
+            made[num_ranks] = _train(
+                tmp_path_factory.mktemp("real"), num_ranks, TWO_RANKS if num_ranks == 2 else FOUR_RANKS
+            )
         return made[num_ranks] / case
 
     return folder

@@ -42,7 +42,9 @@ def test_every_parallelism_becomes_what_torch_gathers(real: Real, tmp_path: Path
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "buffers"])
-def test_transformers_loads_it_saves_the_same_file_and_computes_the_same_logits(real: Real, tmp_path: Path, case: str) -> None:
+def test_transformers_loads_it_saves_the_same_file_and_computes_the_same_logits(
+    real: Real, tmp_path: Path, case: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = real(case)
@@ -99,7 +101,11 @@ def equal_trees(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and list(map(str, sorted(a, key=str))) == list(map(str, sorted(b, key=str))) and all(equal_trees(a[k], b[k]) for k in a)
+        return (
+            isinstance(b, dict)
+            and list(map(str, sorted(a, key=str))) == list(map(str, sorted(b, key=str)))
+            and all(equal_trees(a[k], b[k]) for k in a)
+        )
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(equal_trees, a, b))
     return bool(a == b)
@@ -138,7 +144,9 @@ def test_round_trips_are_bit_equal_and_keep_the_fingerprint(real: Real, tmp_path
     for name, way in ways.items():
         ckpt_dist.convert(start, tmp_path / name, **way, **({} if "hf" in way.values() else config))
         ckpt_dist.convert(tmp_path / name, tmp_path / f"{name}-back", **config)
-        assert (tmp_path / f"{name}-back/model.safetensors").read_bytes() == (start / "model.safetensors").read_bytes(), name
+        assert (tmp_path / f"{name}-back/model.safetensors").read_bytes() == (
+            start / "model.safetensors"
+        ).read_bytes(), name
         prints.add(ckpt_dist.fingerprint(tmp_path / name, **config))
         ckpt_dist.verify(start, tmp_path / name, **config)
     assert len(prints) == 1
@@ -150,7 +158,11 @@ def test_meta_to_torchtitan_to_hf(real: Real, tmp_path: Path) -> None:
     model = load_file(start / "model.safetensors")
     heads = {"q": 4, "k": 2}
     names = {"q": "wq", "k": "wk", "v": "wv", "o": "wo", "gate": "w1", "up": "w3", "down": "w2"}
-    meta = {"tok_embeddings.weight": model["model.embed_tokens.weight"], "norm.weight": model["model.norm.weight"], "output.weight": model["lm_head.weight"]}
+    meta = {
+        "tok_embeddings.weight": model["model.embed_tokens.weight"],
+        "norm.weight": model["model.norm.weight"],
+        "output.weight": model["lm_head.weight"],
+    }
     for layer in range(2):
         for short, theirs in names.items():
             part, block = ("self_attn", "attention") if short in "qkvo" else ("mlp", "feed_forward")
@@ -161,7 +173,10 @@ def test_meta_to_torchtitan_to_hf(real: Real, tmp_path: Path) -> None:
         meta[f"layers.{layer}.attention_norm.weight"] = model[f"model.layers.{layer}.input_layernorm.weight"]
         meta[f"layers.{layer}.ffn_norm.weight"] = model[f"model.layers.{layer}.post_attention_layernorm.weight"]
     (tmp_path / "meta").mkdir()
-    torch.save({k: v.contiguous() for k, v in meta.items()} | {"rope.freqs": torch.ones(4)}, tmp_path / "meta/consolidated.00.pth")
+    torch.save(
+        {k: v.contiguous() for k, v in meta.items()} | {"rope.freqs": torch.ones(4)},
+        tmp_path / "meta/consolidated.00.pth",
+    )
     config = {"model.config": str(start)}
     ckpt_dist.convert(tmp_path / "meta", tmp_path / "titan", format="dcp", dialect="torchtitan", **config)
     loaded = {"layers.1.attention.qkv_linear.wk.weight": torch.zeros(16, 24)}
@@ -186,7 +201,14 @@ def test_any_rank_count_writes_the_same_bytes(real: Real, tmp_path: Path, num_ra
     ckpt_dist.convert(folder / "dcp", tmp_path / "one", **{"model.config": str(folder / "hf")})
     ckpt_dist.convert(folder / "dcp", tmp_path / "one-pt/all.pt", format="torch", keep=["weights", "optimizer"])
     for target, more in (("hf", []), ("pt/all.pt", ["target.format=torch", "keep=weights,optimizer"])):
-        done = torchrun(num_ranks, "jobs/convert.py", f"source.path={folder / 'dcp'}", f"target.path={tmp_path / target}", config, *more)
+        done = torchrun(
+            num_ranks,
+            "jobs/convert.py",
+            f"source.path={folder / 'dcp'}",
+            f"target.path={tmp_path / target}",
+            config,
+            *more,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (tmp_path / "one/model.safetensors").read_bytes()
     assert (tmp_path / "pt/all.pt").read_bytes() == (tmp_path / "one-pt/all.pt").read_bytes()
@@ -198,7 +220,9 @@ def test_merge_finds_the_latest_complete_step_and_its_ema(real: Real, tmp_path: 
     run = tmp_path / "run"
     for step, case in ((9, "fsdp2"), (10, "hsdp"), (11, "dim1")):
         shutil.copytree(real(case) / "ranks", run / f"checkpoint-{step}/pytorch_model_fsdp_0")
-        shutil.copytree(real("tied" if case == "hsdp" else case) / "ranks", run / f"checkpoint-{step}/pytorch_ema_model_fsdp_0")
+        shutil.copytree(
+            real("tied" if case == "hsdp" else case) / "ranks", run / f"checkpoint-{step}/pytorch_ema_model_fsdp_0"
+        )
         shutil.copy(real(case) / "hf/config.json", run / f"checkpoint-{step}/config.json")
         (run / f"checkpoint-{step}/tokenizer.json").write_text("{}")
     (run / "checkpoint-best").mkdir()

@@ -51,6 +51,14 @@ def cast(value: NDArray[Any], dtype: str, want: str) -> NDArray[Any]:
     return words(tensor(value, dtype).to(DEVICE).to(target), target.itemsize)
 
 
+COPIED = (
+    "*e_score_correction_bias",
+    "*expert_bias",
+    "*expert_bias_E",
+    "*_extra_state",
+)  # routing bias and scales: the last one's
+
+
 class Differs(CheckpointError):
     """Values that must not be averaged differ between the sources."""
 
@@ -66,24 +74,48 @@ def mean(
     """
     if not is_floating(want):
         return same(values)
+    if want.startswith("float8"):
+        raise CheckpointError(
+            "8-bit floats carry scales of their own and cannot be averaged; de-quantise the checkpoints first."
+        )
     wide = torch.float64 if want == "float64" or "float64" in dtypes else torch.float32
+    target = getattr(torch, want)
     uniform = len(set(coefficients)) == 1
     total: torch.Tensor | None = None
+    first: torch.Tensor | None = None
+    constant: torch.Tensor | None = (
+        None  # which elements are equal in all sources: 16-bit rounding finds them again, fp32 does not
+    )
     for value, dtype, c in zip(values, dtypes, coefficients, strict=True):
         part = tensor(value, dtype).to(DEVICE)
         if total is None:
             total = part.to(wide, copy=True)
+            if target == wide:
+                first, constant = total.clone(), torch.ones_like(total, dtype=torch.bool)
             if not uniform:
                 total.mul_(c)
-        elif part.dtype in (wide, torch.bfloat16, torch.float16, torch.float32):
+            continue
+        if constant is not None:
+            constant &= first == part
+        if part.dtype in (wide, torch.bfloat16, torch.float16, torch.float32):
             total.add_(part, alpha=1 if uniform else c)
         else:
             total.add_(part.to(wide), alpha=1 if uniform else c)
     assert total is not None
     if uniform:
         total.div_(len(coefficients))
-    target = getattr(torch, want)
+    if constant is not None and first is not None:
+        total = torch.where(constant, first, total)
     return words(total.to(target), target.itemsize)
+
+
+def last(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """The value of the last source: for what training sets, but not by gradients."""
+    value = None
+    for value in values:
+        pass
+    assert value is not None
+    return value
 
 
 def same(values: Iterable[NDArray[Any]]) -> NDArray[Any]:

@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, zeros
 
-SHARDINGS = [[Shard(0), Replicate()], [Shard(0), Shard(1)], [Shard(1), Shard(0)], [Replicate(), Shard(1)], [Replicate(), Replicate()]]
+SHARDINGS = [
+    [Shard(0), Replicate()],
+    [Shard(0), Shard(1)],
+    [Shard(1), Shard(0)],
+    [Replicate(), Shard(1)],
+    [Replicate(), Replicate()],
+]
 
 
 def main() -> None:
@@ -19,7 +25,10 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     whole = load_file(sys.argv[2])
     for places in SHARDINGS:
-        fit = {k: [p if not isinstance(p, Shard) or p.dim < v.dim() else Replicate() for p in places] for k, v in whole.items()}
+        fit = {
+            k: [p if not isinstance(p, Shard) or p.dim < v.dim() else Replicate() for p in places]
+            for k, v in whole.items()
+        }
         state = {k: zeros(v.shape, dtype=v.dtype, device_mesh=mesh, placements=fit[k]) for k, v in whole.items()}
         dcp.load({"model": state}, checkpoint_id=sys.argv[1])
         for k, v in whole.items():

@@ -160,7 +160,9 @@ def save_reference(out: Path, case: str, full: dict[str, torch.Tensor]) -> None:
     prefix = "inner." if case == "buffers" else ""
     plain.load_state_dict({k[len(prefix) :]: v for k, v in full.items() if k.startswith(prefix)}, strict=False)
     plain.save_pretrained(out / "hf")
-    wide = model(tied=case == "tied").eval()  # in fp32 from the start: casting a bf16 model up keeps rounded rotary tables
+    wide = model(
+        tied=case == "tied"
+    ).eval()  # in fp32 from the start: casting a bf16 model up keeps rounded rotary tables
     wide.load_state_dict(plain.state_dict())
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():

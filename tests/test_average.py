@@ -1,0 +1,160 @@
+"""Contract: an average is the fp64 mean, rounded once: correctly for 16-bit results in all but near-ties of fp32 sums,
+within the bound of fp32 summation for fp32 ones; the same bytes for any formats, shardings and rank counts of its
+sources; and what must not be averaged is not. Not checked here: speed (benchmarks/).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from safetensors.torch import load_file, save_file
+
+import ckpt_dist
+from ckpt_dist.cli import main
+from ckpt_dist.errors import CheckpointError, UsageError
+from tests.conftest import torchrun
+
+Real = Callable[[str], Path]
+SHAPE = (300, 701)  # more than one tile of nothing round
+
+
+def trajectory(count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Checkpoints as training makes them: close to each other, values of many magnitudes."""
+    generator = torch.Generator().manual_seed(count)
+    base = torch.randn(SHAPE, generator=generator) * torch.logspace(-4, 1, SHAPE[1])
+    return [(base + 0.02 * base.abs() * torch.randn(SHAPE, generator=generator)).to(dtype) for _ in range(count)]
+
+
+def write(folder: Path, values: list[torch.Tensor]) -> Path:
+    """One checkpoint a step, in turn as DCP, as safetensors and as one .pt file."""
+    for k, value in enumerate(values):
+        state, step = (
+            {"w": value, "norm.weight": value[0].clone(), "count": torch.tensor([5, 1000001])},
+            folder / f"step-{k + 1}",
+        )
+        step.mkdir(parents=True)
+        if k % 3 == 0:
+            dcp.save({"model": state}, checkpoint_id=step, no_dist=True)
+        elif k % 3 == 1:
+            save_file(state, step / "model.safetensors")
+        else:
+            torch.save({"model": state}, step / "model.pt")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [2, 3, 7, 16, 64])
+def test_16_bit_means_are_correctly_rounded_but_for_near_ties(tmp_path: Path, dtype: torch.dtype, count: int) -> None:
+    values = trajectory(count, dtype)
+    ckpt_dist.average(write(tmp_path / "run", values), tmp_path / "mean")
+    got = load_file(tmp_path / "mean/model.safetensors")
+    exact = torch.stack([v.double() for v in values]).mean(0)
+    wanted = exact.to(dtype)
+    wrong = got["w"] != wanted
+    ulp = (got["w"].double() - wanted.double()).abs()
+    slack = (
+        count * 2.0**-24 * torch.stack([v.double().abs() for v in values]).sum(0) / count
+    )  # how far an fp32 sum may be off
+    off_tie = ((got["w"].double() - exact).abs() - (wanted.double() - exact).abs())[wrong]
+    print(f"{dtype} N={count}: {int(wrong.sum())} of {wrong.numel()} elements rounded the other way, all at near-ties")
+    assert (off_tie <= 2 * slack[wrong]).all()  # both neighbours are equally near, to within the error of the sum
+    assert int(wrong.sum()) <= wrong.numel() * count * 2.0**-14 and ulp.isfinite().all()
+    assert got["count"].tolist() == [5, 1000001] and got["count"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("count", [2, 5, 64])
+def test_fp32_means_are_within_the_bound_and_constants_stay_exact(tmp_path: Path, count: int) -> None:
+    values = trajectory(count, torch.float32)
+    for v in values:
+        v[3] = values[0][3]
+    ckpt_dist.average(write(tmp_path / "run", values), tmp_path / "mean")
+    got = load_file(tmp_path / "mean/model.safetensors")["w"]
+    exact = torch.stack([v.double() for v in values]).mean(0)
+    bound = (count + 1) * 2.0**-24 * torch.stack([v.double().abs() for v in values]).mean(0)
+    assert ((got.double() - exact).abs() <= bound).all()
+    assert torch.equal(got[3], values[0][3])
+
+
+def test_bf16_sources_can_become_an_fp32_mean_and_weights_are_used(tmp_path: Path) -> None:
+    values = trajectory(3, torch.bfloat16)
+    run = write(tmp_path / "run", values)
+    ckpt_dist.average(run, tmp_path / "mean", dtype="float32", steps=[3, 1], weights=[0.25, 0.75])
+    got = load_file(tmp_path / "mean/model.safetensors")["w"]
+    exact = 0.25 * values[2].double() + 0.75 * values[0].double()
+    assert got.dtype == torch.float32
+    assert ((got.double() - exact).abs() <= 4 * 2.0**-24 * exact.abs().clamp(min=values[0].double().abs())).all()
+    done = ckpt_dist.average(run, tmp_path / "double", weights=[1, 1, 2])
+    assert any("sum to 4" in w for w in done["warnings"])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_any_rank_count_writes_the_same_bytes(real: Real, tmp_path: Path, num_ranks: int) -> None:
+    ckpt_dist.average(real("steps"), tmp_path / "api")
+    done = torchrun(
+        num_ranks, "jobs/average.py", f"source.path={real('steps')}", f"target.path={tmp_path / 'out'}", "json=true"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "api/model.safetensors").read_bytes()
+    report = json.loads(done.stdout)
+    assert len(report["peak_memory"]) == num_ranks and len(report["source_fingerprints"]) == 3
+
+
+def test_dialects_and_shardings_may_differ_and_the_recipe_is_recorded(real: Real, tmp_path: Path) -> None:
+    start, config = real("bf16"), {"model.config": str(real("bf16") / "hf")}
+    ckpt_dist.convert(start / "hf", tmp_path / "titan", format="dcp", dialect="torchtitan", **config)
+    sources = [start / "dcp", start / "ranks", start / "hf", tmp_path / "titan"]
+    done = ckpt_dist.average(sources, tmp_path / "out", name="four", **config)
+    out = tmp_path / "out/four-averaged"
+    assert done["target"] == str(out)
+    assert (out / "model.safetensors").read_bytes() == (start / "hf/model.safetensors").read_bytes()
+    record = yaml.safe_load((out / "average.yaml").read_text())
+    prints = {s["fingerprint"] for s in record["sources"]} | {record["fingerprint"], ckpt_dist.fingerprint(out)}
+    assert len(prints) == 1 and [s["weight"] for s in record["sources"]] == [0.25] * 4
+
+
+def test_steps_are_chosen_by_number_and_averages_are_not_taken_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write(tmp_path / "run", trajectory(12, torch.bfloat16))
+    (run / "step-last").symlink_to(run / "step-12")
+    ckpt_dist.average(run, run, name="early", steps=[1, 2, 3])
+    assert main("average", [f"source.path={run}", f"target.path={tmp_path / 'late'}", "last=3"]) == 0
+    table = capsys.readouterr().err
+    assert all(f"step {s}: weight 0.333333" in table for s in (10, 11, 12)) and "step 9" not in table
+    assert main("average", [f"source.path={run}", f"target.path={tmp_path / 'all'}"]) == 0
+    table = capsys.readouterr().err
+    assert table.count(": weight 0.0833333") == 12
+    assert main("average", [f"source.path={run}", f"target.path={tmp_path / 'comma'}", "steps=2,11"]) == 0
+    with pytest.raises(CheckpointError, match="no step 13"):
+        ckpt_dist.average(run, tmp_path / "x", steps=[1, 13])
+    with pytest.raises(CheckpointError, match="only 12 steps"):
+        ckpt_dist.average(run, tmp_path / "x", last=13)
+
+
+def test_what_must_not_be_averaged(tmp_path: Path) -> None:
+    values = trajectory(3, torch.bfloat16)
+    for k, v in enumerate(values):
+        (tmp_path / f"run/step-{k}").mkdir(parents=True)
+        bias = torch.tensor([float(k)])
+        save_file({"w": v, "mlp.gate.e_score_correction_bias": bias}, tmp_path / f"run/step-{k}/model.safetensors")
+    ckpt_dist.average(tmp_path / "run", tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")["mlp.gate.e_score_correction_bias"].item() == 2.0
+    save_file(
+        {"w": values[0], "mlp.gate.e_score_correction_bias": torch.tensor([1])},
+        tmp_path / "run/step-0/model.safetensors",
+    )
+    with pytest.raises(CheckpointError, match=r"e_score_correction_bias: int64\[1\] in step-0, float32\[1\] in step-1"):
+        ckpt_dist.average(tmp_path / "run", tmp_path / "again")
+    for k in range(3):
+        save_file({"w": values[k], "count": torch.tensor([k])}, tmp_path / f"run/step-{k}/model.safetensors")
+    with pytest.raises(CheckpointError, match="count: integer values differ"):
+        ckpt_dist.average(tmp_path / "run", tmp_path / "ints")
+    with pytest.raises(UsageError, match="no key 'keep'"):  # optimizer moments are never averaged
+        ckpt_dist.average(tmp_path / "run", tmp_path / "ints", keep=["weights", "optimizer"])
+    assert not (tmp_path / "ints").exists() and not list(tmp_path.glob(".*ckpt_dist*"))
