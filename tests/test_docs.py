@@ -7,9 +7,12 @@ Not checked here: prose.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -22,6 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_dist
 from ckpt_dist import cli, config, families, family, formats, keys
+from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files import safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 README, NEW_FORMAT, NEW_FAMILY = (ROOT / p for p in ("README.md", "docs/new-format.md", "docs/new-family.md"))
@@ -58,7 +63,8 @@ def _key_row(key: str, default: str, comment: str, verbs: list[str]) -> list[str
     choices = keys.kind(verbs[0], key).choices
     more = f" ({', '.join(f'`{c}`' for c in choices)})" if len(choices) > 2 else ""
     all_that_could = len(verbs) == len(config.VERBS) or (key.startswith("source.") and len(verbs) == 4)
-    return [f"`{key}`", shown, comment + more, "all" if all_that_could else ", ".join(verbs)]
+    plain = re.sub(r"([<*])", r"\\\1", comment)  # neither HTML nor emphasis
+    return [f"`{key}`", shown, plain + more, "all" if all_that_could else ", ".join(verbs)]
 
 
 def formats_table() -> str:
@@ -206,6 +212,81 @@ def test_one_rank_and_two_write_the_same_bytes(run: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
+# ---- what the README promises and no other file shows
+
+
+def test_old_tools_give_the_same(run: Path) -> None:
+    from accelerate.utils import merge_fsdp_weights
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+
+    dcp_to_torch_save("run/step-30", "theirs.pt")
+    ckpt_dist.convert("run/step-30", "ours.pt", format="torch", keep=["weights", "optimizer", "state"])
+    theirs, ours = (torch.load(run / f"{who}.pt", weights_only=True)["model"] for who in ("theirs", "ours"))
+    assert sorted(theirs) == sorted(ours) and all(torch.equal(theirs[n], ours[n]) for n in theirs)
+    torch_save_to_dcp("ours.pt", "theirs-dcp")
+    ckpt_dist.convert("theirs.pt", "ours-dcp", format="dcp")
+    assert ckpt_dist.verify("theirs-dcp", "ours-dcp")["bit_equal"]
+    dcp.save({"model": theirs}, checkpoint_id="ckpt/pytorch_model_fsdp_0", no_dist=True)  # accelerate's own nesting
+    merge_fsdp_weights("ckpt/pytorch_model_fsdp_0", "theirs-hf")
+    ckpt_dist.merge("ckpt/pytorch_model_fsdp_0", "ours-hf")
+    assert ckpt_dist.verify("theirs-hf", "ours-hf")["bit_equal"]
+
+
+def test_torchtitan_names_become_hugging_face_ones_with_a_config(run: Path) -> None:
+    ckpt_dist.convert("run/step-30", "titan", format="dcp", dialect="torchtitan")
+    with pytest.raises(CheckpointError, match=r"Give model\.config=PATH"):
+        ckpt_dist.convert("titan", "hf")
+    ckpt_dist.convert("titan", "hf", **{"model.config": "run"})
+    assert ckpt_dist.verify("run/step-30", "hf")["bit_equal"]
+
+
+def test_a_failed_write_leaves_no_target(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, writes = sorted(run.rglob("*")), 0
+
+    def full(fd: int, data: memoryview, offset: int, write: Callable[..., int] = os.pwrite) -> int:
+        nonlocal writes
+        writes += 1
+        if writes > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        ckpt_dist.convert("run/step-30", "model.pt", format="torch")
+    assert writes > 3 and sorted(run.rglob("*")) == before
+
+
+def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "was-run"),)
+
+    torch.save({"weight": torch.ones(3), "more": Hostile()}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir"):
+        ckpt_dist.convert(tmp_path / "bad.pt", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.pt"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """768 MiB with `engine.memory=64MiB`: into a zip with checksums, so that all bytes pass through the process."""
+    entries = [(f"layers.{k}.weight", "float32", (4096, 4096)) for k in range(12)]
+    header, _ = safetensors.lay_out(entries, {"format": "pt"})
+    (tmp_path / "model").mkdir()
+    with open(tmp_path / "model/model.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + (768 << 20))
+    code = (
+        "import sys, resource, numpy, ckpt_dist, ckpt_dist.run; peak = lambda: resource.getrusage(0).ru_maxrss << 10;"
+        "first = peak(); ckpt_dist.convert(*sys.argv[1:], format='torch', **{'engine.memory': '64MiB', 'engine.fsync': False});"
+        "print(peak() - first)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "model.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 128 << 20
+
+
 # ---- the guides' examples
 
 
@@ -241,7 +322,7 @@ def test_the_new_format_goes_there_and_back(
     assert ckpt_dist.verify("run/step-30", "raw")["bit_equal"]
     with open(run / "raw/lm_head.weight.raw", "ab") as file:
         file.truncate(5)
-    with pytest.raises(ckpt_dist.errors.CheckpointError, match="has 5 bytes, 2048 are needed"):
+    with pytest.raises(CheckpointError, match="has 5 bytes, 2048 are needed"):
         ckpt_dist.convert("raw", "again")
     assert not (run / "again").exists()
 

@@ -111,10 +111,7 @@ def mean(
 
 def last(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """The value of the last source: for what training sets, but not by gradients."""
-    value = None
-    for value in values:
-        pass
-    assert value is not None
+    *_, value = (v.copy() for v in values)
     return value
 
 

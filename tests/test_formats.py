@@ -1,0 +1,265 @@
+"""Contract: everything that torch, safetensors and transformers write in the formats we know is read bit for bit, and what
+we write is read by them. Real training is in test_real, damaged files in test_bad_input.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import ckpt_dist
+from tests.test_real import equal_trees, same
+
+
+def state() -> dict[str, torch.Tensor]:
+    """Every kind of tensor: wide and narrow, scalar, empty, strided, integer, boolean, complex."""
+    generator = torch.Generator().manual_seed(5)
+    rand = torch.randn(6, 5, generator=generator)
+    return {
+        "a.weight": rand,
+        "a.bf16": rand.bfloat16(),
+        "a.half": rand.half(),
+        "a.double": rand.double(),
+        "b.transposed": torch.randn(5, 7, generator=generator).t(),
+        "b.slice": torch.randn(8, 8, generator=generator)[2:5, 1:7],
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "ids": torch.arange(5),
+        "short": torch.arange(5, dtype=torch.int16),
+        "byte": torch.arange(5, dtype=torch.uint8),
+        "mask": torch.tensor([True, False, True]),
+        "wave": torch.complex(rand, rand),
+        "fp8": rand.to(torch.float8_e4m3fn),
+        "fp8b": rand.to(torch.float8_e5m2),
+        "unsigned": torch.arange(4).to(torch.uint16),
+    }
+
+
+def close(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
+    got = load_file(folder / "model.safetensors")
+    assert sorted(got) == sorted(wanted)
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
+        assert torch.equal(
+            got[name].contiguous().view(-1).view(torch.uint8), value.contiguous().view(-1).view(torch.uint8)
+        ), name
+
+
+WRITERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "three files": dict(thread_count=3),
+    "a file per item": dict(single_file_per_rank=False),
+}
+
+
+@pytest.mark.parametrize("writer", list(WRITERS))
+@pytest.mark.parametrize("nested", [True, False])
+def test_dcp_of_every_kind_of_tensor(tmp_path: Path, writer: str, nested: bool) -> None:
+    saved = {"model": state()} if nested else state()
+    dcp.save(saved, storage_writer=FileSystemWriter(tmp_path / "dcp", **WRITERS[writer]), no_dist=True)
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "hf")
+    close(tmp_path / "hf", state())
+
+
+def test_dcp_serialised_as_safetensors(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    saved = {k: v.contiguous() for k, v in state().items()}
+    dcp.save(
+        saved,
+        storage_writer=FileSystemWriter(tmp_path / "dcp", serialization_format=SerializationFormat.SAFETENSORS),
+        no_dist=True,
+    )
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "hf")
+    close(tmp_path / "hf", state())
+
+
+def test_nested_containers_and_values_that_are_no_tensors(tmp_path: Path) -> None:
+    saved = {
+        "model": {k: v for k, v in state().items() if k != "b.transposed"},
+        "optim": {
+            "state": [{"m": torch.ones(3)}, {"m": torch.zeros(2)}],
+            "param_groups": [{"lr": 0.5, "betas": (0.9, 0.99), "params": ["a"]}],
+        },
+        "train_state": {
+            "step": 7,
+            "name": "x",
+            "none": None,
+            "flag": True,
+            "list": [1, 2, {"a": 3}],
+            "text": "ä" * 300,
+        },
+    }
+    dcp.save(saved, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    keep = ["weights", "optimizer", "state"]
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "theirs.pt")
+    theirs = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "ours.pt", format="torch", keep=keep)
+    assert equal_trees(torch.load(tmp_path / "ours.pt", weights_only=True), theirs)
+    ckpt_dist.convert(tmp_path / "ours.pt", tmp_path / "dcp2", format="dcp", keep=keep)
+    dcp_to_torch_save(tmp_path / "dcp2", tmp_path / "again.pt")
+    assert equal_trees(torch.load(tmp_path / "again.pt", weights_only=True), theirs)
+    facts = ckpt_dist.inspect(tmp_path / "dcp")
+    assert facts["optimizer"] and "train_state.step" in facts["extras"]
+
+
+def test_ranks_that_saved_without_collectives(tmp_path: Path) -> None:
+    dcp.save({"w": torch.arange(12.0).view(3, 4)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    (tmp_path / "dcp/.metadata").rename(tmp_path / "dcp/__0.metadata")
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "hf")
+    close(tmp_path / "hf", {"w": torch.arange(12.0).view(3, 4)})
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_pt_files_plain_and_nested(tmp_path: Path, wrapped: bool) -> None:
+    shared = torch.arange(24.0).view(4, 6)
+    tensors = {**state(), "view": shared[1:3, ::2], "same": shared}
+    torch.save({"model": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "model.pt")
+    ckpt_dist.convert(tmp_path / "model.pt", tmp_path / "hf")
+    close(tmp_path / "hf", tensors)
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "back.pt", format="torch", key="model" if wrapped else "auto")
+    back = torch.load(tmp_path / "back.pt", weights_only=True, mmap=True)
+    for name, value in (back["model"] if wrapped else back).items():
+        assert torch.equal(
+            value.contiguous().view(-1).view(torch.uint8), tensors[name].contiguous().view(-1).view(torch.uint8)
+        ), name
+
+
+def test_hf_shards_and_index_as_transformers_reads_them(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    from tests.real.train import model
+
+    m = model()
+    m.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert (tmp_path / "hf/model.safetensors.index.json").exists()
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "one")
+    same(load_file(tmp_path / "one/model.safetensors"), {k: v for k, v in m.state_dict().items()})
+    for more in ({"max_shard_size": "20KB"}, {"safetensors": False}, {"safetensors": False, "max_shard_size": "20KB"}):
+        out = tmp_path / "-".join(map(str, more.values()))
+        ckpt_dist.convert(tmp_path / "one", out, **more)
+        loaded, info = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        same(dict(loaded.state_dict()), dict(m.state_dict()))
+        ckpt_dist.verify(out, tmp_path / "hf")
+    index = json.loads((tmp_path / "20KB/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in m.state_dict().values())
+    assert max(p.stat().st_size for p in (tmp_path / "20KB").glob("*.safetensors")) < 22_000
+
+
+def test_hf_shards_as_torchs_distributed_writer_leaves_them(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    tensors = {"w": torch.randn(6, 4), "b": torch.randn(3)}
+    dcp.save(
+        tensors, storage_writer=HuggingFaceStorageWriter(str(tmp_path / "hf"), save_distributed=True), no_dist=True
+    )
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "one")
+    close(tmp_path / "one", tensors)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "tied"])
+def test_relatives_of_llama_are_recognised_and_go_through_other_formats(tmp_path: Path, kind: str) -> None:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=67,
+    )
+    config = {
+        "qwen2": lambda: Qwen2Config(**sizes),
+        "qwen3": lambda: Qwen3Config(**sizes, head_dim=8),
+        "mistral": lambda: MistralConfig(**sizes),
+        "tied": lambda: LlamaConfig(**sizes, tie_word_embeddings=True),
+    }[kind]()
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    m = AutoModelForCausalLM.from_config(config)
+    m.save_pretrained(tmp_path / "hf")
+    facts = ckpt_dist.inspect(tmp_path / "hf")
+    assert (facts["family"], facts["dialect"]) == ("llama", "hf") and facts["parameters"] == sum(
+        p.numel() for p in m.parameters()
+    )
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "dcp", format="dcp")
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "back", **{"model.config": str(tmp_path / "hf")})
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_a_tied_head_is_written_where_the_target_stores_both(tmp_path: Path) -> None:
+    from tests.real.train import model
+
+    model(tied=True).save_pretrained(tmp_path / "hf")
+    config = {"model.config": str(tmp_path / "hf")}
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "meta.pt", format="torch", dialect="meta")
+    meta = torch.load(tmp_path / "meta.pt", weights_only=True)
+    assert torch.equal(meta["output.weight"], meta["tok_embeddings.weight"])
+    ckpt_dist.convert(tmp_path / "meta.pt", tmp_path / "back", **config)
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
+    assert ckpt_dist.fingerprint(tmp_path / "meta.pt", **config) == ckpt_dist.fingerprint(tmp_path / "hf")
+    meta["output.weight"][0, 0] += 1
+    torch.save(meta, tmp_path / "untied.pt")
+    done = ckpt_dist.convert(tmp_path / "untied.pt", tmp_path / "untied", **config)
+    assert any("differ although" in w for w in done["warnings"])
+    assert json.loads((tmp_path / "untied/config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(tmp_path / "untied/model.safetensors")
+
+
+def test_dtypes_by_rule(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight": torch.randn(4, 4),
+        "norm.weight": torch.randn(4),
+        "mlp.gate.weight": torch.randn(2, 4).bfloat16(),
+        "ids": torch.arange(3),
+    }
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    ckpt_dist.convert(
+        tmp_path / "hf", tmp_path / "out", dtype={"default": "bfloat16", "*norm*": "float32", "*gate*": "float32"}
+    )
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert {k: v.dtype for k, v in got.items()} == {
+        "a.weight": torch.bfloat16, "norm.weight": torch.float32, "mlp.gate.weight": torch.float32, "ids": torch.int64,
+    }  # fmt: skip
+    assert torch.equal(got["a.weight"], tensors["a.weight"].bfloat16()) and torch.equal(
+        got["mlp.gate.weight"], tensors["mlp.gate.weight"].float()
+    )
+
+
+def test_files_that_travel_along(tmp_path: Path) -> None:
+    from tests.real.train import model
+
+    model().save_pretrained(tmp_path / "hf")
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "special_tokens_map.json",
+    ):
+        (tmp_path / f"hf/{name}").write_text(name)
+    (tmp_path / "hf/notes.txt").write_text("not mine")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "dcp", format="dcp")
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "out", dtype="bfloat16", **{"model.config": str(tmp_path / "hf")})
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "preprocessor_config.json",
+    } <= names
+    assert "notes.txt" not in names and json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"

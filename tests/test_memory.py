@@ -1,0 +1,83 @@
+"""Contract: a rank's memory stays below what it has after its imports, plus `engine.memory`, plus 256 MiB, for checkpoints
+ten times as large as `engine.memory`; for a conversion (plain, permuted and cast) and for an average of 8.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from ckpt_dist.files.safetensors import lay_out
+from tests.conftest import ROOT
+
+MEMORY = 48 << 20
+SIZES = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=14,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    vocab_size=8192,
+)
+MEASURE = """
+import json, resource, sys
+import torch, torch.distributed.checkpoint, numpy, rich.progress, hydra, safetensors
+import ckpt_dist, ckpt_dist.run, ckpt_dist.check, ckpt_dist.averages.tensors, ckpt_dist.config
+from ckpt_dist.report import peak_memory
+verb, args, keys = json.loads(sys.argv[1])
+before = peak_memory()
+getattr(ckpt_dist, verb)(*args, **keys)
+print(json.dumps([before, peak_memory()]))
+"""
+
+
+def model(folder: Path) -> Path:
+    """A Llama of 0.5 GB of bf16 zeros, sparse on disk: addresses are what matters here, not values."""
+    e, f, v = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"]
+    shapes = {"model.embed_tokens.weight": (v, e), "lm_head.weight": (v, e), "model.norm.weight": (e,)}
+    for layer in range(SIZES["num_hidden_layers"]):
+        shapes |= {f"model.layers.{layer}.self_attn.{n}_proj.weight": (e, e) for n in "qkvo"}
+        shapes |= {f"model.layers.{layer}.mlp.{n}_proj.weight": (f, e) for n in ("gate", "up")}
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (e, f)
+        shapes |= {f"model.layers.{layer}.{n}_layernorm.weight": (e,) for n in ("input", "post_attention")}
+    header, _ = lay_out([(n, "bfloat16", s) for n, s in shapes.items()], {"format": "pt"})
+    folder.mkdir(parents=True)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(2 * prod(s) for s in shapes.values()))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
+    assert (folder / "model.safetensors").stat().st_size >= 10 * MEMORY
+    return folder
+
+
+def peak(verb: str, *args: object, **keys: object) -> tuple[int, int]:
+    settings = {"engine.memory": MEMORY, "engine.fsync": False, **keys}
+    words = json.dumps([verb, [str(a) for a in args], settings])
+    done = subprocess.run([sys.executable, "-c", MEASURE, words], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    return before, after
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"format": "dcp"}, {"format": "dcp", "dialect": "torchtitan"}, {"dtype": "float32"}],
+    ids=["copy", "dcp", "permuted", "cast"],
+)
+def test_a_conversion_stays_within_its_memory(tmp_path: Path, way: dict[str, str]) -> None:
+    before, after = peak("convert", model(tmp_path / "source"), tmp_path / "target", **way)
+    print(f"{way}: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
+    assert after - before < MEMORY + (256 << 20)
+
+
+def test_an_average_of_8_stays_within_its_memory(tmp_path: Path) -> None:
+    for step in range(8):
+        model(tmp_path / f"run/step-{step}")
+    before, after = peak("average", tmp_path / "run", tmp_path / "target")
+    print(f"average of 8: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
+    assert after - before < MEMORY + (256 << 20)
