@@ -296,8 +296,8 @@ def _pair(a: Model, b: Model) -> Design:
             raise CheckpointError(
                 f"{m.source.folder} is of no known family; its names cannot be compared with those of {(b if m is a else a).source.folder}."
             )
-    d = task._family_design([a], "hf", {})
-    return Design((d.sources[0], model.bind_family(b)), d.canon, d.canon, "hf")
+    d, other = task._family_design([a], "hf", {}), task._family_design([b], "hf", {})
+    return Design((d.sources[0], other.sources[0]), d.canon, d.canon, "hf")
 
 
 def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> dict[str, Any]:
@@ -375,14 +375,19 @@ def _verdict(
     exact = not found
     print_a = task.fingerprint_of(task.weight_digests(d.canon, done, 0))
     largest = max((g.largest for g in found.values()), default=0.0)
+    named = model.canonical(d.dialect) or bool(d.canon.axes)
+    beside = any(e.role == "optimizer" for m in (a, b) for e in m.catalog.entries)
     text = f"{len(d.canon.entries)} tensors are {'bit-equal' if exact else f'equal within tolerance (largest difference {largest:.6g})'}"
     return {
         "equal": True,
         "bit_equal": exact,
         "tensors": len(d.canon.entries),
         "largest_difference": largest,
-        "fingerprint": print_a if exact else None,
-        "text": [text + (f", fingerprint {print_a}" if exact else "")],
+        "fingerprint": print_a if exact and named else None,
+        "text": [
+            text + (f", fingerprint {print_a}" if exact and named else ""),
+            *(["the optimizer's state was not compared"] if beside else []),
+        ],
     }
 
 
@@ -394,7 +399,7 @@ def fingerprint(path: str | Path, **options: Any) -> str:
     group, report = Group(), Report("fingerprint")
     try:
         m = _open(group, report, cfg["a"], cfg)
-        bare = model.canonical(m.dialect) or m.unresolved
+        bare = model.canonical(m.dialect)
         d = task.design([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else _own_design(m)
         views = bound.views(m.catalog.chunks)

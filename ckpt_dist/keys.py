@@ -175,7 +175,7 @@ FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps t
 
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
-    "weights": choice("param", "ema", "master"), "step": STEP,
+    "weights": choice("param", "ema"), "step": STEP,
 }  # fmt: skip
 KEYS: dict[str, Kind] = {
     **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},

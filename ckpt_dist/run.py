@@ -21,7 +21,7 @@ from ckpt_dist.engine.fill import Combine, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats import Layout, Spec
-from ckpt_dist.model import Model
+from ckpt_dist.model import Model, canonical
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
@@ -73,10 +73,10 @@ def merge(cfg: Config) -> dict[str, Any]:
 
 
 def _checkpoint_of(m: Model) -> Path:
-    """The checkpoint's own folder: the one above `pytorch_model_fsdp_0` and the like."""
+    """The checkpoint's own folder: the one above `pytorch_model_fsdp_0` and the like, unless that was given itself."""
     inner = {n for names in sources.INSIDE.values() for n in names}
     folder = m.source.folder if m.source.folder.is_dir() else m.source.folder.parent
-    return folder.parent if folder.name in inner else folder
+    return folder.parent if folder.name in inner and folder != m.source.asked else folder
 
 
 def average(cfg: Config) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def average(cfg: Config) -> dict[str, Any]:
             models = group.on_first(lambda: _open_all(cfg))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
-        target = _average_target(cfg, models[0], label)
+        target = _average_target(cfg, label)
         table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
@@ -138,7 +138,7 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     return [float(w) for w in given], True
 
 
-def _average_target(cfg: Config, first: Model, label: str) -> Path:
+def _average_target(cfg: Config, label: str) -> Path:
     """`target.path`, or `<name>-averaged` below it when a name is given, or beside the steps when nothing is."""
     path, name = cfg["target"].get("path"), cfg.get("name")
     if path and not name:
@@ -146,7 +146,7 @@ def _average_target(cfg: Config, first: Model, label: str) -> Path:
     parent = (
         Path(path)
         if path
-        else (first.source.asked if first.source.asked.is_dir() else first.source.asked.parent).parent
+        else Path(_paths(cfg)[0]).absolute().parent
     )
     return parent / f"{label}-averaged"
 
@@ -210,6 +210,8 @@ def _write(
 ) -> dict[str, Any]:
     """From understood sources to a published target."""
     engine, target = engine_of(cfg), cfg["target"]
+    if target["format"] == "hf" and set(cfg.get("keep") or ()) - {"weights"}:
+        raise UsageError(f"keep={','.join(cfg['keep'])}: a Hugging Face folder holds weights only. Use keep=weights, or target.format=dcp or torch.")
     with report.phase("plan"):
         models = [task.settle_ties(group, report, m, engine) for m in models]
         for m in models:
@@ -260,7 +262,7 @@ def _write(
         with report.phase("publish"):
             runs = [run for part in group.gather(done.runs) for run in part]
             report.peak_memory = group.gather(peak_memory())
-            prints = _fingerprints(d, done, models) if digests else {}
+            prints = _fingerprints(d, done, models, report) if digests else {}
             record = _record(cfg, about, models, given, prints, report)
             final = small if staging.single else {**small, **record}
             group.on_first(lambda: _finish(staging, layout, runs, final, engine, cfg))
@@ -366,10 +368,15 @@ def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: 
     return small
 
 
-def _fingerprints(d: task.Design, done: Any, models: Sequence[Model]) -> dict[str, Any]:
+def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Report) -> dict[str, Any]:
     """The result's fingerprint, and each source's, taken in passing."""
-    out = {e.name: e.dtype for e in d.target.entries}
-    canon_dtypes = {e.name: out.get(e.name, e.dtype) for e in d.canon.entries}
+    if not canonical(d.dialect) and not d.canon.axes:
+        report.warnings.append(f"no fingerprint: it is taken of the Hugging Face spelling, which needs {models[0].unresolved}; give model.config=PATH")
+        return {"fingerprint": None, "source_fingerprints": [None] * len(models)}
+    written = {(w, r.fixed): e.dtype for e, r in zip(d.target.entries, d.target.rules, strict=True) if r for w in r.weights}
+    canon_dtypes = {
+        e.name: written.get((r.weights[0], r.fixed), e.dtype) for e, r in zip(d.canon.entries, d.canon.rules, strict=True) if r
+    }
     result = task.weight_digests(d.canon, done, len(models), canon_dtypes)
     return {
         "fingerprint": task.fingerprint_of(result),
