@@ -1,45 +1,65 @@
-"""Checkpoints to measure with, of one Llama-shaped model in bf16: torchrun, 4 ranks, gloo.
+"""Checkpoints to measure with, of one Llama-shaped model in bf16: `torchrun --nproc-per-node 4 benchmarks/fixtures.py WORK LAYERS`.
 
-    torchrun --nproc-per-node 4 benchmarks/fixtures.py WORK LAYERS
-
-WORK/dcp_fsdp     FSDP: Shard(0) over 4 ranks, as dcp.save writes it
-WORK/dcp_tp       tensor parallel over 4 ranks: o_proj and down_proj are divided along dim 1
-WORK/run/step-1..4   four FSDP checkpoints that differ
+    WORK/dcp_fsdp        FSDP: Shard(0) over 4 ranks, as dcp.save writes it
+    WORK/dcp_tp          tensor parallel over 4 ranks: o_proj and down_proj are divided along dim 1, norms are replicated
+    WORK/run/step-1..4   four FSDP checkpoints that differ
+    WORK/chunks_512k     a .metadata of 1000 tensors x 512 ranks, with sparse files of zeros
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 E, F, V, HEADS, GROUPS = 2048, 5632, 32000, 16, 8
+NUM_TENSORS, NUM_RANKS, ROWS, COLUMNS, BYTES = 1000, 512, 8, 4096, 70000  # of chunks_512k
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, E)}
     for i in range(layers):
         p = f"model.layers.{i}."
-        found |= {p + "self_attn.q_proj.weight": (E, E), p + "self_attn.k_proj.weight": (E // 2, E), p + "self_attn.v_proj.weight": (E // 2, E)}
-        found |= {p + "self_attn.o_proj.weight": (E, E), p + "mlp.gate_proj.weight": (F, E), p + "mlp.up_proj.weight": (F, E)}
-        found |= {p + "mlp.down_proj.weight": (E, F), p + "input_layernorm.weight": (E,), p + "post_attention_layernorm.weight": (E,)}
+        found |= {p + f"self_attn.{n}_proj.weight": (rows, E) for n, rows in (("q", E), ("k", E // 2), ("v", E // 2))}
+        found |= {p + "self_attn.o_proj.weight": (E, E)}
+        found |= {p + "mlp.gate_proj.weight": (F, E), p + "mlp.up_proj.weight": (F, E), p + "mlp.down_proj.weight": (E, F)}
+        found |= {p + "input_layernorm.weight": (E,), p + "post_attention_layernorm.weight": (E,)}
     return found | {"model.norm.weight": (E,), "lm_head.weight": (V, E)}
 
 
 def config(layers: int) -> dict[str, object]:
-    return dict(
-        model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=E, intermediate_size=F, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=GROUPS, vocab_size=V, dtype="bfloat16", tie_word_embeddings=False,
-    )  # fmt: skip
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": E,
+        "intermediate_size": F,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": GROUPS,
+        "vocab_size": V,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
 
 
 def save(folder: Path, layers: int, tensor_parallel: bool, seed: int) -> None:
+    """Each tensor has its own part of the same seeded noise: what the values are does not matter to the speed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(seed * 100 + dist.get_rank())
     noise = torch.randn(V * E // dist.get_world_size(), generator=generator).bfloat16()
@@ -57,14 +77,49 @@ def save(folder: Path, layers: int, tensor_parallel: bool, seed: int) -> None:
         (folder / "config.json").write_text(json.dumps(config(layers)))
 
 
+def chunks(folder: Path) -> None:
+    """The metadata that 512 ranks would write; rank 0 only."""
+    if dist.get_rank():
+        return
+    folder.mkdir()
+    tensors, stored = {}, {}
+    for n in range(NUM_TENSORS):
+        name, parts = f"model.layers.{n}.weight", []
+        for r in range(NUM_RANKS):
+            offset = torch.Size([r * ROWS, 0])
+            parts.append(ChunkStorageMetadata(offset, torch.Size([ROWS, COLUMNS])))
+            stored[MetadataIndex(name, offset, r)] = _StorageInfo(f"__{r}_0.distcp", n * BYTES, BYTES)
+        whole = torch.Size([NUM_RANKS * ROWS, COLUMNS])
+        tensors[name] = TensorStorageMetadata(TensorProperties(torch.bfloat16), whole, parts)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, None, stored)))
+    for r in range(NUM_RANKS):
+        with open(folder / f"__{r}_0.distcp", "wb") as file:
+            file.truncate(NUM_TENSORS * BYTES)
+
+
+def make(folder: Path, build: Callable[[Path], None]) -> None:
+    """A folder of this name is always a whole one."""
+    exists = folder.exists()
+    dist.barrier()
+    if exists:
+        return
+    part = folder.with_name(folder.name + ".part")
+    build(part)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        part.rename(folder)
+    dist.barrier()
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     work, layers = Path(sys.argv[1]), int(sys.argv[2])
-    save(work / "dcp_fsdp", layers, False, 0)
-    save(work / "dcp_tp", layers, True, 0)
-    for step in range(1, 5):
-        save(work / f"run/step-{step}", layers, False, step)
-    dist.barrier()
+    (work / "run").mkdir(parents=True, exist_ok=True)
+    make(work / "dcp_fsdp", lambda folder: save(folder, layers, False, 0))
+    make(work / "dcp_tp", lambda folder: save(folder, layers, True, 0))
+    for step in (1, 2, 3, 4):
+        make(work / f"run/step-{step}", lambda folder, seed=step: save(folder, layers, False, seed))  # type: ignore[misc]
+    make(work / "chunks_512k", chunks)
     dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
-"""One job, measured: `[torchrun ...] benchmarks/ours.py VERB key=value ...`; prints its report as JSON.
+"""One job of ours, measured: `[torchrun ...] benchmarks/ours.py VERB key=value ...`; prints its report as JSON.
 
 Everything is imported and the ranks have met before the old target is deleted and the job starts, so that the job
-finds the same freshly freed memory as `cp` does; start and imports are measured apart.
+finds the same freshly freed memory as `cp` does. The clock runs from the call of the verb to its return: it holds all
+phases of the report, from the first scan to the publish.
 """
 
 from __future__ import annotations
@@ -10,34 +11,40 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch.distributed as dist
+import torch.distributed.checkpoint  # a job that writes DCP needs it
 
 import ckpt_dist.averages.tensors
 import ckpt_dist.run
-from benchmarks.bench import clear
+from benchmarks.measure import clear, timed
 from ckpt_dist import config
 
 
 def main() -> None:
     verb, words = sys.argv[1], sys.argv[2:]
-    cfg = config.load(verb, words)
+    cfg = config.load(verb, [*words, "quiet=true"])
     rank = int(os.environ.get("RANK", "0"))
     if "WORLD_SIZE" in os.environ:
-        import torch.distributed.checkpoint  # what a job that writes DCP needs
-
         dist.init_process_group("gloo")
     if rank == 0:
         clear(Path(cfg["target"]["path"]))
     if dist.is_initialized():
         dist.barrier()
-    report = getattr(ckpt_dist.run, verb)(cfg)
-    if rank == 0:
-        print(json.dumps(report))
+    report: dict[str, Any] = {}
+    mine = timed(lambda: report.update(getattr(ckpt_dist.run, verb)(cfg)))
+    every: list[Any] = [mine]
     if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
         dist.destroy_process_group()
+    if rank == 0:
+        together = {"cpu": sum(e["cpu"] for e in every)} | {k: max(e[k] for e in every) for k in ("peak", "growth")}
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report["phases"].items())
+        print(json.dumps({**report, "seconds": mine["seconds"], **together, "ranks": len(every), "note": phases}))
 
 
 if __name__ == "__main__":

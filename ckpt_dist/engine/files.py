@@ -16,6 +16,7 @@ from pathlib import Path
 from ckpt_dist.errors import CheckpointError
 
 OPEN_FILES = 32  # for each thread
+WRITE_BYTES = 1 << 16  # larger writes make the kernel look for large free blocks of memory, which can be several times slower
 _NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
 
@@ -64,7 +65,7 @@ class Files:
         fd, done = self.descriptor(file), 0
         while done < len(data):
             try:
-                done += os.pwrite(fd, data[done:], offset + done)
+                done += os.pwrite(fd, data[done : done + WRITE_BYTES], offset + done)
             except OSError as error:
                 raise self.failed(file, error) from None
 

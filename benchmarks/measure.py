@@ -1,0 +1,147 @@
+"""How one run is measured: the old target deleted, the disk flushed, the sources in the page cache; then the clock.
+
+Start and imports are outside of `seconds` and `cpu`, for us as for the others. Only the standard library is used, so
+that this file runs in any tool's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Once:
+    """One run. `seconds` and `cpu` (of all processes) of the work, `wall` of everything, `peak` bytes of the largest
+    process, `growth` by how much that peak is above what the process had after its imports."""
+
+    seconds: float
+    wall: float
+    cpu: float
+    peak: int
+    growth: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what is run, and which files are brought into the page cache before."""
+
+    name: str
+    run: Callable[[], Once]
+    sources: tuple[Path, ...] = ()
+
+
+def clear(*targets: Path) -> None:
+    """Delete what an earlier run left, and leave the disk nothing to do."""
+    for target in targets:
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.unlink(missing_ok=True)
+    os.sync()
+
+
+def warm(sources: Iterable[Path]) -> None:
+    """Bring files into the page cache."""
+    buffer = bytearray(4 << 20)
+    for source in sources:
+        for path in source.rglob("*") if source.is_dir() else [source]:
+            if path.is_file():
+                with open(path, "rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+def timed(work: Callable[[], object]) -> dict[str, Any]:
+    """Seconds, CPU seconds and growth of memory of one call."""
+    before, cpu, start = resident(), cpu_seconds(), time.perf_counter()
+    work()
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "growth": peak - before}
+
+
+def resident() -> int:
+    """Bytes of memory this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def process(command: list[object]) -> tuple[str, str, Once]:
+    """(stdout, stderr, measures) of a command and its children; `seconds` is its whole life."""
+    words = [str(word) for word in command]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start = time.perf_counter()
+        child = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        texts = out.read(), err.read()
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed:\n{texts[1][-3000:]}")
+    return *texts, Once(seconds, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def reported(command: list[object]) -> Once:
+    """A process that measures its own work with `timed` and prints that as its last line."""
+    out, _, whole = process(command)
+    said = json.loads(out.splitlines()[-1])
+    peak = said["peak"] if "ranks" in said else max(whole.peak, said["peak"])
+    return Once(said["seconds"], whole.wall, said["cpu"], peak, said["growth"], said.get("note", ""))
+
+
+def copy(source: Path, target: Path, flush: bool = False) -> Callable[[], Once]:
+    """`cp -r`, and if asked until the disk has the copy."""
+
+    def run() -> Once:
+        clear(target)
+        cp = process(["cp", "-r", source, target])[2]
+        flushed = process(["sync", "-f", target])[2].seconds if flush else 0.0
+        return Once(cp.seconds + flushed, cp.seconds + flushed, cp.cpu, cp.peak)
+
+    return run
+
+
+def ours(verb: str, num_ranks: int, *keys: str) -> Callable[[], Once]:
+    """One of our jobs, on some torchrun ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks] if num_ranks > 1 else []
+    return lambda: reported([sys.executable, *launcher, ROOT / "benchmarks/ours.py", verb, *keys])
+
+
+def peer(name: str, *paths: Path, python: str = sys.executable) -> Callable[[], Once]:
+    """Another tool, of those in peers.py; the last path is what it makes."""
+    return lambda: reported([python, ROOT / "benchmarks/peers.py", name, *paths])
+
+
+def answer(verb: str, *keys: str) -> Callable[[], Once]:
+    """A whole command, from the start of the interpreter to its end, and whether it imported torch."""
+    code = f"""import sys
+from ckpt_dist.cli import main
+code = main({verb!r}, {list(keys)!r})
+print("torch imported" if "torch" in sys.modules else "torch not imported", file=sys.stderr)
+sys.exit(code)"""
+
+    def run() -> Once:
+        _, err, whole = process([sys.executable, "-c", code])
+        return Once(whole.seconds, whole.wall, whole.cpu, whole.peak, 0, err.splitlines()[-1])
+
+    return run
