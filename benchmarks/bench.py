@@ -1,223 +1,292 @@
 """Speed and memory against `cp -r` and against other tools, side by side in one run.
 
-    python benchmarks/bench.py [--work DIR] [--layers 18] [--repeat 5] [--rows PATTERN] [--mergekit PYTHON] [--out FILE]
+    python benchmarks/bench.py [--work DIR] [--scale small] [--repeat 5] [--rows PATTERN,...] [--mergekit PYTHON] [--out FILE]
 
-Commands take turns (A B C A B C ...), the page cache warm.
-Ours is measured by its own report: from the first scan to the publish; interpreter start and imports are shown
-apart, for the others as well. Every one deletes its old target and flushes the disk just before its clock starts. Medians; ratios to `cp -r` of the same run.
+The rows of a group take turns (A B C A B C ...), after one round to warm up; before each run its sources are read into
+the page cache, its old target is deleted and the disk is flushed. The tables hold medians; README.md says what they mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
+import importlib.metadata
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {
-    "DCP (4 FSDP ranks) -> HF, 1 rank": 1.2, "DCP (4 FSDP ranks) -> HF, 2 ranks": 0.9, "DCP (TP) -> HF, 1 rank": 1.5, "DCP (TP) -> HF, 2 ranks": 1.125,
-    "HF -> DCP, 1 rank": 1.0, "HF -> DCP, 2 ranks": 1.0, "mean of 4 -> HF, 1 rank": 2.0, "mean of 4 -> HF, 2 ranks": 2.0,
-}  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import ROOT, Once, Row, answer, copy, ours, peer, process, warm
+
+LAYERS = {"small": 1, "full": 18}
+MIB = 1 << 20
+RANKS = {1: "1 rank", 2: "2 ranks"}
 
 
-@dataclass
-class Once:
-    """One run: seconds of the work itself, of the whole process, CPU seconds, and the peak memory of its largest process."""
+@dataclass(frozen=True)
+class Limit:
+    """`what` of row `of`, divided by that of `by` if there is one, against a bound. `least`: not below it; else not above."""
 
-    seconds: float
-    wall: float
-    cpu: float
-    peak: int
-
-
-Row = Callable[[], Once]
+    what: str
+    of: str
+    by: str | None
+    bound: float
+    least: bool = False
 
 
-def process(command: list[str], env: dict[str, str] | None = None) -> tuple[str, float, float, int]:
-    """(stdout, wall seconds, CPU seconds, peak bytes) of a command and its children."""
-    start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})})
-    assert child.stdout and child.stderr
-    out, err = child.stdout.read(), child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{err[-2000:]}")
-    return out, time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+def median(runs: Sequence[Once], what: str) -> float:
+    return statistics.median(getattr(run, what) for run in runs)
 
 
-def clear(*targets: Path) -> None:
-    for target in targets:
-        shutil.rmtree(target, ignore_errors=True)
-        target.unlink(missing_ok=True)
-    os.sync()
+# ---- what is measured
 
 
-def copy(source: Path, target: Path, flush: bool = False) -> Row:
-    def once() -> Once:
-        clear(target)
-        start = time.perf_counter()
-        subprocess.run(["cp", "-r", source, target], check=True)
-        if flush:
-            subprocess.run(["sync", "-f", target], check=True)
-        seconds = time.perf_counter() - start
-        return Once(seconds, seconds, 0, 0)
-
-    return once
+def groups(work: Path, mergekit: str | None) -> dict[str, list[Row]]:
+    """Rows that take turns. The sources of one group fit into the page cache together."""
+    return {
+        "convert": conversions(work),
+        "average": averages(work, mergekit),
+        "answer": answers(work),
+        "memory": memory(work),
+    }
 
 
-def ours(verb: str, num_ranks: int, target: Path, *keys: str, fsync: bool = False) -> Row:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
-    words = [f"target.path={target}", f"engine.fsync={str(fsync).lower()}", "json=true", "quiet=true", *keys]
-
-    def once() -> Once:
-        out, wall, cpu, _ = process([sys.executable, *launcher, "benchmarks/ours.py", verb, *words], {"OMP_NUM_THREADS": "1"})
-        report = json.loads(out)
-        return Once(report["seconds"], wall, cpu, max(report["peak_memory"]))
-
-    return once
-
-
-def script(code: str, *targets: Path, python: str = sys.executable) -> Row:
-    """Another tool: `code` sets up, then calls `work()`, which is timed."""
-    clearing = f"sys.path.insert(0, {str(ROOT)!r}); from benchmarks.bench import clear; from pathlib import Path; clear(*map(Path, {[str(t) for t in targets]!r}))"
-    text = f"import json, sys, time\n{code}\n{clearing}\nstart = time.perf_counter(); work(); print(json.dumps(time.perf_counter() - start))"
-
-    def once() -> Once:
-        out, wall, cpu, peak = process([python, "-c", text])
-        return Once(json.loads(out.splitlines()[-1]), wall, cpu, peak)
-
-    return once
-
-
-MOVER = """
-import multiprocessing, os
-def part(args):
-    source, target, first, last = args
-    a, b, buffer = os.open(source, os.O_RDONLY), os.open(target, os.O_RDWR), bytearray(1 << 20)
-    for at in range(first, last, 1 << 20):
-        n = os.preadv(a, [memoryview(buffer)[: min(1 << 20, last - at)]], at)
-        os.pwrite(b, memoryview(buffer)[:n], at)
-def work():
-    jobs = []
-    os.mkdir({target!r})
-    for name in os.listdir({source!r}):
-        size, out = os.path.getsize(os.path.join({source!r}, name)), os.path.join({target!r}, name)
-        with open(out, "wb") as file:
-            file.truncate(size)
-        jobs += [(os.path.join({source!r}, name), out, 0, size // 2), (os.path.join({source!r}, name), out, size // 2, size)]
-    with multiprocessing.Pool(2) as pool:
-        pool.map(part, jobs, 1)
-"""
+def conversions(work: Path) -> list[Row]:
+    fsdp, tp, hf, out = work / "dcp_fsdp", work / "dcp_tp", work / "hf", work / "out"
+    rows = [
+        Row("cp -r hf", copy(hf, out), (hf,)),
+        Row("cp -r hf, flushed", copy(hf, out, flush=True), (hf,)),
+        Row("cp -r dcp_fsdp", copy(fsdp, out), (fsdp,)),
+        Row("two-process byte mover", peer("mover", hf, out), (hf,)),
+    ]
+    for n, ranks in RANKS.items():
+        to_hf, to_dcp = f"target.path={out}", f"target.path={out} target.format=dcp"
+        for name, source, keys in (
+            ("DCP (FSDP) -> HF", fsdp, to_hf),
+            ("DCP (TP) -> HF", tp, to_hf),
+            ("HF -> DCP", hf, to_dcp),
+        ):
+            words = [f"source.path={source}", *keys.split()]
+            rows.append(Row(f"{name}, {ranks}", ours("convert", n, "engine.fsync=false", *words), (source,)))
+            if source != tp:
+                rows.append(Row(f"{name}, {ranks}, flushed", ours("convert", n, *words), (source,)))
+    rows.append(Row("torch dcp_to_torch_save", peer("dcp_to_torch_save", fsdp, work / "merged.pt"), (fsdp,)))
+    rows.append(Row("accelerate merge_fsdp_weights", peer("accelerate", fsdp, out), (fsdp,)))
+    return rows
 
 
-def rows(work: Path, mergekit: str | None) -> dict[str, Row]:
-    out = work / "out"
-    fsdp, tp, hf = f"source.path={work / 'dcp_fsdp'}", f"source.path={work / 'dcp_tp'}", f"source.path={work / 'hf'}"
-    found: dict[str, Row] = {"cp -r": copy(work / "hf", out), "cp -r, flushed": copy(work / "hf", out, flush=True)}
-    found["two-process byte mover"] = script(MOVER.format(source=str(work / "hf"), target=str(out)), out)
-    for n in (1, 2):
-        ranks = f"{n} rank{'s' * (n > 1)}"
-        found |= {
-            f"DCP (4 FSDP ranks) -> HF, {ranks}": ours("convert", n, out, fsdp),
-            f"DCP (4 FSDP ranks) -> HF, {ranks}, flushed": ours("convert", n, out, fsdp, fsync=True),
-            f"DCP (TP) -> HF, {ranks}": ours("convert", n, out, tp),
-            f"HF -> DCP, {ranks}": ours("convert", n, out, hf, "target.format=dcp"),
-            f"mean of 4 -> HF, {ranks}": ours("average", n, out, f"source.path={work / 'run'}"),
-        }
-    merged = work / "merged.pt"
-    found["torch dcp_to_torch_save"] = script(
-        "from torch.distributed.checkpoint.format_utils import dcp_to_torch_save as f\n"
-        f"def work(): f({str(work / 'dcp_fsdp')!r}, {str(merged)!r})", merged,
-    )  # fmt: skip
-    found["accelerate merge_fsdp_weights"] = script(
-        f"from accelerate.utils import merge_fsdp_weights as f\ndef work(): f({str(work / 'dcp_fsdp')!r}, {str(out)!r})", out
-    )
+def averages(work: Path, mergekit: str | None) -> list[Row]:
+    """Of DCP checkpoints against `cp -r` of the result, then of the same values as HF models against mergekit."""
+    out, run, models = work / "out", work / "run", tuple(work / f"hf_{k}" for k in (1, 2, 3, 4))
+    paths = ",".join(map(str, models))
+    rows = [Row("cp -r result", copy(models[0], out), models[:1])]
+    rows.append(Row("cp -r result, flushed", copy(models[0], out, flush=True), models[:1]))
+    for n, ranks in RANKS.items():
+        keys = [f"source.path={run}", f"target.path={out}"]
+        rows.append(Row(f"mean of 4 DCP -> HF, {ranks}", ours("average", n, "engine.fsync=false", *keys), (run,)))
+        rows.append(Row(f"mean of 4 DCP -> HF, {ranks}, flushed", ours("average", n, *keys), (run,)))
+    for n, ranks in RANKS.items():
+        keys = [f"source.path=[{paths}]", f"target.path={out}", "engine.fsync=false"]
+        rows.append(Row(f"mean of 4 HF -> HF, {ranks}", ours("average", n, *keys), models))
     if mergekit:
-        found["mergekit linear, mean of 4"] = script(
-            "import torch, yaml\nfrom mergekit.config import MergeConfiguration\nfrom mergekit.merge import run_merge\nfrom mergekit.options import MergeOptions\n"
-            f"models = [dict(model=f'{work}/hf_{{k}}', parameters=dict(weight=1.0)) for k in (1, 2, 3, 4)]\n"
-            "config = MergeConfiguration.model_validate(dict(models=models, merge_method='linear', dtype='float32', out_dtype='bfloat16'))\n"
-            f"def work(): run_merge(config, {str(out)!r}, MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True))", out, python=mergekit,
-        )  # fmt: skip
+        rows.append(Row("mergekit linear, 4 HF -> HF", peer("mergekit", *models, out, python=mergekit), models))
+    return rows
+
+
+def answers(work: Path) -> list[Row]:
+    chunks, fsdp, hf, out = work / "chunks_512k", work / "dcp_fsdp", work / "hf", work / "out"
+    plan = ours("convert", 1, f"source.path={chunks}", f"target.path={out}", "target.format=torch", "dry_run=true")
+    dry = [f"target.path={out}", "dry_run=true", "quiet=true"]
+    return [
+        Row("open and plan 512,000 chunks", plan, (chunks / ".metadata",)),
+        Row("torch: read and plan 512,000 chunks", peer("torch_plan", chunks, out), (chunks / ".metadata",)),
+        Row("inspect, DCP", answer("inspect", f"source.path={fsdp}")),
+        Row("inspect, HF", answer("inspect", f"source.path={hf}")),
+        Row("dry_run, DCP -> HF", answer("convert", f"source.path={fsdp}", *dry)),
+        Row("dry_run, HF -> DCP", answer("convert", f"source.path={hf}", "target.format=dcp", *dry)),
+    ]
+
+
+def tenth(work: Path) -> int:
+    """An engine.memory of which the checkpoint has ten times as much."""
+    return sum(p.stat().st_size for p in (work / "hf").iterdir()) // 10
+
+
+def memory(work: Path) -> list[Row]:
+    out, limit = work / "out", f"engine.memory={tenth(work)}"
+    eight = [work / f"run/step-{k}" for k in (1, 2, 3, 4)] + [work / n for n in ("dcp_fsdp", "dcp_tp", "hf", "hf_1")]
+    paths = ",".join(map(str, eight))
+    keys = {
+        "DCP (TP) -> HF": ("convert", f"source.path={work / 'dcp_tp'}"),
+        "HF -> DCP": ("convert", f"source.path={work / 'hf'}", "target.format=dcp"),
+        "mean of 8 -> HF": ("average", f"source.path=[{paths}]"),
+    }
+    return [
+        Row(f"{name} in a tenth, {ranks}", ours(verb, n, limit, "engine.fsync=false", f"target.path={out}", *words))
+        for name, (verb, *words) in keys.items()
+        for n, ranks in RANKS.items()
+    ]
+
+
+# ---- what is promised
+
+
+def limits(work: Path) -> list[Limit]:
+    found = []
+    for n, ranks in RANKS.items():
+        fsdp, average = f"DCP (FSDP) -> HF, {ranks}", f"mean of 4 HF -> HF, {ranks}"
+        found += [
+            Limit("seconds", fsdp, "cp -r hf", 1.2 if n == 1 else 0.9),
+            Limit("seconds", f"{fsdp}, flushed", "cp -r hf, flushed", 1.2 if n == 1 else 0.9),
+            Limit("seconds", f"DCP (TP) -> HF, {ranks}", fsdp, 1.25),
+            Limit("seconds", f"HF -> DCP, {ranks}", "cp -r hf", 1.0),
+            Limit("seconds", f"HF -> DCP, {ranks}, flushed", "cp -r hf, flushed", 1.0),
+            Limit("seconds", f"mean of 4 DCP -> HF, {ranks}", "cp -r result", 2.0),
+            Limit("seconds", f"mean of 4 DCP -> HF, {ranks}, flushed", "cp -r result, flushed", 2.0),
+        ]
+        for tool in ("torch dcp_to_torch_save", "accelerate merge_fsdp_weights"):
+            found += [Limit("seconds", tool, fsdp, 4, least=True), Limit("peak", fsdp, tool, 0.5)]
+        tool = "mergekit linear, 4 HF -> HF"
+        found += [Limit("seconds", tool, average, 3, least=True), Limit("peak", average, tool, 0.5)]
+    found.append(Limit("cpu", "open and plan 512,000 chunks", None, 2.0))
+    names = ("inspect, DCP", "inspect, HF", "dry_run, DCP -> HF", "dry_run, HF -> DCP")
+    found += [Limit("wall", name, None, 1.0) for name in names]
+    above = tenth(work) + 256 * MIB
+    found += [Limit("growth", row.name, None, above) for row in memory(work)]
     return found
 
 
-def prepare(work: Path, layers: int, mergekit: str | None) -> None:
-    """The fixtures, made once for a work folder and a number of layers."""
-    stamp = work / f"made-{layers}"
-    if not stamp.exists():
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        process([sys.executable, *launcher, "benchmarks/fixtures.py", str(work), str(layers)], {"OMP_NUM_THREADS": "1"})
-        process([sys.executable, "jobs/convert.py", f"source.path={work / 'dcp_fsdp'}", f"target.path={work / 'hf'}", "quiet=true"])
-        stamp.touch()
-    for k in (1, 2, 3, 4):
-        if mergekit and not (work / f"hf_{k}").exists():
-            process([sys.executable, "jobs/convert.py", f"source.path={work / 'run' / f'step-{k}'}", f"target.path={work / f'hf_{k}'}", "quiet=true"])
+def verdicts(times: dict[str, list[Once]], promised: Sequence[Limit]) -> list[str]:
+    lines = ["| promised | measured | limit | |", "|---|---|---|---|"]
+    for limit in promised:
+        if limit.of not in times or (limit.by is not None and limit.by not in times):
+            continue
+        value = median(times[limit.of], limit.what) / (median(times[limit.by], limit.what) if limit.by else 1)
+        good = value >= limit.bound if limit.least else value <= limit.bound
+        scale, unit = (MIB, " MiB") if limit.what == "growth" else (1, "" if limit.by else " s")
+        places = 0 if limit.what == "growth" else 2
+        claim = f"{limit.what} of {limit.of}" + (f" / {limit.by}" if limit.by else "")
+        bound = f"{'>=' if limit.least else '<='} {limit.bound / scale:.{places}f}{unit}"
+        lines.append(f"| {claim} | {value / scale:.{places}f}{unit} | {bound} | {'pass' if good else '**FAIL**'} |")
+    return lines
 
 
-def measure(chosen: dict[str, Row], repeat: int) -> dict[str, list[Once]]:
-    times: dict[str, list[Once]] = {name: [] for name in chosen}
+# ---- the run
+
+
+def prepare(work: Path, layers: int) -> None:
+    """The fixtures, each made once for a work folder and a number of layers."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4]
+    process([*launcher, ROOT / "benchmarks/fixtures.py", work, layers])
+    sources = {"hf": "dcp_fsdp"} | {f"hf_{k}": f"run/step-{k}" for k in (1, 2, 3, 4)}
+    for name, source in sources.items():
+        if not (work / name).exists():
+            words = [f"source.path={work / source}", f"target.path={work / name}", "quiet=true"]
+            process([sys.executable, ROOT / "jobs/convert.py", *words])
+
+
+def measure(rows: Sequence[Row], repeat: int) -> dict[str, list[Once]]:
+    times: dict[str, list[Once]] = {row.name: [] for row in rows}
     for turn in range(repeat + 1):
-        for name, once in chosen.items():
-            got = once()
-            print(f"{'warm-up' if turn == 0 else turn} {name}: {got.seconds:.2f} s", file=sys.stderr, flush=True)
+        for row in rows:
+            warm(row.sources)
+            got = row.run()
+            print(f"{turn or 'warm-up'} {row.name}: {got.seconds:.2f} s {got.note}", file=sys.stderr, flush=True)
             if turn:
-                times[name].append(got)
+                times[row.name].append(got)
     return times
 
 
 def table(times: dict[str, list[Once]]) -> list[str]:
-    middle = {n: statistics.median(o.seconds for o in runs) for n, runs in times.items()}
-    base, flushed = middle.get("cp -r"), middle.get("cp -r, flushed")
-    lines = ["| what | median s | min .. max | ratio to `cp -r` | limit | start and imports, s | CPU s | peak MiB |", "|---|---|---|---|---|---|---|---|"]
+    """Medians; ratios to the first row if that is `cp`, or to the flushed one."""
+    head = [
+        "what",
+        "median s",
+        "min .. max",
+        "/ `cp -r`",
+        "start, s",
+        "CPU s",
+        "peak MiB",
+        "above imports",
+        "of the median run",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    first = next(iter(times))
     for name, runs in times.items():
-        seconds, reference = [o.seconds for o in runs], flushed if "flushed" in name else base
-        ratio = f"{middle[name] / reference:.2f}" if reference else ""
-        limit = f"{LIMITS[name]:g}" if name in LIMITS else ""
-        apart = statistics.median(o.wall - o.seconds for o in runs)
-        cpu, peak = statistics.median(o.cpu for o in runs), statistics.median(o.peak for o in runs)
-        lines.append(
-            f"| {name} | {middle[name]:.2f} | {min(seconds):.2f} .. {max(seconds):.2f} | {ratio} | {limit} | {apart:.1f} | {cpu:.1f} | {peak / 2**20:.0f} |"
-        )
+        seconds = sorted(run.seconds for run in runs)
+        by = times.get(f"{first}, flushed" if name.endswith("flushed") else first, []) if first.startswith("cp") else []
+        middle = min(runs, key=lambda run: abs(run.seconds - statistics.median(seconds)))
+        cells = [
+            name,
+            f"{statistics.median(seconds):.2f}",
+            f"{seconds[0]:.2f} .. {seconds[-1]:.2f}",
+            f"{statistics.median(seconds) / median(by, 'seconds'):.2f}" if by else "",
+            f"{statistics.median(run.wall - run.seconds for run in runs):.1f}",
+            f"{median(runs, 'cpu'):.2f}",
+            f"{median(runs, 'peak') / MIB:.0f}",
+            f"{median(runs, 'growth') / MIB:.0f}" if middle.growth else "",
+            middle.note,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def machine(work: Path, layers: int) -> str:
-    import torch
-
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+def machine(work: Path, layers: int, repeat: int, mergekit: str | None) -> str:
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "accelerate")]
+    if mergekit:
+        ask = "import importlib.metadata as m; print(m.version('mergekit'))"
+        versions.append(f"mergekit {process([mergekit, '-c', ask])[0].strip()}")
+    versions.append(subprocess.run(["cp", "--version"], capture_output=True, text=True).stdout.splitlines()[0])
     size = sum(p.stat().st_size for p in (work / "hf").iterdir())
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} x {cpu}, Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}; {size / 1e9:.2f} GB, {layers} layers, bf16"
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+    return (
+        f"{time.strftime('%Y-%m-%d')}. {os.cpu_count()} x {cpu}, {ram} GiB, Linux {platform.release()}, Python {platform.python_version()}, "
+        f"{', '.join(versions)}. {size / 1e9:.2f} GB in bf16, {layers} layers; medians of {repeat}."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks/work")
-    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "benchmarks/work", help="where checkpoints are made and kept"
+    )
+    parser.add_argument("--scale", choices=LAYERS, default="full")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--rows", default="*")
-    parser.add_argument("--mergekit", help="a Python that has mergekit")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--rows", default="*", help="patterns of row names, or groups: convert, average, answer, memory"
+    )
+    parser.add_argument("--mergekit", metavar="PYTHON", help="the Python of an environment that has mergekit")
+    parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     args = parser.parse_args()
-    work = args.work.resolve()
-    prepare(work, args.layers, args.mergekit)
-    chosen = {n: r for n, r in rows(work, args.mergekit).items() if any(fnmatch.fnmatch(n, p) for p in args.rows.split(";")) or n.startswith("cp")}
-    lines = [machine(work, args.layers), "", *table(measure(chosen, args.repeat))]
+    layers = LAYERS[args.scale]
+    work = args.work.resolve() / args.scale
+    prepare(work, layers)
+    chosen: Callable[[str], bool] = lambda name: any(fnmatch.fnmatch(name, p) for p in args.rows.split(","))  # noqa: E731
+    lines, times = [machine(work, layers, args.repeat, args.mergekit)], dict[str, list[Once]]()
+    for group, rows in groups(work, args.mergekit).items():
+        rows = (
+            rows
+            if chosen(group)
+            else [row for row in rows if chosen(row.name.replace(",", "")) or row.name.startswith("cp")]
+        )
+        if all(row.name.startswith("cp") for row in rows):
+            continue
+        found = measure(rows, args.repeat)
+        times |= found
+        lines += ["", f"## {group}", "", *table(found)]
+    lines[1:1] = ["", "## limits", "", *verdicts(times, limits(work))]
     print("\n".join(lines))
     if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        args.out.write_text("# Results\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

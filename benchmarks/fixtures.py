@@ -1,9 +1,9 @@
 """Checkpoints to measure with, of one Llama-shaped model in bf16: `torchrun --nproc-per-node 4 benchmarks/fixtures.py WORK LAYERS`.
 
-    WORK/dcp_fsdp        FSDP: Shard(0) over 4 ranks, as dcp.save writes it
-    WORK/dcp_tp          tensor parallel over 4 ranks: o_proj and down_proj are divided along dim 1, norms are replicated
-    WORK/run/step-1..4   four FSDP checkpoints that differ
-    WORK/chunks_512k     a .metadata of 1000 tensors x 512 ranks, with sparse files of zeros
+WORK/dcp_fsdp        FSDP: Shard(0) over 4 ranks, as dcp.save writes it
+WORK/dcp_tp          tensor parallel over 4 ranks: o_proj and down_proj are divided along dim 1, norms are replicated
+WORK/run/step-1..4   four FSDP checkpoints that differ
+WORK/chunks_512k     a .metadata of 1000 tensors x 512 ranks, with sparse files of zeros
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
         p = f"model.layers.{i}."
         found |= {p + f"self_attn.{n}_proj.weight": (rows, E) for n, rows in (("q", E), ("k", E // 2), ("v", E // 2))}
         found |= {p + "self_attn.o_proj.weight": (E, E)}
-        found |= {p + "mlp.gate_proj.weight": (F, E), p + "mlp.up_proj.weight": (F, E), p + "mlp.down_proj.weight": (E, F)}
+        found |= {
+            p + "mlp.gate_proj.weight": (F, E),
+            p + "mlp.up_proj.weight": (F, E),
+            p + "mlp.down_proj.weight": (E, F),
+        }
         found |= {p + "input_layernorm.weight": (E,), p + "post_attention_layernorm.weight": (E,)}
     return found | {"model.norm.weight": (E,), "lm_head.weight": (V, E)}
 
@@ -81,7 +85,7 @@ def chunks(folder: Path) -> None:
     """The metadata that 512 ranks would write; rank 0 only."""
     if dist.get_rank():
         return
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     tensors, stored = {}, {}
     for n in range(NUM_TENSORS):
         name, parts = f"model.layers.{n}.weight", []

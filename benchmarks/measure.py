@@ -124,7 +124,7 @@ def copy(source: Path, target: Path, flush: bool = False) -> Callable[[], Once]:
 def ours(verb: str, num_ranks: int, *keys: str) -> Callable[[], Once]:
     """One of our jobs, on some torchrun ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks] if num_ranks > 1 else []
-    return lambda: reported([sys.executable, *launcher, ROOT / "benchmarks/ours.py", verb, *keys])
+    return lambda: reported([sys.executable, *launcher, ROOT / "benchmarks/ours.py", verb, "quiet=true", *keys])
 
 
 def peer(name: str, *paths: Path, python: str = sys.executable) -> Callable[[], Once]:

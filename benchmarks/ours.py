@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch.distributed as dist
-import torch.distributed.checkpoint  # a job that writes DCP needs it
+import torch.distributed.checkpoint  # noqa: F401  a job that writes DCP needs it
 
 import ckpt_dist.averages.tensors
 import ckpt_dist.run
@@ -26,7 +26,7 @@ from ckpt_dist import config
 
 def main() -> None:
     verb, words = sys.argv[1], sys.argv[2:]
-    cfg = config.load(verb, [*words, "quiet=true"])
+    cfg = config.load(verb, words)
     rank = int(os.environ.get("RANK", "0"))
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")

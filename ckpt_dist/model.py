@@ -129,7 +129,7 @@ def _own_names(catalog: Catalog) -> tuple[list[str | None], tuple[str | int, ...
 
 
 def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect: str) -> tuple[Family | None, str, str]:
-    """(family, dialect, prefix) whose rules match most names; identity below nine tenths."""
+    """(family, dialect, prefix) whose rules match most names; identity if too few match."""
     if family == "identity":
         return None, "", ""
     known = [families.load(n) for n in families.available()]
@@ -148,7 +148,10 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
                 if score > best[0]:
                     best = (score, candidate, spoken, prefix)
     score, chosen, spoken, prefix = best
-    if chosen is None or (score < 0.9 and family == "auto" and dialect == "auto"):
+    enough = (
+        0.5 if typed or family != "auto" or dialect != "auto" else 0.9
+    )  # a config that names the family speaks for it
+    if chosen is None or score < enough:
         return None, "", ""
     return chosen, spoken, prefix
 

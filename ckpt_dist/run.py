@@ -21,7 +21,7 @@ from ckpt_dist.engine.fill import Combine, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats import Layout, Spec
-from ckpt_dist.model import Model, canonical
+from ckpt_dist.model import Bound, Model, bind_plain, canonical
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
@@ -143,11 +143,7 @@ def _average_target(cfg: Config, label: str) -> Path:
     path, name = cfg["target"].get("path"), cfg.get("name")
     if path and not name:
         return Path(path)
-    parent = (
-        Path(path)
-        if path
-        else Path(_paths(cfg)[0]).absolute().parent
-    )
+    parent = Path(path) if path else Path(_paths(cfg)[0]).absolute().parent
     return parent / f"{label}-averaged"
 
 
@@ -166,10 +162,10 @@ def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
     return combine
 
 
-def _same_models(models: Sequence[Model], d: task.Design) -> None:
+def _same_tensors(models: Sequence[Model], bounds: Sequence[Bound]) -> None:
     """All sources hold the same tensors, shapes and dtypes, or the differences are shown."""
     tables = []
-    for bound in d.sources:
+    for bound in bounds:
         tables.append(
             {
                 (r.weights, r.fixed): (e.dtype, e.shape)
@@ -179,7 +175,7 @@ def _same_models(models: Sequence[Model], d: task.Design) -> None:
         )
     first, differences = tables[0], []
     for m, table_ in zip(models[1:], tables[1:], strict=True):
-        if d.sources[0].axes and m.dialect != models[0].dialect:
+        if bounds[0].axes and m.dialect != models[0].dialect:
             continue  # other shapes by design; axis lengths and coverage are compared by the plan
         for key in [*first, *(k for k in table_ if k not in first)]:
             if first.get(key) != table_.get(key):
@@ -211,16 +207,20 @@ def _write(
     """From understood sources to a published target."""
     engine, target = engine_of(cfg), cfg["target"]
     if target["format"] == "hf" and set(cfg.get("keep") or ()) - {"weights"}:
-        raise UsageError(f"keep={','.join(cfg['keep'])}: a Hugging Face folder holds weights only. Use keep=weights, or target.format=dcp or torch.")
+        raise UsageError(
+            f"keep={','.join(cfg['keep'])}: a Hugging Face folder holds weights only. Use keep=weights, or target.format=dcp or torch."
+        )
     with report.phase("plan"):
         models = [task.settle_ties(group, report, m, engine) for m in models]
         for m in models:
             report.notes += m.source.notes
         report.guesses += models[0].guesses
+        if any((m.family is None) != (models[0].family is None) for m in models):
+            _same_tensors(models, [bind_plain(m) for m in models])
         d = task.design(models, target)
         combine = combination(d)
         if len(models) > 1:
-            _same_models(models, d)
+            _same_tensors(models, d.sources)
         extras, lost = _extras(models[0], cfg)
         layout = _lay_out(d, models[0], extras, cfg, path)
         views, target_views = task.prove_all(d, models, layout.catalog.chunks)
@@ -371,11 +371,17 @@ def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: 
 def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Report) -> dict[str, Any]:
     """The result's fingerprint, and each source's, taken in passing."""
     if not canonical(d.dialect) and not d.canon.axes:
-        report.warnings.append(f"no fingerprint: it is taken of the Hugging Face spelling, which needs {models[0].unresolved}; give model.config=PATH")
+        report.warnings.append(
+            f"no fingerprint: it is taken of the Hugging Face spelling, which needs {models[0].unresolved}; give model.config=PATH"
+        )
         return {"fingerprint": None, "source_fingerprints": [None] * len(models)}
-    written = {(w, r.fixed): e.dtype for e, r in zip(d.target.entries, d.target.rules, strict=True) if r for w in r.weights}
+    written = {
+        (w, r.fixed): e.dtype for e, r in zip(d.target.entries, d.target.rules, strict=True) if r for w in r.weights
+    }
     canon_dtypes = {
-        e.name: written.get((r.weights[0], r.fixed), e.dtype) for e, r in zip(d.canon.entries, d.canon.rules, strict=True) if r
+        e.name: written.get((r.weights[0], r.fixed), e.dtype)
+        for e, r in zip(d.canon.entries, d.canon.rules, strict=True)
+        if r
     }
     result = task.weight_digests(d.canon, done, len(models), canon_dtypes)
     return {

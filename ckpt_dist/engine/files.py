@@ -16,7 +16,9 @@ from pathlib import Path
 from ckpt_dist.errors import CheckpointError
 
 OPEN_FILES = 32  # for each thread
-WRITE_BYTES = 1 << 16  # larger writes make the kernel look for large free blocks of memory, which can be several times slower
+WRITE_BYTES = (
+    1 << 16
+)  # larger writes make the kernel look for large free blocks of memory, which can be several times slower
 _NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
 

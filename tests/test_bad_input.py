@@ -1,0 +1,411 @@
+"""Contract: whatever is wrong with a command or a checkpoint, a person gets one message that says what, where and what to
+do, exit code 2 or 3 (4 from verify), no traceback; no target and no trace of the attempt is left; sources are as they
+were; and nothing in a file is ever run. Not checked here: the parsers by themselves (test_files).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+
+from ckpt_dist.cli import main
+from tests.conftest import ROOT
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"model.layers.{k}.mlp.up_proj.weight": torch.randn(8, 4, generator=generator) for k in range(2)} | {
+        "model.norm.weight": torch.ones(4)
+    }
+
+
+def make(kind: str, folder: Path, seed: int = 0) -> Path:
+    """A small checkpoint of some format."""
+    folder.mkdir(parents=True)
+    if kind == "dcp":
+        dcp.save({"model": tensors(seed), "train_state": {"step": 3}}, checkpoint_id=folder, no_dist=True)
+    elif kind == "hf":
+        save_file(tensors(seed), folder / "model.safetensors")
+    elif kind == "torch":
+        torch.save(tensors(seed), folder / "model.pt")
+    elif kind == "fsdp":
+        for rank in range(4):
+            shutil.copy(
+                ROOT / f"tests/data/torch-2.6.0/ranks/model_world_size_2_rank_{rank % 2}.pt",
+                folder / f"model_world_size_2_rank_{rank % 2}.pt",
+            )
+    elif kind == "sharded":
+        named = list(tensors(seed).items())
+        for k, (name, value) in enumerate(named):
+            save_file({name: value}, folder / f"model-{k + 1:05d}-of-00003.safetensors")
+        weight_map = {name: f"model-{k + 1:05d}-of-00003.safetensors" for k, (name, _) in enumerate(named)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that must fail; its message. Nothing but the source may be there afterwards, unchanged."""
+
+    def run(
+        source: Path | list[Path], *words: str, code: int = 3, verb: str = "convert", target: Path | None = None
+    ) -> str:
+        sources = source if isinstance(source, list) else [source]
+        before = [contents(s) for s in sources if s.is_dir()]
+        out = target or tmp_path / "target"
+        key = "a" if verb == "verify" else "source"
+        aim = [] if verb == "verify" else [f"target.path={out}"]
+        there = out.exists()
+        got = main(verb, [f"{key}.path={','.join(map(str, sources))}", *aim, *words])
+        message = capsys.readouterr().err
+        assert got == code, (got, message)
+        assert "Traceback" not in message and message.strip()
+        assert there or not out.exists()
+        assert not [p for p in tmp_path.rglob(".*ckpt_dist*")]
+        assert [contents(s) for s in sources if s.is_dir()] == before
+        return message
+
+    return run
+
+
+def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+BROKEN: list[tuple[str, str, Callable[[Path], Any], list[str]]] = [
+    ("dcp", "a shard is missing", lambda f: (f / "__0_0.distcp").unlink(), ["__0_0.distcp is missing", "1 files"]),
+    (
+        "dcp",
+        "a shard is cut",
+        lambda f: edit(f / "__0_0.distcp", lambda b: b[:-100]),
+        ["__0_0.distcp is truncated", "bytes, .metadata needs"],
+    ),
+    ("dcp", "metadata is cut", lambda f: edit(f / ".metadata", lambda b: b[: len(b) // 2]), [".metadata is damaged"]),
+    ("dcp", "metadata is noise", lambda f: edit(f / ".metadata", lambda b: os.urandom(len(b))), [".metadata"]),
+    (
+        "dcp",
+        "metadata is something else",
+        lambda f: (f / ".metadata").write_bytes(pickle.dumps({"a": 1})),
+        ["no metadata of torch"],
+    ),
+    ("dcp", "the save was interrupted", lambda f: (f / ".metadata").rename(f / ".metadata.tmp"), ["did not finish"]),
+    ("dcp", "a blob is noise", lambda f: edit(f / "__0_0.distcp", lambda b: b"x" * len(b)), ["__0_0.distcp"]),
+    (
+        "hf",
+        "the file is cut",
+        lambda f: edit(f / "model.safetensors", lambda b: b[:-10]),
+        ["model.safetensors is truncated", "bytes, its header needs"],
+    ),
+    ("hf", "the header is cut", lambda f: edit(f / "model.safetensors", lambda b: b[:20]), ["truncated"]),
+    (
+        "hf",
+        "the header is noise",
+        lambda f: edit(f / "model.safetensors", lambda b: b[:8] + b"\xff" * (len(b) - 8)),
+        ["no JSON"],
+    ),
+    (
+        "hf",
+        "bytes are too many",
+        lambda f: edit(f / "model.safetensors", lambda b: b + b"xx"),
+        ["longer than its header says"],
+    ),
+    ("torch", "the file is cut", lambda f: edit(f / "model.pt", lambda b: b[:-50]), ["model.pt is truncated"]),
+    ("torch", "the file is no zip", lambda f: (f / "model.pt").write_bytes(b"hello" * 99), ["no file of torch.save"]),
+    ("torch", "the file is empty", lambda f: (f / "model.pt").write_bytes(b""), ["model.pt"]),
+    (
+        "fsdp",
+        "a rank is missing",
+        lambda f: (f / "model_world_size_2_rank_1.pt").unlink(),
+        ["1 of 2 shards are missing", "rank 1"],
+    ),
+    (
+        "fsdp",
+        "a rank is cut",
+        lambda f: edit(f / "model_world_size_2_rank_1.pt", lambda b: b[:900]),
+        ["rank_1.pt is truncated"],
+    ),
+    (
+        "fsdp",
+        "another run's shard",
+        lambda f: shutil.copy(f / "model_world_size_2_rank_1.pt", f / "model_world_size_4_rank_1.pt"),
+        ["different world sizes", "2 of 2", "1 of 4"],
+    ),
+    (
+        "fsdp",
+        "the same rank twice",
+        lambda f: shutil.copy(f / "model_world_size_2_rank_0.pt", f / "model_world_size_2_rank_1.pt"),
+        ["no source"],
+    ),
+    (
+        "sharded",
+        "a shard is missing",
+        lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+        ["model-00002-of-00003.safetensors is missing"],
+    ),
+    (
+        "sharded",
+        "shards are swapped",
+        lambda f: shutil.copy(f / "model-00001-of-00003.safetensors", f / "model-00002-of-00003.safetensors"),
+        ["stored twice"],
+    ),
+    (
+        "sharded",
+        "the index is cut",
+        lambda f: edit(f / "model.safetensors.index.json", lambda b: b[:-9]),
+        ["index.json is damaged"],
+    ),
+    (
+        "sharded",
+        "the index is empty",
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        ["index.json is damaged"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "what", "harm", "says"), BROKEN, ids=[f"{k}: {w}" for k, w, *_ in BROKEN])
+def test_a_damaged_checkpoint(
+    tmp_path: Path, refused: Refused, kind: str, what: str, harm: Callable[[Path], Any], says: list[str]
+) -> None:
+    source = make(kind, tmp_path / "source")
+    harm(source)
+    message = refused(source)
+    assert all(s in message for s in says), message
+
+
+def index(folder: Path, file: str) -> None:
+    names = list(tensors())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+    (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("escape", ["../secret.safetensors", "/etc/passwd", "a/../../secret.safetensors", ""])
+def test_a_file_outside_the_checkpoint_is_never_opened(tmp_path: Path, refused: Refused, escape: str) -> None:
+    save_file(tensors(), tmp_path / "secret.safetensors")
+    source = make("hf", tmp_path / "source")
+    index(source, escape)
+    assert "refused" in refused(source) or escape == ""
+    metadata = make("dcp", tmp_path / "dcp")
+    data = pickle.loads((metadata / ".metadata").read_bytes())
+    for info in data.storage_data.values():
+        info.relative_path = escape
+    (metadata / ".metadata").write_bytes(pickle.dumps(data))
+    refused(metadata)
+
+
+class Evil:
+    """Unpickled by pickle itself, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("place", ["metadata", "value", "pt", "bin", "rank", "blob"])
+def test_a_malicious_pickle_is_named_and_not_run(tmp_path: Path, refused: Refused, place: str) -> None:
+    mark, source = tmp_path / "mark", tmp_path / "source"
+    words: list[str] = []
+    if place == "metadata":
+        make("dcp", source)
+        (source / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+    elif place == "value":
+        source.mkdir()
+        dcp.save({"model": tensors(), "train_state": {"x": Evil(mark)}}, checkpoint_id=source, no_dist=True)
+        words = ["target.format=torch", "keep=weights,state"]
+    elif place == "blob":
+        make("dcp", source)
+        edit(
+            source / "__0_0.distcp",
+            lambda b: b.replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"cposix\nsystem\n" + b"(" * 18 + b"\n\n"),
+        )
+    else:
+        source.mkdir()
+        name = {"pt": "model.pt", "bin": "pytorch_model.bin", "rank": "model_world_size_1_rank_0.pt"}[place]
+        torch.save({**tensors(), "x": Evil(mark)}, source / name)
+    message = refused(source, *words)
+    assert not mark.exists()
+    assert place == "blob" or "system" in message and "nothing was run" in message
+
+
+def test_sizes_that_no_machine_has(tmp_path: Path, refused: Refused) -> None:
+    source = make("dcp", tmp_path / "source")
+    data = pickle.loads((source / ".metadata").read_bytes())
+    first = data.state_dict_metadata["model.model.norm.weight"]
+    for size in (2**62, 2**80, -4):
+        try:
+            first.size = torch.Size([size])
+        except OverflowError:
+            first.size = (size,)
+        (source / ".metadata").write_bytes(pickle.dumps(data))
+        assert "norm.weight" in refused(source) or size == 2**80
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**61, 8], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    assert "'w'" in refused(tmp_path / "hf")
+
+
+def chunks(source: Path, name: str) -> tuple[Any, Any]:
+    data = pickle.loads((source / ".metadata").read_bytes())
+    return data, data.state_dict_metadata[name]
+
+
+def test_an_overlap_does_not_hide_a_hole(tmp_path: Path, refused: Refused) -> None:
+    source = ROOT / "tests/data/torch-2.6.0/dcp"
+    shutil.copytree(source, tmp_path / "source")
+    data, described = chunks(tmp_path / "source", "model.layers.0.weight")
+    described.chunks[1] = type(described.chunks[1])(
+        torch.Size([2, 0]), described.chunks[1].sizes
+    )  # rows 3:5 claim to be rows 2:4
+    stored = {}
+    for index_, info in data.storage_data.items():
+        moved = index_.fqn == "model.layers.0.weight" and tuple(index_.offset) == (3, 0)
+        stored[type(index_)(index_.fqn, torch.Size([2, 0]), 1) if moved else index_] = info
+    data.storage_data = stored
+    (tmp_path / "source/.metadata").write_bytes(pickle.dumps(data))
+    assert "layers.0.weight" in refused(tmp_path / "source")
+
+
+def test_averaged_checkpoints_must_be_of_one_model(tmp_path: Path, refused: Refused) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2):
+        make("hf", run / f"step-{step}", step)
+    changed = run / "step-2/model.safetensors"
+    other = load_file(changed)
+    for value, says in (
+        ({**other, "extra": torch.ones(2)}, "extra: missing in step-1, float32[2] in step-2"),
+        (
+            {k: v for k, v in other.items() if "norm" not in k},
+            "model.norm.weight: float32[4] in step-1, missing in step-2",
+        ),
+        (
+            {k: torch.ones(9, 4) if v.dim() == 2 else v for k, v in other.items()},
+            "model.layers.0.mlp.up_proj.weight: float32[8, 4] in step-1, float32[9, 4] in step-2",
+        ),
+        (
+            {**other, "model.norm.weight": torch.ones(4).half()},
+            "model.norm.weight: float32[4] in step-1, float16[4] in step-2",
+        ),
+    ):
+        save_file(value, changed)
+        assert says in refused(run, verb="average")
+    assert "no step 3" in refused(run, "steps=1,3", verb="average")
+    assert "no checkpoints" in refused(run / "step-1", verb="average")
+
+
+def test_wrong_commands(tmp_path: Path, refused: Refused) -> None:
+    source = make("hf", tmp_path / "source")
+    assert "Did you mean 'target.format'" in refused(source, "target.fromat=dcp", code=2)
+    assert "dcp" in refused(source, "target.format=dpc", code=2)
+    assert "megatron" in refused(source, "target.dialect=megatron", code=2)
+    assert "does not exist" in refused(tmp_path / "sorce") and "Did you mean 'source'" in refused(tmp_path / "sorce")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/readme.txt").write_text("x")
+    assert "readme.txt" in refused(tmp_path / "other")
+    (tmp_path / "there").mkdir()
+    assert "exists" in refused(source, code=2, target=tmp_path / "there")
+    assert "EMA" in refused(make("fsdp", tmp_path / "checkpoint-1/pytorch_model_fsdp_0").parent, "source.weights=ema")
+    assert "24.0 MiB" in refused(source, "engine.memory=1MiB", code=2)
+
+
+LLAMA = dict(
+    model_type="llama", hidden_size=4, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9
+)
+
+
+def test_an_unknown_tensor_is_refused_with_the_nearest_name_or_dropped_when_asked(
+    tmp_path: Path, refused: Refused
+) -> None:
+    source = make("hf", tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(LLAMA))
+    save_file({**tensors(), "model.layers.1.mlp.up_prj.weight": torch.ones(8, 4)}, source / "model.safetensors")
+    message = refused(source)
+    assert (
+        "model.layers.1.mlp.up_prj.weight" in message and "Did you mean 'model.layers.1.mlp.up_proj.weight'" in message
+    )
+    assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", "unmatched=drop"]) == 0
+    assert sorted(load_file(tmp_path / "out/model.safetensors")) == sorted(tensors())
+
+
+def test_quantised_and_flat_checkpoints_are_refused_by_name(tmp_path: Path, refused: Refused) -> None:
+    source = make("hf", tmp_path / "source")
+    save_file({**tensors(), "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)}, source / "model.safetensors")
+    assert "weight_scale_inv" in refused(source)
+
+
+def test_verify_finds_what_is_not_finite_and_what_differs(tmp_path: Path, refused: Refused) -> None:
+    source, other = make("hf", tmp_path / "source"), make("dcp", tmp_path / "other")
+    assert main("verify", [f"a.path={source}", f"b.path={other}"]) == 0
+    changed = load_file(source / "model.safetensors")
+    changed["model.norm.weight"][2] = float("nan")
+    save_file(changed, source / "model.safetensors")
+    assert "model.norm.weight: 1 values" in refused(source, verb="verify", code=4)
+    assert "model.norm.weight: 1 elements differ" in refused(source, f"b.path={other}", verb="verify", code=4)
+
+
+def test_the_newest_step_is_incomplete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    for step in (9, 10):
+        make("dcp", run / f"step-{step}", step)
+    (run / "step-10/.metadata").unlink()
+    assert main("convert", [f"source.path={run}", f"target.path={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().err
+    assert "step 10 passed over" in said and "step 9 is the latest complete one" in said
+    assert torch.equal(
+        load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.up_proj.weight"],
+        tensors(9)["model.layers.0.mlp.up_proj.weight"],
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk(tmp_path: Path, refused: Refused, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").mkdir()
+    save_file({"w": torch.ones(3 << 20)}, tmp_path / "source/model.safetensors")
+    assert "are free on its disk" in refused(tmp_path / "source", target=small_disk / "out")
+    monkeypatch.setattr(
+        "ckpt_dist.engine.staging.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
+    )  # type: ignore[attr-defined]
+    assert "No space left" in refused(tmp_path / "source", target=small_disk / "out")
+    assert not list(small_disk.iterdir())
+
+
+def test_a_target_that_cannot_be_written(tmp_path: Path, refused: Refused, small_disk: Path) -> None:
+    source = make("hf", tmp_path / "source")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert "Read-only file system" in refused(source, target=small_disk / "deep/out")
+    (tmp_path / "file").write_text("x")
+    refused(source, target=tmp_path / "file/out")
