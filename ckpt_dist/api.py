@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist.check import fingerprint
-
 __all__ = ["average", "convert", "fingerprint", "inspect", "merge", "verify"]
 
 PathLike = str | os.PathLike[str]
@@ -62,6 +60,13 @@ def inspect(path: PathLike, **options: Any) -> dict[str, Any]:
     from ckpt_dist import check
 
     return check.inspect(_config("inspect", {"source": path}, options))
+
+
+def fingerprint(path: PathLike, **options: Any) -> str:
+    """The digest of a model's values, the same for every format, dialect and sharding of it; keys as of `verify`."""
+    from ckpt_dist import check
+
+    return check.fingerprint(_config("verify", {"a": path}, options))
 
 
 def verify(a: PathLike, b: PathLike | None = None, **options: Any) -> dict[str, Any]:

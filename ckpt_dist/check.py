@@ -9,7 +9,6 @@ import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -391,11 +390,8 @@ def _verdict(
     }
 
 
-def fingerprint(path: str | Path, **options: Any) -> str:
-    """The digest of a model's values, the same for every format, dialect and sharding of it. Keys as of `verify`."""
-    from ckpt_dist.config import fill
-
-    cfg = fill("verify", {"a.path": str(path), "quiet": True, **options})
+def fingerprint(cfg: Config) -> str:
+    """The digest of a model's values, the same for every format, dialect and sharding of it."""
     group, report = Group(), Report("fingerprint")
     try:
         m = _open(group, report, cfg["a"], cfg)

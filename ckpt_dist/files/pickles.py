@@ -499,6 +499,10 @@ class _Pickler(_PurePython):  # type: ignore[misc]
             self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
         elif isinstance(value, TensorRef):
             self._tensor(value)
+        elif isinstance(value, bytes):
+            self._call("_codecs encode", value.decode("latin1"), "latin1")
+        elif isinstance(value, complex):
+            self._call("builtins complex", value.real, value.imag)
         elif isinstance(value, Record) or not isinstance(
             value, (dict, list, tuple, str, bytes, int, float, bool, complex, type(None), Storage)
         ):
@@ -507,6 +511,11 @@ class _Pickler(_PurePython):  # type: ignore[misc]
             )
         else:
             super().save(dict(value) if type(value) is OrderedDict else value, save_persistent_id)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        self.save(_Name(name))
+        self.save(arguments)
+        self.write(pickle.REDUCE)
 
     def _tensor(self, ref: TensorRef) -> None:
         typed = storage_class(ref.dtype) is not None

@@ -1,0 +1,233 @@
+"""Contract: headers and pickles are read exactly or refused. Whatever bytes a file holds, the only error is CheckpointError,
+and it comes soon; what we lay out is byte for byte (safetensors) or by content (zips, pickles) what the real libraries
+write and read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files import pickles, safetensors, zips
+from ckpt_dist.files.dtypes import TABLE, itemsize
+from ckpt_dist.formats import torch as pt
+
+FAST = settings(deadline=None, max_examples=300)
+
+
+def sample(dtype: str, *shape: int) -> torch.Tensor:
+    raw = torch.randint(0, 2 if dtype == "bool" else 100, (*shape, itemsize(dtype)), dtype=torch.uint8)
+    return raw.view(getattr(torch, dtype)).reshape(shape)
+
+
+STORABLE = [d for d, (_, short, _) in TABLE.items() if short]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [STORABLE, ["float32"], ["bfloat16", "int64", "bool"], ["uint8", "float8_e5m2", "int8", "float8_e4m3fn", "bool"]],
+)
+def test_a_header_is_byte_for_byte_that_of_the_library(tmp_path: Path, dtypes: list[str]) -> None:
+    shapes = [(3, 2), (), (0, 4), (5,)]
+    tensors = {f"{s}.ä {d}": sample(d, *shape) for d in dtypes for s, shape in enumerate(shapes)}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    names = [(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()]
+    header, offsets = safetensors.lay_out(names, {"format": "pt"})
+    theirs = (tmp_path / "theirs").read_bytes()
+    assert theirs.startswith(header)
+    for (name, _, _), at in zip(names, offsets, strict=True):
+        raw = tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert theirs[at : at + len(raw)] == raw
+    stored, metadata = safetensors.read_header(tmp_path / "theirs")
+    assert {(t.name, t.dtype, t.shape, t.offset) for t in stored} == {
+        (n, d, s, o) for (n, d, s), o in zip(names, offsets, strict=True)
+    }
+    assert metadata == {"format": "pt"}
+
+
+@given(st.binary(max_size=200))
+@FAST
+def test_no_bytes_after_a_length_crash_the_header_reader(data: bytes) -> None:
+    path = Path("/tmp") / f"ckpt_dist-header-{os.getpid()}"
+    path.write_bytes(len(data).to_bytes(8, "little") + data)
+    try:
+        safetensors.read_header(path)
+    except CheckpointError:
+        pass
+    finally:
+        path.unlink()
+
+
+HOSTILE_HEADERS = [
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "XX", "shape": [1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
+    '{"a": 3}',
+    "[1, 2]",
+    "[" * 5000,
+    '{"__metadata__": {"a": 1}}',
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE_HEADERS)
+def test_a_hostile_header_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f").write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"0000")
+    with pytest.raises(CheckpointError):
+        safetensors.read_header(tmp_path / "f")
+
+
+def archive(tmp_path: Path, records: list[tuple[str, bytes | int]], fill: dict[int, bytes]) -> Path:
+    layout = zips.lay_out(records, "archive")
+    out = bytearray(layout.length)
+    for at, piece in layout.pieces:
+        out[at : at + len(piece)] = piece
+    for k, data in fill.items():
+        out[layout.addresses[k] : layout.addresses[k] + len(data)] = data
+        for position in layout.crc_at[k]:
+            out[position : position + 4] = zips.crc32(data).to_bytes(4, "little")
+    assert all(a % 64 == 0 for a in layout.addresses)
+    (tmp_path / "a.zip").write_bytes(out)
+    return tmp_path / "a.zip"
+
+
+def test_an_archive_satisfies_strict_tools(tmp_path: Path) -> None:
+    data = os.urandom(1000)
+    path = archive(tmp_path, [("data.pkl", b"hello"), ("data/0", 1000), ("data/1", 0), ("version", b"3\n")], {1: data})
+    with zipfile.ZipFile(path) as z:
+        assert z.testzip() is None and z.read("archive/data/0") == data
+    if shutil.which("unzip"):
+        assert subprocess.run(["unzip", "-t", path], capture_output=True).returncode == 0
+    with open(path, "rb") as file:
+        found = zips.directory(file.fileno(), 0, path.stat().st_size, "x")
+        assert [r.nbytes for r in found.values()] == [5, 1000, 0, 2]
+        assert os.pread(file.fileno(), 1000, found["archive/data/0"].offset) == data
+
+
+def test_very_large_records_and_very_many(tmp_path: Path) -> None:
+    layout = zips.lay_out([("data.pkl", b"x"), ("data/0", 5 << 30), ("data/1", 10)])
+    with open(tmp_path / "big", "wb") as file:
+        file.truncate(layout.length)
+        for at, piece in layout.pieces:
+            file.seek(at)
+            file.write(piece)
+    with open(tmp_path / "big", "rb") as file:
+        found = zips.directory(file.fileno(), 0, layout.length, "big")
+        assert found["archive/data/0"].nbytes == 5 << 30 and found["archive/data/1"].offset == layout.addresses[2]
+    with zipfile.ZipFile(tmp_path / "big") as z:
+        assert z.getinfo("archive/data/0").file_size == 5 << 30 and z.getinfo("archive/data/1").header_offset > 5 << 30
+    path = archive(tmp_path, [(f"data/{k}", b"") for k in range(70_000)], {})
+    with open(path, "rb") as file:
+        assert len(zips.directory(file.fileno(), 0, path.stat().st_size, "many")) == 70_000
+    assert len(zipfile.ZipFile(path).namelist()) == 70_000
+
+
+@given(st.lists(st.binary(max_size=40), min_size=1, max_size=6))
+@FAST
+def test_crcs_combine(parts: list[bytes]) -> None:
+    at, runs = 0, []
+    for part in parts:
+        runs.append((at, len(part), zips.crc32(part)))
+        at += len(part)
+    assert zips.combine_runs(reversed(runs)) == (0, at, zlib.crc32(b"".join(parts)))
+
+
+def real_pickles(tmp_path: Path) -> list[tuple[str, bytes]]:
+    """data.pkl of a nested .pt, `.metadata`, and the pickle of real DTensors."""
+    state = {
+        "model": {"w": torch.randn(3, 4), "b": torch.ones(2).bfloat16()},
+        "step": 3,
+        "list": [1, "a", None, (2.5, True)],
+    }
+    torch.save(state, tmp_path / "model.pt")
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    ranks = Path(__file__).parent / "data/torch-2.6.0/ranks/model_world_size_2_rank_1.pt"
+    found = [("metadata", (tmp_path / "dcp/.metadata").read_bytes())]
+    for path in (tmp_path / "model.pt", ranks):
+        with zipfile.ZipFile(path) as z:
+            found.append((path.stem, z.read(next(n for n in z.namelist() if n.endswith("data.pkl")))))
+    return found
+
+
+def test_a_pickle_cut_anywhere_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
+    for name, data in real_pickles(tmp_path):
+        pickles.loads(data, name)
+        for end in range(len(data)):
+            with pytest.raises(CheckpointError):
+                pickles.loads(data[:end], name)
+
+
+def test_a_pickle_with_any_byte_changed_gives_a_value_or_a_clear_error(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, data in real_pickles(tmp_path):
+        for _ in range(4000):
+            at, value = (int(torch.randint(0, n, (1,), generator=generator)) for n in (len(data), 256))
+            try:
+                pickles.loads(data[:at] + bytes([value]) + data[at + 1 :], name)
+            except CheckpointError:
+                pass
+
+
+EVIL = [
+    b"cposix\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"c__builtin__\ngetattr\n(cos\nsystem\nS'x'\ntR.",
+    b"cbuiltins\n__import__\n(S'os'\ntR.", b"ctorch\nload\n(S'x'\ntR.", b"ctorch.serialization\nload\n(S'x'\ntR.",
+    b"cckpt_dist.files.pickles\nloads\n.", b"csubprocess\nPopen\n(S'true'\ntR.", b"cbuiltins\nbytearray.__init__\n.",
+    b"\x80\x04\x8c\x08builtins\x94\x8c\x04exec\x94\x93\x94\x8c\x01x\x85R.", b"cnumpy.core.multiarray\nscalar.__globals__\n.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", EVIL)
+def test_what_is_not_on_the_list_is_refused_by_name(data: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"asks for|damaged"):
+        pickles.loads(data, "evil")
+
+
+def test_small_pickles_cannot_ask_for_much_memory() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bombs = [
+        b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little") + b".", b"\x80\x02\x8b" + (1 << 30).to_bytes(4, "little") + b".",
+        b"\x80\x04\x95" + (1 << 50).to_bytes(8, "little") + b".", b"cbuiltins\nbytearray\n(I1000000000000\ntR.", b"(" * 100_000 + b".",
+        b"r" + (1 << 30).to_bytes(4, "little") + b".", b"\x80\x02]" + b"2a" * 20 + b".",
+    ]  # fmt: skip
+    for bomb in bombs:
+        try:
+            pickles.loads(bomb, "bomb")
+        except CheckpointError:
+            pass
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+@pytest.mark.parametrize("dtype", sorted(TABLE))
+def test_what_is_written_is_what_torch_reads(tmp_path: Path, dtype: str) -> None:
+    value = sample(dtype, 3, 5)
+    ref = pt.tensor(dtype, (3, 5), "0")
+    tree = {"w": ref, "n": 3, "s": "ä", "none": None, "nested": [{"t": (1.5, True)}, b"x", 1 + 2j], "big": 1 << 80}
+    raw = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    records = pt.records(pickles.dumps(tree), [len(raw)])
+    path = archive(tmp_path, records, {next(k for k, (n, _) in enumerate(records) if n == "data/0"): raw})
+    for mmap in (False, True):
+        got = torch.load(path, weights_only=True, mmap=mmap)
+        assert got["w"].dtype == value.dtype and torch.equal(got["w"].view(torch.uint8), value.view(torch.uint8))
+        assert {k: v for k, v in got.items() if k != "w"} == {k: v for k, v in tree.items() if k != "w"}
+    torch.save({"w": value}, tmp_path / "theirs.pt")
+    found, storages = pt.open_archive(tmp_path / "theirs.pt")
+    assert (found["w"].dtype, found["w"].shape) == (dtype, (3, 5))
+    at = pt.storage_record(storages, found["w"], "theirs")
+    assert (tmp_path / "theirs.pt").read_bytes()[at : at + len(raw)] == raw
