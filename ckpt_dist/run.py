@@ -9,7 +9,7 @@ import fnmatch
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ckpt_dist import __version__, formats, plan, sources, task
 from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
-from ckpt_dist.engine.fill import Combine, keep
+from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats import Layout, Spec
@@ -192,6 +192,20 @@ def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:
     return "missing" if found is None else f"{found[0]}{list(found[1])}"
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the first byte is written: proven, laid out, checked against the target's place."""
+
+    models: Sequence[Model]
+    design: task.Design
+    combine: Combine
+    layout: Layout
+    views: Sequence[Views]
+    target_views: Views
+    staging: stage.Staging
+    small: Mapping[str, bytes | Path]
+
+
 def _write(
     group: Group,
     report: Report,
@@ -205,73 +219,84 @@ def _write(
     given: Sequence[float] = (),
 ) -> dict[str, Any]:
     """From understood sources to a published target."""
-    engine, target = engine_of(cfg), cfg["target"]
+    engine = engine_of(cfg)
+    with report.phase("plan"):
+        p = _prepare(group, report, models, cfg, path, combination, into)
+    if cfg.get("dry_run"):
+        return _dry(group, report, p.models, p.design, p.layout, engine, path)
+    if p.combine is not keep or _casts(p.design):
+        from ckpt_dist.averages.tensors import use
+
+        report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
+    group.on_first(lambda: stage.create(p.staging, p.layout))
+    try:
+        prints = _fill(group, report, p, cfg, engine, about, given)
+    except BaseException:
+        if group.rank == 0:
+            stage.discard(p.staging)
+        raise
+    report.target = str(path)
+    return {**report.to_dict(), **prints}
+
+
+def _prepare(
+    group: Group,
+    report: Report,
+    models: list[Model],
+    cfg: Config,
+    path: Path,
+    combination: Callable[[task.Design], Combine],
+    into: bool,
+) -> Prepared:
+    """Design, layout and proof: the same on every rank, nothing written."""
+    target = cfg["target"]
     if target["format"] == "hf" and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a Hugging Face folder holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
-    with report.phase("plan"):
-        models = [task.settle_ties(group, report, m, engine) for m in models]
-        for m in models:
-            report.notes += m.source.notes
-        report.guesses += models[0].guesses
-        if any((m.family is None) != (models[0].family is None) for m in models):
-            _same_tensors(models, [bind_plain(m) for m in models])
-        d = task.design(models, target)
-        combine = combination(d)
-        if len(models) > 1:
-            _same_tensors(models, d.sources)
-        extras, lost = _extras(models[0], cfg)
-        layout = _lay_out(d, models[0], extras, cfg, path)
-        views, target_views = task.prove_all(d, models, layout.catalog.chunks)
-        staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
-        small = (
-            _small_files(models[0], d, layout, cfg, report) if target["format"] == "hf" and not staging.single else {}
-        )
-        if into:  # what a checkpoint has of its own stays as it is
-            small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
-        group.on_first(lambda: stage.check(staging, layout, list(small), bool(cfg.get("overwrite"))))
-        _account(report, models, lost)
-    if cfg.get("dry_run"):
-        return _dry(group, report, models, d, layout, engine, path)
-    if combine is not keep or _casts(d):
-        from ckpt_dist.averages.tensors import use
+    models = [task.settle_ties(group, report, m, engine_of(cfg)) for m in models]
+    report.notes += [note for m in models for note in m.source.notes]
+    report.guesses += models[0].guesses
+    if any((m.family is None) != (models[0].family is None) for m in models):
+        _same_tensors(models, [bind_plain(m) for m in models])
+    d = task.design(models, target)
+    _same_tensors(models, d.sources)
+    extras, lost = _extras(models[0], cfg)
+    layout = _lay_out(d, models[0], extras, cfg, path)
+    views, target_views = task.prove_all(d, models, layout.catalog.chunks)
+    staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
+    carries = target["format"] == "hf" and not staging.single
+    small = _small_files(models[0], d, layout, cfg, report) if carries else {}
+    if into:  # what a checkpoint has of its own stays as it is
+        small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
+    used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
+    group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
+    _account(report, models, lost)
+    return Prepared(models, d, combination(d), layout, views, target_views, staging, small)
 
-        report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    group.on_first(lambda: stage.create(staging, layout))
-    try:
-        with report.phase("copy" if combine is keep else "average"):
-            triples = list(zip(models, d.sources, views, strict=True))
-            files = Files(staging.folder, layout.catalog.files, writable=True)
-            digests = combine is not keep or bool(engine.get("verify"))
-            done = task.run_tiles(
-                group,
-                report,
-                engine,
-                about["verb"],
-                d.canon,
-                triples,
-                (d.target, layout, files, target_views),
-                combine,
-                digests=digests,
-                quiet=bool(cfg.get("quiet")),
-            )
-        if engine.get("verify"):
-            with report.phase("verify"):
-                _reread(group, report, d, layout, staging, target_views, done, len(models), engine, cfg)
-        with report.phase("publish"):
-            runs = [run for part in group.gather(done.runs) for run in part]
-            report.peak_memory = group.gather(peak_memory())
-            prints = _fingerprints(d, done, models, report) if digests else {}
-            record = _record(cfg, about, models, given, prints, report)
-            final = small if staging.single else {**small, **record}
-            group.on_first(lambda: _finish(staging, layout, runs, final, engine, cfg))
-    except BaseException:
-        if group.rank == 0:
-            stage.discard(staging)
-        raise
-    report.target = str(path)
-    return {**report.to_dict(), **prints}
+
+def _fill(
+    group: Group, report: Report, p: Prepared, cfg: Config, engine: Config, about: Config, given: Sequence[float]
+) -> dict[str, Any]:
+    """Make the tiles, read them again if asked, publish; the fingerprints that were taken on the way."""
+    digests, quiet = p.combine is not keep or bool(engine.get("verify")), bool(cfg.get("quiet"))
+    files = Files(p.staging.folder, p.layout.catalog.files, writable=True)
+    sides = list(zip(p.models, p.design.sources, p.views, strict=True))
+    target = (p.design.target, p.layout, files, p.target_views)
+    with report.phase("copy" if p.combine is keep else "average"):
+        done = task.run_tiles(
+            group, report, engine, about["verb"], p.design.canon, sides, target, p.combine, digests=digests, quiet=quiet
+        )
+    if engine.get("verify"):
+        with report.phase("verify"):
+            _reread(group, report, p, done, engine, quiet)
+    with report.phase("publish"):
+        runs = [run for part in group.gather(done.runs) for run in part]
+        report.peak_memory = group.gather(peak_memory())
+        prints = _fingerprints(p.design, done, p.models, report) if digests else {}
+        record = {} if p.staging.single else _record(cfg, about, p.models, given, prints, report)
+        group.on_first(lambda: _finish(p.staging, p.layout, runs, {**p.small, **record}, engine, cfg))
+    return prints
 
 
 def _casts(d: task.Design) -> bool:
@@ -390,40 +415,19 @@ def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Re
     }
 
 
-def _reread(
-    group: Group,
-    report: Report,
-    d: task.Design,
-    layout: Layout,
-    staging: stage.Staging,
-    views: Views,
-    done: Any,
-    result: int,
-    engine: Config,
-    cfg: Config,
-) -> None:
+def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Config, quiet: bool) -> None:
     """Read the staged target again, through its own addresses, and compare with what was meant to be written."""
-    catalog = replace(
-        layout.catalog, root=str(staging.folder), format="hf"
-    )  # addresses are exact already: nothing to locate
-    m = Model(sources.Source(catalog, staging.folder, staging.folder), tuple(e.name for e in layout.catalog.entries))
-    canon = replace(d.canon, entries=tuple(d.canon.entries))
+    folder, result = p.staging.folder, len(p.models)
+    catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
+    m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
+    sides = [(m, p.design.target, p.target_views)]
     again = task.run_tiles(
-        group,
-        report,
-        engine,
-        "verify",
-        canon,
-        [(m, d.target, views)],
-        None,
-        _drain,
-        digests=True,
-        quiet=bool(cfg.get("quiet")),
+        group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet
     )
     wrong = [key for key, value in done.digests.items() if key[0] == result and again.digests.get((0, key[1])) != value]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} tiles of {staging.target} read back differ from what was written; nothing was published. Check the disk."
+            f"{len(wrong)} tiles of {p.staging.target} read back differ from what was written; nothing was published. Check the disk."
         )
     report.notes.append("every tile was read back and is equal to what was written")
 

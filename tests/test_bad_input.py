@@ -409,3 +409,21 @@ def test_a_target_that_cannot_be_written(tmp_path: Path, refused: Refused, small
     assert "Read-only file system" in refused(source, target=small_disk / "deep/out")
     (tmp_path / "file").write_text("x")
     refused(source, target=tmp_path / "file/out")
+
+
+def test_a_target_never_replaces_a_source_whatever_is_allowed(tmp_path: Path, refused: Refused) -> None:
+    source = make("hf", tmp_path / "run/source")
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, source.parent, tmp_path / "link", source / "model.safetensors"):
+        words = ["overwrite=true", "target.format=torch" if target.suffix else "target.format=hf"]
+        assert "would replace the source" in refused(source, *words, code=2, target=target)
+    assert main("merge", [f"source.path={source}", "overwrite=true"]) == 2
+    assert main("convert", [f"source.path={source}", f"target.path={source / 'inner'}"]) == 0
+
+
+def test_an_old_target_survives_a_failed_run(tmp_path: Path, refused: Refused) -> None:
+    source, target = make("dcp", tmp_path / "source"), make("hf", tmp_path / "target")
+    edit(source / "__0_0.distcp", lambda b: b.replace(b"PK\x01\x02", b"PK\x01\x03"))
+    before = contents(target)
+    refused(source, "overwrite=true")
+    assert contents(target) == before

@@ -34,9 +34,10 @@ class Staging:
         return self.target.parent / f".{self.target.name}.ckpt_dist"
 
 
-def check(staging: Staging, layout: Layout, more: Sequence[str], overwrite: bool) -> None:
+def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequence[Path], overwrite: bool) -> None:
     """Refuse a target that exists, a folder that cannot be written to and a disk that is too small, before any work."""
     target = staging.target
+    _keep_sources(staging, [target / n for n in (*layout.catalog.files, *layout.late, *more)], sources)
     if staging.into:
         taken = [n for n in (*layout.catalog.files, *layout.late, *more) if (target / n).exists()]
         if taken and not overwrite:
@@ -53,6 +54,17 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], overwrite: bool
         raise CheckpointError(
             f"Not enough space for {target}: {need} bytes are needed, {room.free} are free on its disk. Nothing was written."
         )
+
+
+def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path]) -> None:
+    """Publishing must not replace a file or a folder that is read from, whatever the user allows."""
+    place = staging.target.resolve()
+    for source in (s.resolve() for s in sources):
+        inside = place in source.parents and not staging.into
+        if source == place or inside or source in [m.resolve() for m in made if m.exists()]:
+            raise UsageError(
+                f"target.path={staging.target} would replace the source {source}. Sources are never changed; choose another target.path."
+            )
 
 
 def create(staging: Staging, layout: Layout) -> None:

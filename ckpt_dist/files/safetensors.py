@@ -98,12 +98,23 @@ def _stored(name: str, fields: Any, base: int, path: str | Path) -> Stored:
 
 
 # as the library sorts them (safetensors 0.8): a test compares whole files
-ORDER = {
-    name: rank
-    for rank, name in enumerate(
-        ["uint64", "int64", "float64", "complex64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16", "int16", "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool"]
-    )
-}
+SORTED = (
+    *(
+        "uint64",
+        "int64",
+        "float64",
+        "complex64",
+        "float32",
+        "uint32",
+        "int32",
+        "bfloat16",
+        "float16",
+        "uint16",
+        "int16",
+    ),
+    *("float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool"),
+)
+ORDER = {name: rank for rank, name in enumerate(SORTED)}
 
 
 def lay_out(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
