@@ -20,6 +20,7 @@ from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.model import Bound, Model, bind_plain, canonical
 from ckpt_dist.report import Report, parse_size, peak_memory, size
@@ -350,16 +351,19 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     carried: list[Extra] = []
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
-    holds = cfg["target"]["format"] in ("dcp", "torch")
+    format = cfg["target"]["format"]
     for extra in m.catalog.extras:
-        if extra.role == "weight" or extra.role not in wanted or not holds:
-            lost.setdefault(
-                "not a tensor" if extra.role == "weight" else f"{extra.role} (keep={','.join(sorted(wanted))})", []
-            ).append(extra.name)
-        elif cfg["target"]["format"] == "torch" and m.catalog.format == "dcp":
-            carried.append(replace(extra, value=formats.load("dcp").read_extra(m.catalog, extra), address=None))
+        if extra.role == "weight":
+            lost.setdefault("not a tensor", []).append(extra.name)
+        elif extra.role not in wanted or format not in ("dcp", "torch"):
+            lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
         else:
-            carried.append(extra)
+            if format == "torch" and extra.address is not None:
+                extra = replace(extra, value=formats.load("dcp").read_extra(m.catalog, extra), address=None)
+            if extra.address is None and not pickles.writable(extra.value):
+                lost.setdefault("of a class that is not written", []).append(extra.name)
+            else:
+                carried.append(extra)
     return carried, lost
 
 

@@ -263,3 +263,13 @@ def test_files_that_travel_along(tmp_path: Path) -> None:
         "preprocessor_config.json",
     } <= names
     assert "notes.txt" not in names and json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_values_of_foreign_classes_are_listed_and_left_out(tmp_path: Path) -> None:
+    import argparse
+
+    torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1), "step": 4}, tmp_path / "model.pt")
+    done = ckpt_dist.convert(tmp_path / "model.pt", tmp_path / "out.pt", format="torch", keep=["weights", "state"])
+    assert any("dropped, of a class that is not written: args" in n for n in done["notes"])
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert got["step"] == 4 and torch.equal(got["model"]["w"], torch.ones(2)) and "args" not in got

@@ -482,6 +482,15 @@ def dumps(tree: Any) -> bytes:
 _PurePython: Any = pickle._Pickler  # its types do not show what a subclass needs
 
 
+def writable(value: Any) -> bool:
+    """Whether `dumps` can write a value: plain containers, numbers and texts, not the records of foreign classes."""
+    try:
+        dumps(value)
+    except CheckpointError:
+        return False
+    return True
+
+
 class _Pickler(_PurePython):  # type: ignore[misc]
     """The pure-Python pickler, taught to write names that it does not import."""
 
