@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist.box import Ints, ints, row_major, volume
+from ckpt_dist.box import Ints, ints, row_major
 
 
 class Key(int):
@@ -65,12 +65,6 @@ class Chunks:
         start, stop = ints(start), ints(stop)
         return cls(ints(entry), start, stop, row_major(stop - start), ints(file), ints(offset))
 
-    def spans(self) -> Ints:
-        """Elements between the first and the last one of each chunk, both included: what must fit in its file."""
-        extents = self.stop - self.start
-        reach = np.sum((extents - 1) * self.strides, axis=-1, dtype=np.int64) + 1
-        return np.where(volume(self.start, self.stop) > 0, reach, 0)
-
 
 def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Ints:
     """Rows of differing length as one array: `padded([(2,), (3, 4)], 2, 1)` -> `[[2, 1], [3, 4]]`."""
@@ -112,10 +106,6 @@ class Catalog:
     config: Mapping[str, Any] = field(default_factory=dict)
     assets: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
-
-    def nbytes(self, itemsize: Mapping[str, int]) -> int:
-        sizes = ints([itemsize[e.dtype] for e in self.entries])
-        return int(np.sum(volume(self.chunks.start, self.chunks.stop) * sizes[self.chunks.entry]))
 
 
 @dataclass(frozen=True)

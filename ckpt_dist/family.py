@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -253,8 +252,3 @@ def missing_names(family: Family, dialect: str, name: str) -> str:
     known = [re.sub(r"\{\w+\}", "{}", k) for k in family.dialects[dialect]]
     hint = nearest(re.sub(r"\d+", "{}", name), known)
     return re.sub(r"\{\}", lambda _: next(number, "0"), hint)
-
-
-def indices(sizes: Mapping[str, int], names: Sequence[str]) -> Iterable[tuple[int, ...]]:
-    """All indices of some axes, in order: `indices({"l": 2}, ["l"])` -> `(0,), (1,)`."""
-    return product(*(range(sizes[a]) for a in names))

@@ -3,7 +3,7 @@
 All weights are laid end to end on one number line of elements, row-major; each box covers a bounding interval
 of it. Boxes that meet have intervals that meet, so one sorted search joins millions of boxes, whatever is
 sharded how. The work is cut into *tiles*: row-major blocks of the canonical spelling, the same for every
-rank count; a *wave* is a run of tiles that one rank makes at one time.
+rank count, so memory is that of a few tiles, whatever a model's size.
 
 Invariant: pure integers. No files, no tensors, no process group; the same answer on every rank.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckpt_dist.box import Ints, expand, ints, row_major, volume
-from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded
+from ckpt_dist.catalog import Chunks, Entry, Views, padded
 from ckpt_dist.errors import CheckpointError
 
 TILE = 1 << 19  # elements: 1 MiB of bf16; part of the definition of a fingerprint
@@ -29,7 +29,7 @@ class Uncovered(CheckpointError):
 
 
 class TooBig(CheckpointError):
-    """A single tile does not fit into the memory limit."""
+    """The memory limit is below what one thread needs."""
 
     exit_code = 2
 
@@ -226,23 +226,6 @@ def share(nbytes: Ints, world: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def pack(nbytes: Ints, memory: int, first: int, last: int, *, copies: int = 1) -> list[tuple[int, int]]:
-    """The waves of a rank, as half-open runs of its tiles, each within memory.
-
-    `pack([4, 4, 4, 4], 8, 0, 4)` -> `[(0, 2), (2, 4)]`. `copies` is how many buffers of a tile a wave holds.
-    """
-    need = int(nbytes[first:last].max(initial=0)) * copies
-    if need > memory:
-        raise TooBig(f"engine.memory is {memory} bytes, one tile needs {need}. Give at least engine.memory={need}.")
-    total = np.concatenate([[0], np.cumsum(nbytes)]) * copies
-    found = []
-    while first < last:
-        stop = min(int(np.searchsorted(total, total[first] + memory, side="right")) - 1, last)
-        found.append((first, max(stop, first + 1)))
-        first = found[-1][1]
-    return found
-
-
 @dataclass(frozen=True)
 class Moves:
     """Strided copies between tiles and chunks: one row each, ordered by tile.
@@ -279,8 +262,3 @@ def moves(views: Views, chunks: Chunks, itemsize: Ints, tiled: Views, *, alterna
         within,
         tiled.stride[b],
     )
-
-
-def itemsizes(catalog: Catalog, of: dict[str, int]) -> Ints:
-    """Bytes per element of each chunk."""
-    return ints([of[e.dtype] for e in catalog.entries])[catalog.chunks.entry] if catalog.entries else ints([])

@@ -21,6 +21,7 @@ import numpy as np
 
 from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan
+from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, Job, Side, fill, tile_dtypes
@@ -211,9 +212,7 @@ def run_tiles(
     """Make all tiles; this rank its share. The result holds this rank's runs and everyone's byte counts and digests."""
     tiles = plan.tiles(canon.entries)
     numel = np.prod(tiles.stop - tiles.start, axis=1, dtype=np.int64)
-    weight = (
-        numel * np.array([itemsize(e.dtype) for e in canon.entries], np.int64)[tiles.entry] if len(tiles) else numel
-    )
+    weight = numel * item_bytes(canon.entries, tiles)
     first, last = plan.share(weight, group.world)[group.rank]
     workers = worker_count(engine, group.local_world)
 
@@ -286,9 +285,7 @@ def _side(m: Model, bound: Bound, views: Views, mine: Views, files: Files, count
         rows = np.unique(needed.chunk[plan.join(needed, tiled).a])
         chunks = locate(catalog, rows)
         views = bound.views(chunks)
-    items = (
-        np.array([itemsize(e.dtype) for e in catalog.entries], np.int64)[chunks.entry] if len(chunks) else chunks.entry
-    )
+    items = item_bytes(catalog.entries, chunks)
     moves = plan.moves(views, chunks, items, mine)
     dtypes = tile_dtypes(
         moves, chunks.entry, [e.dtype for e in catalog.entries], 0, count, [e.name for e in catalog.entries]
@@ -299,7 +296,7 @@ def _side(m: Model, bound: Bound, views: Views, mine: Views, files: Files, count
 def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count: int) -> Side:
     bound, layout, files, views = target
     chunks, entries = layout.catalog.chunks, bound.entries
-    items = np.array([itemsize(e.dtype) for e in entries], np.int64)[chunks.entry]
+    items = item_bytes(entries, chunks)
     moves = plan.moves(views, chunks, items, mine, alternatives=False)
     return Side(
         files,
@@ -307,6 +304,11 @@ def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count:
         chunks.file,
         tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, [e.name for e in entries]),
     )
+
+
+def item_bytes(entries: Sequence[Entry], chunks: Chunks) -> Ints:
+    """Bytes of an element, for each chunk."""
+    return np.array([itemsize(e.dtype) for e in entries], np.int64)[chunks.entry]
 
 
 def weight_digests(canon: Bound, done: Done, which: int, dtypes: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -18,6 +18,7 @@ from ckpt_dist.errors import CheckpointError
 from ckpt_dist.family import Rule, bind, plain
 from ckpt_dist.parallel import bounds, chunked, even, placed
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
+from ckpt_dist.task import WORKER_BYTES, worker_count
 
 SLOW = settings(deadline=None, max_examples=150)
 
@@ -195,8 +196,6 @@ def test_refusals_name_both_numbers() -> None:
         plan.prove(_views(entry, [[(0, 4), (0, 4)]]), _views(entry, [[(0, 6), (0, 4)]]))
     with pytest.raises(CheckpointError, match=r"\[6, 4\].*\[6, 5\]"):
         plan.prove(_views(entry, [[(0, 6), (0, 4)]]), _views(Entry("w", "float32", (6, 5)), [[(0, 6), (0, 5)]]))
-    with pytest.raises(plan.TooBig, match="100 bytes, one tile needs 200"):
-        plan.pack(ints([200]), 100, 0, 1)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=5), st.integers(1, 40))
@@ -218,17 +217,25 @@ def test_tiles_partition_every_tensor_in_row_major_runs(shapes: list[list[int]],
         assert (joined == flat.ravel()).all()
 
 
-@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 7), st.integers(50, 200))
+@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 7))
 @SLOW
-def test_shares_and_waves_are_complete_in_order_and_within_memory(sizes: list[int], world: int, memory: int) -> None:
+def test_shares_of_ranks_are_complete_in_order_and_balanced(sizes: list[int], world: int) -> None:
     nbytes = ints(sizes)
     shares = plan.share(nbytes, world)
     assert [t for lo, hi in shares for t in range(lo, hi)] == list(range(len(sizes)))
     for lo, hi in shares:
         assert int(nbytes[lo:hi].sum()) <= -(-int(nbytes.sum()) // world) + int(nbytes.max(initial=0))
-        waves = plan.pack(nbytes, memory, lo, hi)
-        assert [t for a, b in waves for t in range(a, b)] == list(range(lo, hi))
-        assert all(int(nbytes[a:b].sum()) <= memory for a, b in waves)
+
+
+@given(st.integers(1, 1 << 32), st.integers(1, 64), st.none() | st.integers(1, 64))
+@SLOW
+def test_the_threads_of_a_rank_fit_into_its_memory(memory: int, local_world: int, workers: int | None) -> None:
+    engine = {"memory": memory, "workers": workers}
+    if memory < WORKER_BYTES:
+        with pytest.raises(plan.TooBig, match="one thread needs"):
+            worker_count(engine, local_world)
+    else:
+        assert 1 <= worker_count(engine, local_world) * WORKER_BYTES <= memory
 
 
 def test_parsing_says_what_is_wrong_with_a_caret() -> None:

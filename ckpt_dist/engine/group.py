@@ -35,10 +35,6 @@ class Group:
                 dist.init_process_group("gloo", timeout=TIMEOUT)
                 self.mine = True
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            self.gather(None)
-
     def gather(self, value: T) -> list[T]:
         """The value of each rank, on every rank."""
         if self.world == 1:
