@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +19,7 @@ from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files.dtypes import FROM_SAFETENSORS, itemsize, to_safetensors
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
+MOST = 1 << 62  # of elements and of bytes: more does not fit a signed offset
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ def read_header(path: str | Path) -> tuple[list[Stored], dict[str, str]]:
                 f"{path} is truncated or no safetensors file: it has {size} bytes, its header says {8 + length}."
             )
         text = file.read(length)
+        if len(text) != length:
+            raise CheckpointError(f"{path} became shorter while it was read. Is it still being written?")
     table = _table(text, path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -65,36 +69,49 @@ def _table(text: bytes, path: str | Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [k for k, _ in pairs]
-            double = next(n for n in names if names.count(n) > 1)
-            raise CheckpointError(f"{path}: the header names {double!r} twice.")
+            double = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(
+                f"{path}: the header names {double!r} twice; which one is meant cannot be known. Write it again."
+            )
         return table
 
     try:
-        table = json.loads(text, object_pairs_hook=once)
+        decoded = text.decode("utf-8")  # json would guess another encoding, which no other reader does
+        table = json.loads(decoded, object_pairs_hook=once)
+        if "\\u" in decoded:  # only an escape can spell half of a surrogate pair, which no file name or terminal takes
+            json.dumps(table, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is no JSON: {error}. Is it a safetensors file?") from None
+        raise CheckpointError(f"{path}: the header is no JSON: {error!s:.200}. Is it a safetensors file?") from None
     if not isinstance(table, dict):
-        raise CheckpointError(f"{path}: the header is {type(table).__name__}, not a table.")
+        raise CheckpointError(f"{path}: the header is {type(table).__name__}, not a table. Is it a safetensors file?")
     return table
 
 
 def _stored(name: str, fields: Any, base: int, path: str | Path) -> Stored:
     try:
-        dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        numbers = [begin, end, *shape]
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        short, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+        if type(short) is not str or type(shape) is not list:
+            raise ValueError("the dtype must be a text and the shape a list")
+        if not all(type(n) is int and 0 <= n < MOST for n in (begin, end, *shape)):
             raise ValueError("numbers must be non-negative integers")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header's entry for {name!r} is damaged: {error!r}.") from None
-    if dtype not in FROM_SAFETENSORS:
-        raise CheckpointError(f"{path}: {name!r} has the dtype {dtype!r}, which is not supported.")
-    need = prod(shape) * itemsize(FROM_SAFETENSORS[dtype])
+        raise CheckpointError(
+            f"{path}: the header's entry for {name!r} is damaged: {error!r:.200}. Fetch it again."
+        ) from None
+    if short not in FROM_SAFETENSORS:
+        raise CheckpointError(f"{path}: {name!r} has the dtype {short!r:.20}, which is not supported.")
+    need = itemsize(FROM_SAFETENSORS[short])
+    for n in shape:  # not prod: the product of a million large numbers would take hours
+        need *= n
+        if need >= MOST:
+            raise CheckpointError(
+                f"{path}: {name!r} of {len(shape)} dims needs more than {MOST} bytes, the header gives it {end - begin}."
+            )
     if end - begin != need:
         raise CheckpointError(
-            f"{path}: {name!r} of {dtype}{shape} needs {need} bytes, the header gives it {end - begin}."
+            f"{path}: {name!r} of {short}{shape} needs {need} bytes, the header gives it {end - begin}."
         )
-    return Stored(name, FROM_SAFETENSORS[dtype], tuple(shape), base + begin, need)
+    return Stored(name, FROM_SAFETENSORS[short], tuple(shape), base + begin, need)
 
 
 # as the library sorts them (safetensors 0.8): a test compares whole files
@@ -120,9 +137,11 @@ ORDER = {name: rank for rank, name in enumerate(SORTED)}
 def lay_out(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
     """The header's bytes, and where each tensor lies, in the order given.
 
-    Tensors are stored as the safetensors library sorts them (wide dtypes first, then by name), so that a file is
-    byte for byte what `save_file` writes.
+    `lay_out([("w", "float32", (2,))], {})` -> `(b"8...{"w":{"dtype":"F32",...", [64])`. Tensors are stored as the
+    safetensors library sorts them (wide dtypes first, then by name), so that a file is byte for byte what `save_file`
+    writes.
     """
+    _check_names([name for name, *_ in tensors])
     order = sorted(range(len(tensors)), key=lambda i: (_rank(tensors[i][1]), tensors[i][0]))
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begins, at = [0] * len(tensors), 0
@@ -133,7 +152,29 @@ def lay_out(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping
         begins[i], at = at, end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(
+            f"The header of {len(tensors)} tensors needs {len(text)} bytes, no reader takes more than {MAX_HEADER}. "
+            "Lower target.max_shard_size."
+        )
     return len(text).to_bytes(8, "little") + text, [8 + len(text) + b for b in begins]
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """A header is a table: a name twice, or its own word, would lose a tensor without a trace."""
+    if len(set(names)) != len(names):
+        double = Counter(names).most_common(1)[0][0]
+        raise CheckpointError(f"Two tensors are called {double!r}; a safetensors file holds one of a name.")
+    for name in names:
+        if name == "__metadata__" or not _is_utf8(name):
+            raise CheckpointError(f"A safetensors file cannot hold a tensor called {name!r:.100}. Rename it.")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _rank(dtype: str) -> int:

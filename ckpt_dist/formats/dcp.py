@@ -29,7 +29,7 @@ from ckpt_dist.formats import Crc, Layout, Spec, inside, split
 from ckpt_dist.formats import torch as pt
 
 CHUNK_BYTES = 64 << 20  # rows are cut so: torch's reader loads a whole chunk for any part of it
-TAIL = 4096
+FILE_BYTES = 512 << 20  # several files: ranks that write into one file take turns at its lock
 
 
 def claims(path: Path) -> bool:
@@ -324,7 +324,7 @@ def read_extra(catalog: Catalog, extra: Extra) -> Any:
 
 
 def lay_out(spec: Spec) -> Layout:
-    """Row chunks of at most CHUNK_BYTES, each a zip blob, in `__0_k.distcp` files of at most `max_shard_size`."""
+    """Row chunks of at most CHUNK_BYTES, each a zip blob, in `__0_k.distcp` files of at most FILE_BYTES or `max_shard_size`."""
     width = max((len(e.shape) for e in spec.entries), default=0)
     boxes = [(e, lo, hi) for e, entry in enumerate(spec.entries) for lo, hi in _row_chunks(entry)]
     start, stop = (
@@ -339,7 +339,7 @@ def lay_out(spec: Spec) -> Layout:
         for b, ((e, *_), n) in enumerate(zip(boxes, sizes, strict=True))
     ]
     values = [(x, _value_blob(spec, x)) for x in spec.extras]
-    groups = split([b.length for b in blobs], int(spec.options["max_shard_size"]))
+    groups = split([b.length for b in blobs], min(int(spec.options["max_shard_size"]), FILE_BYTES))
     names = [f"__0_{k}.distcp" for k in range(len(groups))]
     file, offset, base = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64), np.zeros(len(boxes), np.int64)
     pieces: list[tuple[int, int, bytes]] = []
