@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py [--work DIR] [--scale small] [--repeat 5] [--rows PATTERN,...] [--mergekit PYTHON] [--out FILE]
 
-The rows of a group take turns (A B C A B C ...), after one round to warm up; before each run its sources are read into
+The rows of a group take turns (A B C, B C A, ...), after one round to warm up; before each run its sources are read into
 the page cache, its old target is deleted and the disk is flushed. The tables hold medians; README.md says what they mean.
 """
 
@@ -13,6 +13,7 @@ import fnmatch
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def conversions(work: Path) -> list[Row]:
             rows.append(Row(f"{name}, {ranks}", ours("convert", n, "engine.fsync=false", *words), (source,)))
             if source != tp:
                 rows.append(Row(f"{name}, {ranks}, flushed", ours("convert", n, *words), (source,)))
-    rows.append(Row("torch dcp_to_torch_save", peer("dcp_to_torch_save", fsdp, work / "merged.pt"), (fsdp,)))
+    rows.append(Row("torch dcp_to_torch_save", peer("dcp_to_torch_save", fsdp, out), (fsdp,)))
     rows.append(Row("accelerate merge_fsdp_weights", peer("accelerate", fsdp, out), (fsdp,)))
     return rows
 
@@ -101,9 +102,9 @@ def averages(work: Path, mergekit: str | None) -> list[Row]:
 
 
 def answers(work: Path) -> list[Row]:
-    chunks, fsdp, hf, out = work / "chunks_512k", work / "dcp_fsdp", work / "hf", work / "out"
+    chunks, fsdp, hf, out = work / "chunks_512k", work / "dcp_fsdp", work / "hf", work / "planned"
     plan = ours("convert", 1, f"source.path={chunks}", f"target.path={out}", "target.format=torch", "dry_run=true")
-    dry = [f"target.path={out}", "dry_run=true", "quiet=true"]
+    dry = [f"target.path={work / 'dry'}", "dry_run=true", "quiet=true"]
     return [
         Row("open and plan 512,000 chunks", plan, (chunks / ".metadata",)),
         Row("torch: read and plan 512,000 chunks", peer("torch_plan", chunks, out), (chunks / ".metadata",)),
@@ -192,12 +193,17 @@ def prepare(work: Path, layers: int) -> None:
             process([sys.executable, ROOT / "jobs/convert.py", *words])
 
 
-def measure(rows: Sequence[Row], first: int, last: int) -> dict[str, list[Once]]:
-    """All rows in each turn from first to last; turn 0 is not counted."""
+def measure(rows: Sequence[Row], work: Path, first: int, last: int) -> dict[str, list[Once]]:
+    """All rows in each turn from first to last, each turn in an order of its own; turn 0 is not counted.
+
+    Where a target will be, each row finds a fresh copy of the model and deletes it: the same memory is free for all.
+    """
     times: dict[str, list[Once]] = {row.name: [] for row in rows}
     for turn in range(first, last + 1):
-        for row in rows:
-            warm(row.sources)
+        for row in random.Random(turn).sample(rows, len(rows)):
+            if row.sources:
+                copy(work / "hf", work / "out")()
+                warm(row.sources)
             got = row.run()
             print(f"{turn or 'warm-up'} {row.name}: {got.seconds:.2f} s {got.note}", file=sys.stderr, flush=True)
             if turn:
@@ -284,7 +290,7 @@ def main() -> None:
         )
         if all(row.name.startswith("cp") for row in rows):
             continue
-        found = measure(rows, 1, 1) if group == "memory" else measure(rows, 0, args.repeat)  # memory hardly varies
+        found = measure(rows, work, 1, 1) if group == "memory" else measure(rows, work, 0, args.repeat)  # memory hardly varies
         times |= found
         tables += ["", f"## {group}", "", *table(found)]
         lines = ["# Results", "", about, "", "## limits", "", *verdicts(times, limits(work)), *tables]
