@@ -71,6 +71,7 @@ def conversions(work: Path) -> list[Row]:
         to_hf, to_dcp = f"target.path={out}", f"target.path={out} target.format=dcp"
         for name, source, keys in (
             ("DCP (FSDP) -> HF", fsdp, to_hf),
+            ("DCP (FSDP) -> HF in 4 files", fsdp, f"{to_hf} target.max_shard_size=500MB"),
             ("DCP (TP) -> HF", tp, to_hf),
             ("HF -> DCP", hf, to_dcp),
         ):
@@ -146,6 +147,7 @@ def limits(work: Path) -> list[Limit]:
         found += [
             Limit("seconds", fsdp, "cp -r hf", 1.2 if n == 1 else 0.9),
             Limit("seconds", f"{fsdp}, flushed", "cp -r hf, flushed", 1.2 if n == 1 else 0.9),
+            Limit("seconds", f"DCP (FSDP) -> HF in 4 files, {ranks}", "cp -r hf", 1.2 if n == 1 else 0.9),
             Limit("seconds", f"DCP (TP) -> HF, {ranks}", fsdp, 1.25),
             Limit("seconds", f"HF -> DCP, {ranks}", "cp -r hf", 1.0),
             Limit("seconds", f"HF -> DCP, {ranks}, flushed", "cp -r hf, flushed", 1.0),
@@ -290,7 +292,9 @@ def main() -> None:
         )
         if all(row.name.startswith("cp") for row in rows):
             continue
-        found = measure(rows, work, 1, 1) if group == "memory" else measure(rows, work, 0, args.repeat)  # memory hardly varies
+        found = (
+            measure(rows, work, 1, 1) if group == "memory" else measure(rows, work, 0, args.repeat)
+        )  # memory hardly varies
         times |= found
         tables += ["", f"## {group}", "", *table(found)]
         lines = ["# Results", "", about, "", "## limits", "", *verdicts(times, limits(work)), *tables]

@@ -6,7 +6,6 @@ both numbers; descriptors of one thread are never closed by another.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import OrderedDict
@@ -16,10 +15,7 @@ from pathlib import Path
 from ckpt_dist.errors import CheckpointError
 
 OPEN_FILES = 32  # for each thread
-WRITE_BYTES = (
-    1 << 16
-)  # larger writes make the kernel look for large free blocks of memory, which can be several times slower
-_NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+PIECE = 1 << 16  # bytes written by one call, from one multiple of it to the next: see docs/design/03-engine.md
 
 
 class Files:
@@ -67,7 +63,7 @@ class Files:
         fd, done = self.descriptor(file), 0
         while done < len(data):
             try:
-                done += os.pwrite(fd, data[done : done + WRITE_BYTES], offset + done)
+                done += os.pwrite(fd, data[done : done + PIECE - (offset + done) % PIECE], offset + done)
             except OSError as error:
                 raise self.failed(file, error) from None
 
@@ -76,22 +72,16 @@ class Files:
             f"Cannot write {self.paths[file]}: {error.strerror}. Nothing was published; free space or choose another target.path."
         )
 
-    def copy(self, source: Files, from_file: int, from_at: int, file: int, at: int, nbytes: int) -> bool:
-        """Bytes from file to file inside the kernel; False where this file system cannot."""
-        if not hasattr(os, "copy_file_range"):
-            return False
-        fd_in, fd_out, done = source.descriptor(from_file), self.descriptor(file), 0
+    def copy(
+        self, source: Files, from_file: int, from_at: int, file: int, at: int, nbytes: int, buffer: memoryview
+    ) -> None:
+        """Bytes from file to file, in pieces that stay in the cache of a core; `buffer` holds PIECE bytes."""
+        done = 0
         while done < nbytes:
-            try:
-                count = os.copy_file_range(fd_in, fd_out, nbytes - done, from_at + done, at + done)
-            except OSError as error:
-                if error.errno in _NO_RANGE_COPY:
-                    return False
-                raise self.failed(file, error) from None
-            if count == 0:
-                return False  # the end of the source, or a file system that does nothing: the plain path says which
-            done += count
-        return True
+            piece = buffer[: min(nbytes - done, PIECE - (at + done) % PIECE)]
+            source.read(from_file, from_at + done, piece)
+            self.write(file, at + done, piece)
+            done += len(piece)
 
     def sync(self) -> None:
         """Flush what this thread has open and what others opened to the disk."""
