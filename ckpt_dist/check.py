@@ -392,8 +392,8 @@ def _verdict(
 
 def fingerprint(cfg: Config) -> str:
     """The digest of a model's values, the same for every format, dialect and sharding of it."""
-    group, report = Group(), Report("fingerprint")
-    try:
+    with Group(cfg["engine"]["timeout"]) as group:
+        report = Report("fingerprint")
         m = _open(group, report, cfg["a"], cfg)
         bare = model.canonical(m.dialect)
         d = task.design([m], {"format": "hf"}) if not bare else None
@@ -402,5 +402,3 @@ def fingerprint(cfg: Config) -> str:
         plan.prove(views, canon.views(plan.tiles(canon.entries)))
         done = _read(group, report, "fingerprint", canon, [(m, bound, views)], _drain, cfg, digests=True)
         return task.fingerprint_of(task.weight_digests(canon, done, 0))
-    finally:
-        group.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_dist import __version__, config, keys
-from ckpt_dist.errors import CheckpointError, UsageError, nearest
+from ckpt_dist.errors import STOP, CheckpointError, Stopped, UsageError, nearest
 from ckpt_dist.report import rank, show_result
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ FLAGS = {"-h": "--help", "-m": "--multirun", "-c": "--cfg", "-sc": "--shell-comp
 KNOWN_FLAGS = ("--help", "--version", "--multirun", "--cfg", "--shell-completion")
 LOOKING = ("inspect", "verify")  # the verbs that write nothing
 HEAD_START_S = 2.0  # how long the other ranks leave the word to rank 0, which usually has the same to say
-SIGTERM = 15
 
 
 def console() -> int:
@@ -73,6 +73,8 @@ def _run(verb: str, argv: list[str], configs: list[dict[str, Any]]) -> int:
         raise UsageError(
             f"nproc={num_ranks}, but torchrun has started {os.environ['WORLD_SIZE']} ranks. Leave nproc out."
         )
+    for number in () if verb in LOOKING else (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: STOP.set())
     module = importlib.import_module("ckpt_dist.check" if verb in LOOKING else "ckpt_dist.run")
     for cfg in configs:
         result = getattr(module, verb)(cfg)
@@ -145,6 +147,7 @@ def _complete(verb: str) -> int:
 
 def _launch(verb: str, num_ranks: int, argv: list[str]) -> int:
     """torchrun inside this process, so that its exit code is the job's and its traceback is not shown."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -156,13 +159,15 @@ def _launch(verb: str, num_ranks: int, argv: list[str]) -> int:
         run(parse_args(words))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         return _exit_code(failed)
+    except SignalException:
+        return Stopped.exit_code  # the ranks were asked too, and have said so
     return 0
 
 
 def _exit_code(failed: ChildFailedError) -> int:
     """The code of the rank that failed first; a rank that torchrun itself ended has nothing to say."""
     in_time = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
-    rank_, first = next((item for item in in_time if item[1].exitcode != -SIGTERM), in_time[0])
+    rank_, first = next((item for item in in_time if item[1].exitcode != -signal.SIGTERM), in_time[0])
     if first.exitcode < 0:
         cause = " The machine's memory may have been full: lower engine.memory." if first.exitcode == -9 else ""
         print(f"Rank {rank_} was ended by signal {-first.exitcode}.{cause}", file=sys.stderr)

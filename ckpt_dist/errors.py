@@ -2,12 +2,13 @@
 
 An exit code travels with the class, so that every way out of the program agrees:
 0 done; 2 the command is wrong; 3 a source is missing, damaged, unsafe or does not fit;
-4 verify found a difference; 1 anything else (our own mistake).
+4 verify found a difference; 75 stopped by a signal, to be resumed; 1 anything else (our own mistake).
 """
 
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterable
 
 
@@ -27,6 +28,15 @@ class Difference(CheckpointError):
     """`verify` found that two checkpoints differ."""
 
     exit_code = 4
+
+
+class Stopped(CheckpointError):
+    """A signal asked the job to end; the same command goes on from here."""
+
+    exit_code = 75  # "temporary failure" in sysexits.h; torchrun's own codes are small or negative
+
+
+STOP = threading.Event()  # set by the signal handler of the command line; looked at between batches of tiles
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

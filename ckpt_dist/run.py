@@ -15,11 +15,12 @@ from typing import Any
 
 from ckpt_dist import __version__, formats, plan, sources, task
 from ckpt_dist.catalog import Extra, Views
+from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.model import Bound, Model, bind_plain, canonical
@@ -31,12 +32,10 @@ Config = Mapping[str, Any]
 @contextmanager
 def job(verb: str, cfg: Config) -> Iterator[tuple[Group, Report]]:
     """The ranks and the report of one job."""
-    group, report = Group(), Report(verb)
-    try:
+    with Group(cfg["engine"]["timeout"]) as group:
+        report = Report(verb)
         yield group, report
         report.show(bool(cfg.get("quiet")))
-    finally:
-        group.close()
 
 
 def engine_of(cfg: Config) -> dict[str, Any]:
@@ -229,15 +228,31 @@ def _write(
         from ckpt_dist.averages.tensors import use
 
         report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    group.on_first(lambda: stage.create(p.staging, p.layout))
+    staged = group.on_first(lambda: _stage(p, cfg, about, given))
+    if staged.finished:
+        report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
-        prints = _fill(group, report, p, cfg, engine, about, given)
-    except BaseException:
-        if group.rank == 0:
+        prints = _fill(group, report, p, cfg, engine, about, given, staged)
+    except CheckpointError as error:  # nobody will go on with what is wrong; anything else may be resumed
+        if group.rank == 0 and not isinstance(error, Stopped):
             stage.discard(p.staging)
         raise
     report.target = str(path)
     return {**report.to_dict(), **prints}
+
+
+def _stage(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
+    """The staging folder: new, or as an earlier attempt at the very same job left it."""
+    used = [(m.catalog.root, f) for m in p.models for f in m.catalog.files]
+    times = [(root, f, (s := (Path(root) / f).stat()).st_size, s.st_mtime_ns) for root, f in used]
+    settings = {k: cfg.get(k) for k in ("source", "target", "model", "keep", "unmatched")}
+    entries = [(e.name, e.dtype, e.shape) for e in p.layout.catalog.entries]
+    headers = b"".join(b"%d %d " % (n, at) + data for n, at, data in p.layout.pieces)
+    laid_out = (entries, p.layout.catalog.files, p.layout.sizes, journal.plan_key(headers.hex()))
+    facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, laid_out)
+    resumed = stage.create(p.staging, p.layout, journal.plan_key(*facts), bool(cfg.get("resume", True)))
+    finished, done = journal.read(p.staging.folder) if resumed else ([], Done())
+    return task.Staged(p.staging.folder, finished, done)
 
 
 def _prepare(
@@ -277,7 +292,14 @@ def _prepare(
 
 
 def _fill(
-    group: Group, report: Report, p: Prepared, cfg: Config, engine: Config, about: Config, given: Sequence[float]
+    group: Group,
+    report: Report,
+    p: Prepared,
+    cfg: Config,
+    engine: Config,
+    about: Config,
+    given: Sequence[float],
+    staged: task.Staged,
 ) -> dict[str, Any]:
     """Make the tiles, read them again if asked, publish; the fingerprints that were taken on the way."""
     digests, quiet = p.combine is not keep or bool(engine.get("verify")), bool(cfg.get("quiet"))
@@ -286,7 +308,17 @@ def _fill(
     target = (p.design.target, p.layout, files, p.target_views)
     with report.phase("copy" if p.combine is keep else "average"):
         done = task.run_tiles(
-            group, report, engine, about["verb"], p.design.canon, sides, target, p.combine, digests=digests, quiet=quiet
+            group,
+            report,
+            engine,
+            about["verb"],
+            p.design.canon,
+            sides,
+            target,
+            p.combine,
+            digests=digests,
+            quiet=quiet,
+            staged=staged,
         )
     if engine.get("verify"):
         with report.phase("verify"):

@@ -15,6 +15,7 @@ import fnmatch
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from ckpt_dist import formats, model, plan
 from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.engine.files import Files
-from ckpt_dist.engine.fill import Combine, Done, Job, Side, fill, tile_dtypes
+from ckpt_dist.engine.fill import Combine, Done, Job, Side, fill, keep, tile_dtypes
 from ckpt_dist.engine.group import Group
+from ckpt_dist.engine.journal import Journal
 from ckpt_dist.engine.moves import Array
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating, itemsize, known
@@ -196,6 +198,15 @@ class Work:
     names: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A target that is being made: where its journal is, and what earlier attempts have done."""
+
+    folder: Path
+    finished: Sequence[tuple[int, int]]
+    done: Done
+
+
 def run_tiles(
     group: Group,
     report: Report,
@@ -208,57 +219,79 @@ def run_tiles(
     *,
     digests: bool,
     quiet: bool,
+    staged: Staged | None = None,
 ) -> Done:
     """Make all tiles; this rank its share. The result holds this rank's runs and everyone's byte counts and digests."""
     tiles = plan.tiles(canon.entries)
     numel = np.prod(tiles.stop - tiles.start, axis=1, dtype=np.int64)
-    weight = numel * item_bytes(canon.entries, tiles)
+    finished = np.zeros(len(tiles), bool)
+    for lo, hi in staged.finished if staged else ():
+        finished[lo:hi] = True
+    weight = numel * item_bytes(canon.entries, tiles) * ~finished
     first, last = plan.share(weight, group.world)[group.rank]
     workers = worker_count(engine, group.local_world)
+    fsync = bool(engine.get("fsync", True))
 
     def work() -> Done:
         mine = canon.views(tiles.take(np.arange(first, last)))
         opened = [Files(m.catalog.root, m.catalog.files) for m, _, _ in sources]
+        flush = target[2].sync if target and fsync else lambda: None
+        journal = Journal(staged.folder, flush) if staged else None
         try:
             sides = [_side(m, b, v, mine, f, last - first) for (m, b, v), f in zip(sources, opened, strict=True)]
             out = _target_side(target, mine, last - first) if target else None
             crc = frozenset(c.file for c in target[1].crcs) if target else frozenset()
-            total = int(weight[first:last].sum()) * len(sources)
             job = Job(
-                0, last - first, numel[first:last], sides, out, _named(combine, canon, tiles, first), digests, crc
+                first,
+                last,
+                numel[first:last],
+                finished[first:last],
+                sides,
+                out,
+                _named(combine, canon, tiles),
+                digests,
+                crc,
+                journal.note if journal else lambda lo, hi, done: None,
             )
-            with Progress(what, total * group.world, quiet) as progress:
-                done = fill(job, workers, lambda n: progress.advance(n * group.world))
-            if target and engine.get("fsync", True):
-                target[2].sync()
+            total = int(weight[first:last].sum()) * len(sources)
+            with Progress(what, total * group.world, quiet) as progress, group.busy() as moved:
+
+                def advance(nbytes: int) -> None:
+                    moved()
+                    progress.advance(nbytes * group.world)
+
+                done = fill(job, workers, advance)
+            flush()
             return done
         finally:
+            if journal:
+                journal.close()
             for files in opened:
                 files.close()
             if target:
                 target[2].close()
 
     done = group.together(work)
-    shifted = {(k, t + first): d for (k, t), d in done.digests.items()}
-    parts = group.gather((done.bytes_read, done.bytes_written, shifted))
+    parts = group.gather((done.bytes_read, done.bytes_written, done.digests))
     report.bytes_read += sum(p[0] for p in parts)
     report.bytes_written += sum(p[1] for p in parts)
     done.digests = {key: d for part in parts for key, d in part[2].items()}
+    if staged:
+        done.digests.update(staged.done.digests)
+        done.runs += staged.done.runs if group.rank == 0 else []
     return done
 
 
-def _named(combine: Combine, canon: Bound, tiles: Chunks, first: int) -> Combine:
+def _named(combine: Combine, canon: Bound, tiles: Chunks) -> Combine:
     """The same combination, with the tensor's name in front of its errors."""
-    from ckpt_dist.engine.fill import keep
-
     if combine is keep:
         return keep
 
     def named(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Array | None:
         try:
-            return combine(tile + first, values, dtypes, want)
+            return combine(tile, values, dtypes, want)
         except CheckpointError as error:
-            raise type(error)(f"{canon.entries[tiles.entry[tile + first]].name}: {error}") from None
+            raise type(error)(f"{canon.entries[tiles.entry[tile]].name}: {error}") from None
 
     return named
 

@@ -26,6 +26,7 @@ class Files:
         self.flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         self.local = threading.local()
         self.opened: list[OrderedDict[int, int]] = []
+        self.used: set[int] = set()
 
     def descriptor(self, file: int) -> int:
         cache: OrderedDict[int, int] | None = getattr(self.local, "cache", None)
@@ -41,6 +42,7 @@ class Files:
             cache[file] = os.open(self.paths[file], self.flags)
         except OSError as error:
             raise CheckpointError(f"Cannot open {self.paths[file]}: {error.strerror}.") from None
+        self.used.add(file)
         return cache[file]
 
     def read(self, file: int, offset: int, into: memoryview) -> None:
@@ -84,16 +86,15 @@ class Files:
             done += len(piece)
 
     def sync(self) -> None:
-        """Flush what this thread has open and what others opened to the disk."""
-        for file, path in enumerate(self.paths):
-            if any(file in cache for cache in self.opened):
-                fd = os.open(path, self.flags)
-                try:
-                    os.fsync(fd)
-                except OSError as error:
-                    raise self.failed(file, error) from None
-                finally:
-                    os.close(fd)
+        """Flush every file that this process has opened to the disk."""
+        for file in sorted(self.used):
+            fd = os.open(self.paths[file], self.flags)
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                raise self.failed(file, error) from None
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         for cache in self.opened:

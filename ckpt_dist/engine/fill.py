@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints
 from ckpt_dist.engine.files import PIECE, Files
 from ckpt_dist.engine.moves import WORDS, Array, Move, by_tile, gather, scatter
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import STOP, CheckpointError, Stopped
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import crc32
 from ckpt_dist.plan import TILE, Moves
@@ -58,16 +59,21 @@ class Done:
 
 @dataclass(frozen=True)
 class Job:
-    """All that is needed to make the tiles `first..last`."""
+    """All that is needed to make the tiles `first..last`: elements of each, sides that number them from 0.
+
+    `finished` says which of them are there already; `note` is told of each batch that has been written.
+    """
 
     first: int
     last: int
     numel: Ints
+    finished: NDArray[np.bool_]
     sources: Sequence[Side]
     target: Side | None
     combine: Combine
     digests: bool = False
     crc_files: frozenset[int] = frozenset()
+    note: Callable[[int, int, Done], None] = lambda first, last, done: None
 
 
 def keep(tile: int, values: Iterator[Array], dtypes: Sequence[str], want: str) -> Array:
@@ -81,24 +87,29 @@ def keep(tile: int, values: Iterator[Array], dtypes: Sequence[str], want: str) -
 
 
 def fill(job: Job, workers: int, advance: Callable[[int], None] = lambda n: None) -> Done:
-    """Make all tiles of a job with some threads; the first error stops them all and is raised."""
+    """Make all tiles of a job with some threads; the first error stops them all and is raised.
+
+    Raises Stopped when a signal has asked for it: what was noted by then is whole.
+    """
     lock = threading.Lock()
-    cursor = iter(spread(range(job.first, job.last, BATCH), workers))
+    every = range(job.first, job.last, BATCH)
+    cursor = iter(spread([b for b in every if not job.finished[b - job.first : b - job.first + BATCH].all()], workers))
     total, failures = Done(), list[BaseException]()
 
     def work() -> None:
         worker = _Worker(job, advance)
-        while not failures:
+        while not failures and not STOP.is_set():
             with lock:
                 first = next(cursor, None)
             if first is None:
                 break
             try:
-                worker.batch(first, min(first + BATCH, job.last))
+                done = worker.batch(first, min(first + BATCH, job.last))
+                job.note(first, min(first + BATCH, job.last), done)
+                with lock:
+                    total.add(done)
             except BaseException as error:
                 failures.append(error)
-        with lock:
-            total.add(worker.done)
 
     if workers == 1:
         work()
@@ -106,10 +117,17 @@ def fill(job: Job, workers: int, advance: Callable[[int], None] = lambda n: None
         threads = [threading.Thread(target=work, name=f"tiles-{k}") for k in range(workers)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C: no thread may write on after this returns
+            failures.append(error)
+            for thread in threads:
+                thread.join()
     if failures:
         raise failures[0]
+    if STOP.is_set() and next(cursor, None) is not None:
+        raise Stopped("Stopped by a signal; nothing was published. Run the same command again to go on from here.")
     return total
 
 
@@ -156,16 +174,22 @@ class _Worker:
             self.buffers[item] = np.empty(TILE, WORDS[item])
         return self.buffers[item][:numel]
 
-    def batch(self, first: int, last: int) -> None:
-        sides = [by_tile(s.moves, s.file_of_chunk, first, last) for s in self.job.sources]
+    def batch(self, first: int, last: int) -> Done:
+        """Make the tiles first..last; what that gave."""
+        self.done, low = Done(), self.job.first
+        sides = [by_tile(s.moves, s.file_of_chunk, first - low, last - low) for s in self.job.sources]
         targets = (
             iter(())
             if self.job.target is None
-            else by_tile(self.job.target.moves, self.job.target.file_of_chunk, first, last)
+            else by_tile(self.job.target.moves, self.job.target.file_of_chunk, first - low, last - low)
         )
         run: Run | None = None
         for tile in range(first, last):
             moves, out = [next(s) for s in sides], next(targets, [])
+            if self.job.finished[tile - low]:
+                self.copy(run)
+                run = None
+                continue
             more = self.unchanged(tile, moves, out)
             if run is not None and more is not None and run.joins(more):
                 run = Run(run.file, run.at, run.out, run.out_at, run.nbytes + more.nbytes)
@@ -175,9 +199,10 @@ class _Worker:
             if more is None:
                 self.tile(tile, moves, out)
         self.copy(run)
+        return self.done
 
     def tile(self, tile: int, moves: list[list[Move]], out: list[Move]) -> None:
-        job, numel = self.job, int(self.job.numel[tile])
+        job, numel = self.job, int(self.job.numel[tile - self.job.first])
         if numel == 0:
             return
         dtypes = [s.dtypes[tile - job.first] for s in job.sources]
@@ -202,7 +227,7 @@ class _Worker:
 
     def unchanged(self, tile: int, moves: list[list[Move]], out: list[Move]) -> Run | None:
         """Where to copy a tile from and to, if nothing about its bytes changes and nobody looks at them."""
-        job, numel = self.job, int(self.job.numel[tile])
+        job, numel = self.job, int(self.job.numel[tile - self.job.first])
         if (
             job.digests
             or job.combine is not keep

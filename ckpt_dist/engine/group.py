@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from ckpt_dist.engine.watch import Watch
 from ckpt_dist.errors import CheckpointError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(days=7)  # ranks may wait long for a slow one; dead ones are found by their watch
 
 
 class Group:
     """`rank`, `world` and `local_world` come from torchrun's environment; a job without torchrun is world size 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 300) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
@@ -34,13 +36,14 @@ class Group:
             if not dist.is_initialized():
                 dist.init_process_group("gloo", timeout=TIMEOUT)
                 self.mine = True
+            self.watch = Watch(self.rank, self.world, timeout_s)
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, on every rank."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
-        self.dist.all_gather_object(out, value)
+        self.collective(lambda: self.dist.all_gather_object(out, value))
         return out
 
     def broadcast(self, value: T) -> T:
@@ -48,8 +51,16 @@ class Group:
         if self.world == 1:
             return value
         box = [value]
-        self.dist.broadcast_object_list(box, src=0)
+        self.collective(lambda: self.dist.broadcast_object_list(box, src=0))
         return box[0]
+
+    def collective(self, call: Callable[[], Any]) -> None:
+        """A call that all ranks make. Where it breaks, a rank has died: the watch is left the time to say which."""
+        try:
+            call()
+        except RuntimeError:
+            self.watch.wait()
+            raise
 
     def together(self, work: Callable[[], T]) -> T:
         """Do the work on every rank; if it fails on one, all ranks raise the first failure."""
@@ -71,7 +82,24 @@ class Group:
             raise _first([(0, error)], self.rank, error)
         return result  # type: ignore[return-value]
 
-    def close(self) -> None:
+    @contextmanager
+    def busy(self) -> Iterator[Callable[[], None]]:
+        """A piece of work that makes progress; gives what to call at each step of it."""
+        if self.world == 1:
+            yield lambda: None
+            return
+        self.watch.begin()
+        try:
+            yield self.watch.moved
+        finally:
+            self.watch.end()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.world > 1:
+            self.watch.close(in_order=kind is None)
         if self.mine:
             self.dist.destroy_process_group()
 

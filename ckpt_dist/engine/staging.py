@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt_dist.engine import journal
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.zips import combine_runs
 from ckpt_dist.formats import Layout
@@ -67,9 +68,11 @@ def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path
             )
 
 
-def create(staging: Staging, layout: Layout) -> None:
-    """The skeleton: every file at its full size, with its header bytes."""
+def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
+    """The skeleton: every file at its full size, with its header bytes. Whether an earlier attempt's is gone on with."""
     folder = staging.folder
+    if resume and journal.matches(folder, plan):
+        return True
     try:
         staging.target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -79,6 +82,8 @@ def create(staging: Staging, layout: Layout) -> None:
             with open(folder / name, "xb") as file:
                 file.truncate(size)
         _write_pieces(folder, layout)
+        journal.begin(folder, plan)
+        return False
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(
@@ -134,6 +139,7 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
     """Give the finished files the target's name: one rename, or one for each file when they join a folder."""
     folder, target = staging.folder, staging.target
     try:
+        shutil.rmtree(folder / journal.FOLDER)
         if fsync:
             _sync_tree(folder)
         if staging.into:
@@ -161,7 +167,7 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
 
 
 def discard(staging: Staging) -> None:
-    """After a failure: no trace of the attempt."""
+    """No trace of an attempt."""
     shutil.rmtree(staging.folder, ignore_errors=True)
 
 

@@ -1,0 +1,102 @@
+"""The journal: which tiles a staged target already holds, so that a job that was ended goes on where it was.
+
+Tiles do not depend on ranks, so a job may go on with any number of them. Each attempt of each rank appends to a
+file of its own in the staging folder; `plan` beside them says which job they belong to.
+
+Invariant: a tile is noted only after its bytes were written, and, if the job flushes, after they are on the disk.
+A line that was cut off by the end of a process counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist.engine.fill import Done
+
+FOLDER = ".ckpt_dist"
+EVERY_BYTES = 256 << 20  # of a rank between two notes: what is lost when a rank is killed
+PLAN = "plan"
+
+
+def matches(staged: Path, plan: str) -> bool:
+    """Whether a staging folder was left by this very job."""
+    try:
+        return (staged / FOLDER / PLAN).read_text() == plan
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def begin(staged: Path, plan: str) -> None:
+    """Mark a finished skeleton as this job's; from now on it may be gone on with."""
+    (staged / FOLDER).mkdir()
+    part = staged / FOLDER / f"{PLAN}.part"
+    part.write_text(plan)
+    os.replace(part, staged / FOLDER / PLAN)
+
+
+def read(staged: Path) -> tuple[list[tuple[int, int]], Done]:
+    """The tiles noted by all earlier attempts, as half-open runs, and what was learnt on the way."""
+    tiles: list[tuple[int, int]] = []
+    done = Done()
+    for path in sorted((staged / FOLDER).glob("*.jsonl")):
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                first, last, digests, runs = json.loads(line)
+            except ValueError:
+                break  # the last line of a rank that was killed
+            tiles.append((first, last))
+            done.digests.update({(k, t): bytes.fromhex(d) for k, t, d in digests})
+            done.runs += [(file, offset, nbytes, crc) for file, offset, nbytes, crc in runs]
+    return tiles, done
+
+
+class Journal:
+    """One rank's notes of one attempt. `flush` makes sure that the bytes written so far are on the disk."""
+
+    def __init__(self, staged: Path, flush: Callable[[], None]) -> None:
+        self.path = staged / FOLDER / f"{uuid.uuid4().hex}.jsonl"
+        self.flush = flush
+        self.lock, self.writing = threading.Lock(), threading.Lock()
+        self.lines: list[str] = []
+        self.nbytes = 0
+
+    def note(self, first: int, last: int, done: Done) -> None:
+        """Tiles first..last are written; `done` is what these tiles gave."""
+        digests = [(k, t, d.hex()) for (k, t), d in done.digests.items()]
+        line = json.dumps((first, last, digests, done.runs), separators=(",", ":"))
+        with self.lock:
+            self.lines.append(line)
+            self.nbytes += done.bytes_written
+            full = self.nbytes >= EVERY_BYTES
+        if full and self.writing.acquire(blocking=False):
+            try:
+                self._write()
+            finally:
+                self.writing.release()
+
+    def close(self) -> None:
+        """Write down what is left, also after a failure."""
+        with self.writing:
+            self._write()
+
+    def _write(self) -> None:
+        with self.lock:
+            lines, self.lines, self.nbytes = self.lines, [], 0
+        if not lines:
+            return
+        self.flush()
+        with open(self.path, "a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+def plan_key(*facts: Any) -> str:
+    """One word for everything that decides the bytes of a target."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

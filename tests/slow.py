@@ -1,0 +1,30 @@
+"""`python tests/slow.py SECONDS VERB key=value ...`: a job that takes its time over each write and notes each batch.
+
+Small batches, a note after each: so a test can end a job of a few megabytes at any moment.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ckpt_dist.cli import main
+from ckpt_dist.engine import fill, journal
+from ckpt_dist.engine.files import Files
+
+pause = float(sys.argv[1])
+fast = Files.write
+
+
+def slow(self: Files, file: int, offset: int, data: memoryview) -> None:
+    time.sleep(pause)
+    fast(self, file, offset, data)
+
+
+Files.write = slow  # type: ignore[method-assign]
+fill.BATCH, journal.EVERY_BYTES = 1, 1
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2], sys.argv[3:]))

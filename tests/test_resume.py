@@ -1,0 +1,163 @@
+"""Contract: a job that is ended at any moment, in any way, publishes nothing, and the same command goes on from there, with any
+number of ranks, to the same bytes; a rank that dies or hangs ends the job on all ranks in bounded time, with one message
+that names it. Not checked here: several nodes (test_nodes.py) and slurm (test_slurm.py).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckpt_dist
+from tests.conftest import ROOT
+
+SLOW = ROOT / "tests/slow.py"
+TENSORS, NUMEL = 12, 1 << 19  # one tile each, 12 MiB
+
+
+def checkpoints(folder: Path, count: int = 2) -> Path:
+    for step in range(1, count + 1):
+        (folder / f"step-{step}").mkdir(parents=True)
+        torch.manual_seed(step)
+        state = {f"w{k:02}": torch.randn(NUMEL // 64, 64).bfloat16() for k in range(TENSORS)}
+        save_file(state, folder / f"step-{step}/model.safetensors")
+    return folder
+
+
+def start(num_ranks: int, pause: float, *words: str) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [sys.executable, *(launcher if num_ranks > 1 else []), str(SLOW), str(pause), *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True)
+
+
+def noted(staged: Path) -> int:
+    """Lines in all journals of a staging folder."""
+    return sum(p.read_text().count("\n") for p in staged.glob(".ckpt_dist/*.jsonl"))
+
+
+def wait(condition: object, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two folders hold the same checkpoint files, byte for byte; the records of the job have paths and times in them."""
+    names = [{p.name for p in f.iterdir()} - {"ckpt_dist.json", "average.yaml"} for f in (one, two)]
+    return names[0] == names[1] and all((one / n).read_bytes() == (two / n).read_bytes() for n in names[0])
+
+
+WAYS = {
+    "hf": ("convert", "target.format=hf"),
+    "dcp": ("convert", "target.format=dcp"),
+    "average": ("average", "target.format=torch"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL, signal.SIGINT])
+def test_a_job_that_was_ended_goes_on(tmp_path: Path, way: str, how: signal.Signals) -> None:
+    run, (verb, format) = checkpoints(tmp_path / "run"), WAYS[way]
+    source = run if verb == "average" else run / "step-1"
+    words = [verb, f"source.path={source}", f"target.path={tmp_path / 'out'}", format, "engine.workers=2"]
+    staged = tmp_path / ".out.ckpt_dist"
+    job = start(1, 0.02, *words)
+    wanted = random.Random(f"{way}{how}").randint(2, TENSORS - 4)
+    wait(lambda: noted(staged) >= wanted or job.poll() is not None)
+    job.send_signal(how)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}.get(how, 75), said
+    assert not (tmp_path / "out").exists() and staged.exists()
+    if how in (signal.SIGTERM, signal.SIGUSR1):
+        assert said.count("Run the same command again to go on from here") == 1
+    done = noted(staged)
+    assert wanted <= done < TENSORS
+    again = start(1, 0, *words)
+    _, said = again.communicate(timeout=60)
+    assert again.returncode == 0, said
+    assert f"resumed: {done} tiles were there already" in said
+    getattr(ckpt_dist, verb)(source, tmp_path / "straight", format=format.partition("=")[2], quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight")
+    assert not staged.exists() and not (tmp_path / "out/.ckpt_dist").exists()
+
+
+def test_other_ranks_go_on_where_killed_ones_were(tmp_path: Path) -> None:
+    run = checkpoints(tmp_path / "run")
+    words = ["average", f"source.path={run}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
+    job = start(2, 0.05, *words)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 4)
+    os.killpg(job.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "out")], check=False)
+    job.communicate(timeout=60)
+    assert not (tmp_path / "out").exists()
+    again = start(3, 0, *words)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0 and "tiles were there already" in said
+    ckpt_dist.average(run, tmp_path / "straight", quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("change", ["target.dtype=float32", "resume=false", "source"])
+def test_another_job_does_not_go_on_with_it(tmp_path: Path, change: str) -> None:
+    run = checkpoints(tmp_path / "run", 1)
+    words = ["convert", f"source.path={run / 'step-1'}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
+    job = start(1, 0.02, *words)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 3)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    if change == "source":
+        os.utime(run / "step-1/model.safetensors", (1, 1))
+    again = start(1, 0, *words, *([change] if "=" in change else []))
+    _, said = again.communicate(timeout=60)
+    assert again.returncode == 0 and "resumed" not in said
+
+
+def ranks(world: int, *words: str) -> list[subprocess.Popen[str]]:
+    """Ranks without an agent that would end the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SLOW), "0.06", *words]
+    return [
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **shared, "RANK": str(r)}
+        )
+        for r in range(world)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("victim", "how"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP), (0, signal.SIGKILL)]
+)
+def test_a_dead_or_hanging_rank_ends_all(tmp_path: Path, victim: int, how: signal.Signals) -> None:
+    run = checkpoints(tmp_path / "run", 1)
+    words = ["convert", f"source.path={run / 'step-1'}", f"target.path={tmp_path / 'out'}"]
+    jobs = ranks(3, *words, "engine.workers=1", "engine.timeout=3")
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
+    begin = time.monotonic()
+    jobs[victim].send_signal(how)
+    said = [j.communicate(timeout=30)[1] for r, j in enumerate(jobs) if r != victim]
+    assert time.monotonic() - begin < 20
+    codes = [j.returncode for r, j in enumerate(jobs) if r != victim]
+    jobs[victim].kill()
+    jobs[victim].communicate()
+    assert all(c not in (0, None) for c in codes)
+    everything = "".join(said)
+    if victim != 0 or how == signal.SIGSTOP:
+        assert everything.count(f"Error: rank {victim} ({socket.gethostname()})") <= 1
+    assert "to go on from here" in everything and "Traceback" not in everything, everything
+    assert not (tmp_path / "out").exists()
+    assert ckpt_dist.convert(run / "step-1", tmp_path / "out", quiet=True)
