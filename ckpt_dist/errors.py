@@ -36,6 +36,7 @@ class Stopped(CheckpointError):
     exit_code = 75  # "temporary failure" in sysexits.h; torchrun's own codes are small or negative
 
 
+STOPPED = "Stopped by a signal; nothing was published. Run the same command again to go on from here."
 STOP = threading.Event()  # set by the signal handler of the command line; looked at between batches of tiles
 
 

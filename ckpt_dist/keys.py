@@ -189,6 +189,7 @@ KEYS: dict[str, Kind] = {
     "model.family": choice("auto", *FAMILIES),
     "model.config": PATH,
     "engine.memory": SIZE,
+    "engine.transport": choice("auto", "direct", "collective"),
     "engine.timeout": COUNT,
     "engine.device": choice("auto", "cpu", "cuda"),
     "engine.workers": COUNT,

@@ -23,7 +23,8 @@ import numpy as np
 from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan
 from ckpt_dist.box import Ints
-from ckpt_dist.catalog import Chunks, Entry, Views
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Views
+from ckpt_dist.engine import exchange
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, Job, Side, fill, keep, tile_dtypes
 from ckpt_dist.engine.group import Group
@@ -231,6 +232,8 @@ def run_tiles(
     first, last = plan.share(weight, group.world)[group.rank]
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
+    plans = [_readers(group, m) for m, _, _ in sources]
+    collective = _collective(str(engine.get("transport", "auto")), group, report, plans)
 
     def work() -> Done:
         mine = canon.views(tiles.take(np.arange(first, last)))
@@ -238,19 +241,22 @@ def run_tiles(
         flush = target[2].sync if target and fsync else lambda: None
         journal = Journal(staged.folder, flush) if staged else None
         try:
-            sides = [_side(m, b, v, mine, f, last - first) for (m, b, v), f in zip(sources, opened, strict=True)]
-            out = _target_side(target, mine, last - first) if target else None
-            crc = frozenset(c.file for c in target[1].crcs) if target else frozenset()
+            wanted = [
+                _wanted(group, r, m, b, v, mine, last - first) for r, (m, b, v) in zip(plans, sources, strict=True)
+            ]
+            out = group.together(lambda: _target_side(target, mine, last - first) if target else None)
             job = Job(
+                first,
                 first,
                 last,
                 numel[first:last],
                 finished[first:last],
-                sides,
+                [Side(f, w.moves, w.file, w.dtypes) for f, w in zip(opened, wanted, strict=True)],
                 out,
+                target[2] if target else None,
                 _named(combine, canon, tiles),
                 digests,
-                crc,
+                frozenset(c.file for c in target[1].crcs) if target else frozenset(),
                 journal.note if journal else lambda lo, hi, done: None,
             )
             total = int(weight[first:last].sum()) * len(sources)
@@ -260,8 +266,13 @@ def run_tiles(
                     moved()
                     progress.advance(nbytes * group.world)
 
-                done = fill(job, workers, advance)
+                if collective:
+                    memory = int(engine["memory"])
+                    done = exchange.run(group, job, wanted, opened, workers, memory, advance)
+                else:
+                    done = fill(job, workers, advance)
             flush()
+            done.bytes_read = sum(files.bytes_read for files in opened)
             return done
         finally:
             if journal:
@@ -308,22 +319,83 @@ def worker_count(engine: Mapping[str, Any], local_world: int) -> int:
     return min(wanted, memory // WORKER_BYTES)
 
 
-def _side(m: Model, bound: Bound, views: Views, mine: Views, files: Files, count: int) -> Side:
-    """A source as this rank's tiles see it; exact addresses are looked up only for the chunks they touch."""
+def _readers(group: Group, m: Model) -> exchange.Readers:
+    """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
+    catalog = m.catalog
+    length = np.zeros(len(catalog.files), np.int64)
+    nbytes = np.prod(catalog.chunks.stop - catalog.chunks.start, axis=1) * item_bytes(catalog.entries, catalog.chunks)
+    np.maximum.at(length, catalog.chunks.file, catalog.chunks.offset + nbytes)
+    if group.world == 1:
+        return exchange.Readers(np.ones((1, len(length)), bool), length)
+    seen = np.array(group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else []), object)
+    rows = [np.array(row, bool) for row in seen if len(row)]
+    nodes = np.cumsum([len(row) > 0 for row in seen]) - 1
+    table = np.stack([rows[n] for n in nodes])
+    exchange.missing(table, catalog.files, catalog.root)
+    return exchange.Readers(table, length)
+
+
+def _visible(root: str, files: Sequence[str]) -> list[bool]:
+    """Which files are there: one look at each folder, not at each file."""
+    folders: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(f) for f in files}:
+        try:
+            folders[folder] = set(os.listdir(os.path.join(root, folder)))
+        except OSError:
+            folders[folder] = set()
+    return [os.path.basename(f) in folders[os.path.dirname(f)] for f in files]
+
+
+def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchange.Readers]) -> bool:
+    """Whether ranks exchange what they read: if asked to, or if some rank does not see some file."""
+    blind = not all(readers.everywhere for readers in plans)
+    if asked == "direct" and blind:
+        raise UsageError(
+            "engine.transport=direct, but not every node sees all files of the source. Use engine.transport=auto."
+        )
+    if group.world > 1 and asked == "auto" and blind:
+        report.notes.append("transport collective: not every node sees all files")
+    return asked == "collective" or blind
+
+
+def _wanted(
+    group: Group, readers: exchange.Readers, m: Model, bound: Bound, views: Views, mine: Views, count: int
+) -> exchange.Wanted:
+    """What this rank's tiles need of a source; exact addresses are looked up only for the chunks they touch."""
     catalog = m.catalog
     chunks = catalog.chunks
     locate = getattr(formats.load(catalog.format), "locate", None)
     if locate is not None:
         needed, tiled = plan.align(plan.unique(views), mine)
         rows = np.unique(needed.chunk[plan.join(needed, tiled).a])
-        chunks = locate(catalog, rows)
+        chunks = locate(catalog, rows) if readers.everywhere else _located(group, readers, catalog, rows, locate)
         views = bound.views(chunks)
-    items = item_bytes(catalog.entries, chunks)
-    moves = plan.moves(views, chunks, items, mine)
-    dtypes = tile_dtypes(
-        moves, chunks.entry, [e.dtype for e in catalog.entries], 0, count, [e.name for e in catalog.entries]
-    )
-    return Side(files, moves, chunks.file, dtypes)
+
+    def wanted() -> exchange.Wanted:
+        items = item_bytes(catalog.entries, chunks)
+        moves = plan.moves(views, chunks, items, mine)
+        names = [e.name for e in catalog.entries]
+        dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in catalog.entries], 0, count, names)
+        file, item = chunks.file[moves.chunk], items[moves.chunk]
+        return exchange.Wanted(replace(moves, chunk=np.arange(len(file))), file, item, dtypes, readers)
+
+    return group.together(wanted)
+
+
+def _located(
+    group: Group, readers: exchange.Readers, catalog: Catalog, rows: Ints, locate: Callable[[Catalog, Ints], Chunks]
+) -> Chunks:
+    """`locate`, where each chunk's file is seen: rows are sent there, addresses come back."""
+    chunks = catalog.chunks.take(rows)
+    who = readers.of(chunks.file, chunks.offset)
+    asked = group.swap([rows[who == r] for r in range(group.world)])
+    found = group.together(lambda: [locate(catalog, r) for r in asked])
+    answers = group.swap([np.column_stack([c.offset, c.strides]) for c in found])
+    offset, strides = chunks.offset.copy(), chunks.strides.copy()
+    for r, answer in enumerate(answers):
+        table = answer.reshape(-1, 1 + strides.shape[1])
+        offset[who == r], strides[who == r] = table[:, 0], table[:, 1:]
+    return replace(chunks, offset=offset, strides=strides)
 
 
 def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count: int) -> Side:

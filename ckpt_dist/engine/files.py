@@ -11,11 +11,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ckpt_dist.errors import CheckpointError
 
 OPEN_FILES = 32  # for each thread
 PIECE = 1 << 16  # bytes written by one call, from one multiple of it to the next: see docs/design/03-engine.md
+
+
+class Reader(Protocol):
+    """What tiles are gathered from: files, or what has arrived from other ranks."""
+
+    def read(self, file: int, offset: int, into: memoryview) -> None:
+        """Fill `into` from a place of a file."""
 
 
 class Files:
@@ -27,12 +35,19 @@ class Files:
         self.local = threading.local()
         self.opened: list[OrderedDict[int, int]] = []
         self.used: set[int] = set()
+        self.counts: list[list[int]] = []  # one for each thread, so that none is lost
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(count for (count,) in self.counts)
 
     def descriptor(self, file: int) -> int:
         cache: OrderedDict[int, int] | None = getattr(self.local, "cache", None)
         if cache is None:
             cache = self.local.cache = OrderedDict()
             self.opened.append(cache)
+            self.local.count = [0]
+            self.counts.append(self.local.count)
         if file in cache:
             cache.move_to_end(file)
             return cache[file]
@@ -60,6 +75,7 @@ class Files:
                     f"{self.paths[file]} is truncated: it has {size} bytes, {offset + len(into)} are needed. Fetch it again."
                 )
             done += count
+        self.local.count[0] += done
 
     def write(self, file: int, offset: int, data: memoryview) -> None:
         fd, done = self.descriptor(file), 0
@@ -75,7 +91,7 @@ class Files:
         )
 
     def copy(
-        self, source: Files, from_file: int, from_at: int, file: int, at: int, nbytes: int, buffer: memoryview
+        self, source: Reader, from_file: int, from_at: int, file: int, at: int, nbytes: int, buffer: memoryview
     ) -> None:
         """Bytes from file to file, in pieces that stay in the cache of a core; `buffer` holds PIECE bytes."""
         done = 0

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints
-from ckpt_dist.engine.files import PIECE, Files
+from ckpt_dist.engine.files import PIECE, Files, Reader
 from ckpt_dist.engine.moves import WORDS, Array, Move, by_tile, gather, scatter
-from ckpt_dist.errors import STOP, CheckpointError, Stopped
+from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import crc32
 from ckpt_dist.plan import TILE, Moves
@@ -35,7 +35,7 @@ A value is valid until the next one is asked for."""
 class Side:
     """One checkpoint as seen by a rank's tiles `first..last`: moves, the file of each chunk, the dtype of each tile."""
 
-    files: Files
+    files: Reader
     moves: Moves
     file_of_chunk: Ints
     dtypes: Sequence[str]
@@ -51,7 +51,6 @@ class Done:
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)  # file, offset, nbytes, crc
 
     def add(self, other: Done) -> None:
-        self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
         self.digests.update(other.digests)
         self.runs += other.runs
@@ -59,17 +58,19 @@ class Done:
 
 @dataclass(frozen=True)
 class Job:
-    """All that is needed to make the tiles `first..last`: elements of each, sides that number them from 0.
+    """All that is needed to make the tiles `first..last`; arrays and sides number them from `base`.
 
     `finished` says which of them are there already; `note` is told of each batch that has been written.
     """
 
+    base: int
     first: int
     last: int
     numel: Ints
     finished: NDArray[np.bool_]
     sources: Sequence[Side]
     target: Side | None
+    out: Files | None
     combine: Combine
     digests: bool = False
     crc_files: frozenset[int] = frozenset()
@@ -93,7 +94,11 @@ def fill(job: Job, workers: int, advance: Callable[[int], None] = lambda n: None
     """
     lock = threading.Lock()
     every = range(job.first, job.last, BATCH)
-    cursor = iter(spread([b for b in every if not job.finished[b - job.first : b - job.first + BATCH].all()], workers))
+    cursor = iter(
+        spread(
+            [b for b in every if not job.finished[b - job.base : min(b + BATCH, job.last) - job.base].all()], workers
+        )
+    )
     total, failures = Done(), list[BaseException]()
 
     def work() -> None:
@@ -127,7 +132,7 @@ def fill(job: Job, workers: int, advance: Callable[[int], None] = lambda n: None
     if failures:
         raise failures[0]
     if STOP.is_set() and next(cursor, None) is not None:
-        raise Stopped("Stopped by a signal; nothing was published. Run the same command again to go on from here.")
+        raise Stopped(STOPPED)
     return total
 
 
@@ -176,7 +181,7 @@ class _Worker:
 
     def batch(self, first: int, last: int) -> Done:
         """Make the tiles first..last; what that gave."""
-        self.done, low = Done(), self.job.first
+        self.done, low = Done(), self.job.base
         sides = [by_tile(s.moves, s.file_of_chunk, first - low, last - low) for s in self.job.sources]
         targets = (
             iter(())
@@ -202,11 +207,11 @@ class _Worker:
         return self.done
 
     def tile(self, tile: int, moves: list[list[Move]], out: list[Move]) -> None:
-        job, numel = self.job, int(self.job.numel[tile - self.job.first])
+        job, numel = self.job, int(self.job.numel[tile - self.job.base])
         if numel == 0:
             return
-        dtypes = [s.dtypes[tile - job.first] for s in job.sources]
-        want = job.target.dtypes[tile - job.first] if job.target else dtypes[0]
+        dtypes = [s.dtypes[tile - job.base] for s in job.sources]
+        want = job.target.dtypes[tile - job.base] if job.target else dtypes[0]
         result = job.combine(tile, self.values(tile, numel, moves, dtypes), dtypes, want)
         if result is None or job.target is None:
             return
@@ -221,13 +226,12 @@ class _Worker:
             gather(value, moves[k], side.files.read)
             if self.job.digests:
                 self.done.digests[k, tile] = digest(value)
-            self.done.bytes_read += value.nbytes
             self.advance(value.nbytes)
             yield value
 
     def unchanged(self, tile: int, moves: list[list[Move]], out: list[Move]) -> Run | None:
         """Where to copy a tile from and to, if nothing about its bytes changes and nobody looks at them."""
-        job, numel = self.job, int(self.job.numel[tile - self.job.first])
+        job, numel = self.job, int(self.job.numel[tile - self.job.base])
         if (
             job.digests
             or job.combine is not keep
@@ -237,28 +241,26 @@ class _Worker:
             or len(out) != 1
         ):
             return None
-        (one,), (two,), dtype = moves[0], out, job.sources[0].dtypes[tile - job.first]
+        (one,), (two,), dtype = moves[0], out, job.sources[0].dtypes[tile - job.base]
         if (
             one.run != numel
             or two.run != numel
-            or dtype != job.target.dtypes[tile - job.first]
+            or dtype != job.target.dtypes[tile - job.base]
             or two.file in job.crc_files
         ):
             return None
         return Run(one.file, one.at, two.file, two.at, numel * itemsize(dtype))
 
     def copy(self, run: Run | None) -> None:
-        if run is None or self.job.target is None:
+        if run is None or self.job.out is None:
             return
-        source, target = self.job.sources[0].files, self.job.target.files
-        target.copy(source, run.file, run.at, run.out, run.out_at, run.nbytes, self.piece)
-        self.done.bytes_read += run.nbytes
+        self.job.out.copy(self.job.sources[0].files, run.file, run.at, run.out, run.out_at, run.nbytes, self.piece)
         self.done.bytes_written += run.nbytes
         self.advance(run.nbytes)
 
     def write(self, file: int, offset: int, data: memoryview) -> None:
-        assert self.job.target is not None
-        self.job.target.files.write(file, offset, data)
+        assert self.job.out is not None
+        self.job.out.write(file, offset, data)
         if file in self.job.crc_files:
             self.done.runs.append((file, offset, len(data), crc32(data)))
 

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt_dist.box import Ints
 from ckpt_dist.engine.watch import Watch
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import STOPPED, CheckpointError, Stopped
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=7)  # ranks may wait long for a slow one; dead ones are found by their watch
+
+
+class Elsewhere(CheckpointError):
+    """Another rank has failed, and will say why."""
 
 
 class Group:
@@ -56,11 +64,46 @@ class Group:
 
     def collective(self, call: Callable[[], Any]) -> None:
         """A call that all ranks make. Where it breaks, a rank has died: the watch is left the time to say which."""
+        busy = self.watch.expected
+        self.watch.end()  # whoever waits for others is not the one that hangs
         try:
             call()
         except RuntimeError:
             self.watch.wait()
             raise
+        if busy:
+            self.watch.begin()
+
+    def all_to_all(self, send: NDArray[np.uint8], sizes: Ints, arriving: Ints) -> NDArray[np.uint8]:
+        """The bytes that each rank has for this one, one after another; `sizes` go to and `arriving` come from each."""
+        if self.world == 1:
+            return send
+        import torch
+
+        out = torch.empty(int(arriving.sum()), dtype=torch.uint8)
+        mine = torch.from_numpy(send)
+        self.collective(lambda: self.dist.all_to_all_single(out, mine, arriving.tolist(), sizes.tolist()))
+        found: NDArray[np.uint8] = out.numpy()
+        return found
+
+    def swap(self, parts: Sequence[Ints]) -> list[Ints]:
+        """One array of integers for each rank; the arrays that the ranks have for this one, flat."""
+        lengths = np.array([p.size * 8 for p in parts], np.int64)
+        eights = np.full(self.world, 8)
+        coming = self.all_to_all(lengths.view(np.uint8), eights, eights).view(np.int64)
+        flat = np.concatenate([p.reshape(-1) for p in parts]).astype(np.int64, copy=False)
+        got = self.all_to_all(flat.view(np.uint8), lengths, coming).view(np.int64)
+        return np.split(got, np.cumsum(coming // 8)[:-1])
+
+    def all_well(self, failure: BaseException | None, stop: bool) -> None:
+        """Raise on all ranks if one has failed or was asked to stop: each its own reason, or Elsewhere."""
+        states = self.gather((failure is not None, stop))
+        if failure is not None:
+            raise failure
+        if any(failed for failed, _ in states):
+            raise Elsewhere("another rank has failed")
+        if any(stopped for _, stopped in states):
+            raise Stopped(STOPPED)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do the work on every rank; if it fails on one, all ranks raise the first failure."""
@@ -68,6 +111,7 @@ class Group:
             return work()
         result, error = _attempt(work)
         failures = [(r, e) for r, e in enumerate(self.gather(error)) if e is not None]
+        failures.sort(key=lambda failure: isinstance(failure[1], Elsewhere))
         if failures:
             raise _first(failures, self.rank, error)
         return result  # type: ignore[return-value]

@@ -1,0 +1,240 @@
+"""The collective transport: every byte of the sources is read once, by a rank that sees its file, and sent to the
+rank whose tile it belongs to.
+
+The files of a source are laid end to end and cut into equal runs, one for each rank that sees them, so each rank reads
+large contiguous parts. Tiles are made in waves; before each wave all ranks exchange what it needs (`all_to_all`),
+while the next wave is read and the one before is written. To `fill` a wave is a source like any other: one whose
+file is what arrived.
+
+Invariant: sums are taken by the owner of a tile, in the order of the sources, exactly as without an exchange, so the
+bytes are the same; memory is four waves, whose size `engine.memory` bounds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt_dist.box import Ints, ints, row_major
+from ckpt_dist.engine.files import Files
+from ckpt_dist.engine.fill import BATCH, Done, Job, Side, fill
+from ckpt_dist.engine.group import Group
+from ckpt_dist.engine.moves import WORDS, Move, gather, simplify
+from ckpt_dist.errors import STOP, CheckpointError
+from ckpt_dist.plan import Moves
+
+ALIGN = 64  # boxes begin at multiples of it in what is sent
+HEAD = 6  # columns of a request before its extents: wave, source, file, at, itemsize, bytes
+Bytes = NDArray[np.uint8]
+
+
+class Readers:
+    """Which rank reads which byte of a source: `seen[rank, file]` says who could, `length[file]` how much there is."""
+
+    def __init__(self, seen: NDArray[np.bool_], length: Ints) -> None:
+        self.everywhere = bool(seen.all())
+        patterns, self.kind = np.unique(seen.T, axis=0, return_inverse=True)
+        self.ranks = [np.flatnonzero(p) for p in patterns]
+        self.base, self.ends = np.zeros(len(length), np.int64), list[Ints]()
+        for kind, ranks in enumerate(self.ranks):
+            mine = np.flatnonzero(self.kind == kind)
+            line = np.cumsum(length[mine])
+            self.base[mine] = line - length[mine]
+            parts = max(len(ranks), 1)
+            self.ends.append(int(line[-1] if len(line) else 0) * np.arange(1, parts) // parts)
+
+    def of(self, file: Ints, at: Ints) -> Ints:
+        """The reader of what begins at byte `at` of each file."""
+        found = np.zeros(len(file), np.int64)
+        for kind, (ranks, ends) in enumerate(zip(self.ranks, self.ends, strict=True)):
+            mine = np.flatnonzero(self.kind[file] == kind)
+            if len(mine):
+                found[mine] = ranks[np.searchsorted(ends, self.base[file[mine]] + at[mine], side="right")]
+        return found
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one rank needs of one source: moves to its tiles; the file and the bytes of an element, one for each move."""
+
+    moves: Moves
+    file: Ints
+    item: Ints
+    dtypes: Sequence[str]
+    readers: Readers
+
+    @property
+    def nbytes(self) -> Ints:
+        return ints(np.prod(self.moves.extent, axis=1, dtype=np.int64) * self.item)
+
+
+class Inbox:
+    """What has arrived, by wave; to `fill` it looks like files."""
+
+    def __init__(self) -> None:
+        self.waves: dict[int, memoryview] = {}
+
+    def read(self, file: int, offset: int, into: memoryview) -> None:
+        into[:] = self.waves[file][offset : offset + len(into)]
+
+
+def _rows(wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], Ints], width: int) -> tuple[Ints, Ints]:
+    """(requests, reader of each) for all sources; a request is HEAD columns, the extents, the strides in the file."""
+    rows, who = [np.zeros((0, HEAD + 2 * width), np.int64)], [np.zeros(0, np.int64)]
+    for k, want in enumerate(wanted):
+        m = want.moves
+        more = width - m.extent.shape[1]
+        head = (wave_of_tile(m.tile), np.full(len(m.tile), k), want.file, m.at, want.item, want.nbytes)
+        extent = np.pad(m.extent, ((0, 0), (0, more)), constant_values=1)
+        rows.append(np.hstack([np.stack(head, 1), extent, np.pad(m.stride, ((0, 0), (0, more)))]))
+        who.append(want.readers.of(want.file, m.at))
+    return np.concatenate(rows), np.concatenate(who)
+
+
+def _padded(nbytes: Ints) -> Ints:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def _wave_tiles(group: Group, wanted: Sequence[Wanted], count: int, budget: int) -> tuple[int, int]:
+    """(tiles of a wave, waves): as many as no rank sends or gets more than `budget` bytes in a wave."""
+    per = 64 * BATCH
+    while True:
+        waves = max(group.gather(-(-count // per)))
+        sent = np.zeros((max(waves, 1), group.world), np.int64)
+        for want in wanted:
+            place = want.moves.tile // per, want.readers.of(want.file, want.moves.at)
+            np.add.at(sent, place, _padded(want.nbytes))
+        got = int(sent.sum(axis=1).max())
+        everyone = group.gather((sent, got))
+        most = max(int(np.sum([s for s, _ in everyone], axis=0).max()), *(g for _, g in everyone))
+        if most <= budget or per == 1:
+            return per, waves
+        per = max(1, min(per // 2, per * budget // most))
+
+
+def run(
+    group: Group,
+    job: Job,
+    wanted: Sequence[Wanted],
+    files: Sequence[Files],
+    workers: int,
+    memory: int,
+    advance: Callable[[int], None],
+) -> Done:
+    """Make the tiles of a job whose sources arrive in waves; every rank calls this together, also one without tiles."""
+    per, waves = _wave_tiles(group, wanted, job.last - job.first, memory // 4)
+    width = max((w.moves.extent.shape[1] for w in wanted), default=0)
+    width = max(group.gather(width))
+    rows, who = _rows(wanted, lambda tile: tile // per, width)
+    order = np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1], who, rows[:, 0]))
+    asked = rows[order]
+    space = _padded(asked[:, 5])
+    before = np.cumsum(space) - space
+    begins = np.searchsorted(asked[:, 0], np.arange(waves + 1))
+    start = np.append(before, space.sum())[begins]
+    at = np.empty(len(rows), np.int64)
+    at[order] = before - start[asked[:, 0]]  # where each piece lies in what arrives with its wave
+    arriving = np.zeros((waves, group.world), np.int64)
+    np.add.at(arriving, (rows[:, 0], who), _padded(rows[:, 5]))
+
+    inbox = Inbox()
+    sides, first = [], 0
+    for want in wanted:
+        mine = slice(first, first + len(want.moves.tile))
+        first = mine.stop
+        dense = replace(want.moves, at=at[mine], stride=row_major(want.moves.extent))
+        sides.append(Side(inbox, dense, rows[mine, 0], want.dtypes))
+
+    served = [
+        part.reshape(-1, HEAD + 2 * width) for part in group.swap([asked[who[order] == r] for r in range(group.world)])
+    ]
+    outbox = _Outbox(served, waves, width, files, workers)
+    total = Done()
+
+    def make(wave: int) -> None:
+        lo = min(job.first + wave * per, job.last)
+        part = replace(job, first=lo, last=min(lo + per, job.last), sources=sides)
+        total.add(fill(part, workers, advance))
+        del inbox.waves[wave]
+
+    with ThreadPoolExecutor(2) as pool:
+        serving = pool.submit(outbox.serve, 0)
+        making: Future[None] | None = None
+        for wave in range(waves):
+            failed = _outcome(serving) or (_outcome(making) if making and making.done() else None)
+            group.all_well(failed, STOP.is_set())
+            sent, sizes = serving.result()
+            if wave + 1 < waves:
+                serving = pool.submit(outbox.serve, wave + 1)
+            inbox.waves[wave] = memoryview(group.all_to_all(sent, sizes, arriving[wave]))
+            if making:
+                making.exception()  # waits: no more than two waves are held
+            failed = _outcome(making) if making else None
+            making = pool.submit(make, wave) if failed is None else making
+        if making:
+            making.exception()
+        group.all_well(_outcome(making) if making else None, False)
+    return total
+
+
+def _outcome(task: Future[Any]) -> BaseException | None:
+    return task.exception()
+
+
+class _Outbox:
+    """What this rank reads for the others: `requests[owner]`, sorted by wave, is packed in their order."""
+
+    def __init__(self, requests: Sequence[Ints], waves: int, width: int, files: Sequence[Files], workers: int) -> None:
+        self.requests, self.width, self.files, self.workers = requests, width, files, workers
+        self.cuts = [np.searchsorted(r[:, 0], np.arange(waves + 1)) for r in requests]
+
+    def serve(self, wave: int) -> tuple[Bytes, Ints]:
+        """(bytes, how many for each rank) of a wave."""
+        parts = [r[c[wave] : c[wave + 1]] for r, c in zip(self.requests, self.cuts, strict=True)]
+        sizes = np.array([_padded(p[:, 5]).sum() for p in parts], np.int64)
+        rows = np.concatenate(parts)
+        space = _padded(rows[:, 5])
+        place = np.cumsum(space) - space
+        out = np.empty(int(space.sum()), np.uint8)
+        order = np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1]))  # through each file from its begin to its end
+        failures: list[BaseException] = []
+
+        def work(mine: Ints) -> None:
+            try:
+                for i in mine.tolist():
+                    if failures:
+                        return
+                    self._read(rows[i].tolist(), out[place[i] : place[i] + rows[i, 5]])
+            except BaseException as error:
+                failures.append(error)
+
+        shares = np.array_split(order, self.workers)
+        threads = [threading.Thread(target=work, args=(s,), name="reads") for s in shares[1:] if len(s)]
+        for thread in threads:
+            thread.start()
+        work(shares[0])
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return out, sizes
+
+    def _read(self, row: list[int], into: Bytes) -> None:
+        _, source, file, at, item, _ = row[:HEAD]
+        extent, stride = row[HEAD : HEAD + self.width], row[HEAD + self.width :]
+        dense = row_major(extent).tolist()
+        gather(into.view(WORDS[item]), [Move(file, at, 0, simplify(extent, stride, dense))], self.files[source].read)
+
+
+def missing(seen: NDArray[np.bool_], names: Sequence[str], root: str) -> None:
+    """Refuse a source some of whose files no rank sees, with their names."""
+    lost = [names[f] for f in np.flatnonzero(~seen.any(axis=0)).tolist()]
+    if lost:
+        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+        raise CheckpointError(f"{root}: no node sees {', '.join(lost[:10])}{more}, {len(lost)} of {len(names)} files.")
