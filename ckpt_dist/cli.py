@@ -184,7 +184,8 @@ def _guarded(job: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except CheckpointError as error:
-        _last_word(f"Error: {error}", debug=True, certain=isinstance(error, UsageError))
+        if not getattr(error, "shared", False):
+            _last_word(f"Error: {error}", debug=True, certain=isinstance(error, UsageError))
         return error.exit_code
     except KeyboardInterrupt:
         _last_word("Interrupted.", debug=True)
@@ -193,6 +194,8 @@ def _guarded(job: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has closed stdout; python must not flush into it
         return 0
     except Exception as error:
+        if getattr(error, "shared", False):
+            return 1
         text = "".join(traceback.format_exception(error))
         _last_word(f"{text}This is a mistake in ckpt_dist {__version__}, not in your command. Please report it.")
         return 1
@@ -204,6 +207,8 @@ def _last_word(message: str, debug: bool = False, certain: bool = False) -> None
     `certain` says that rank 0 meets the same error, however long its imports take.
     """
     if rank() > 0:
+        if certain and os.environ.get("GROUP_RANK", "0") != "0":
+            return  # on another node nobody would end this rank, and rank 0 says the same
         time.sleep(HEAD_START_S * (30 if certain else 1))
         message = f"rank {rank()}: {message}"
     if debug and os.environ.get("CKPT_DIST_DEBUG") == "1":

@@ -18,6 +18,17 @@ class CheckpointError(Exception):
     exit_code = 3
 
 
+class Missing(CheckpointError):
+    """Files of a checkpoint are not on this node; `paths` are those, in case another node has them."""
+
+    def __init__(self, message: str, paths: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+    def __reduce__(self) -> tuple[type[Missing], tuple[str, tuple[str, ...]]]:
+        return Missing, (str(self), self.paths)
+
+
 class UsageError(CheckpointError, ValueError):
     """The command itself is wrong: an unknown key, a missing value, a target that exists."""
 

@@ -49,7 +49,7 @@ def convert(cfg: Config) -> dict[str, Any]:
     """One checkpoint into another format, dialect or dtype."""
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
-            m = group.on_first(lambda: task.open_model(cfg["source"], cfg))
+            m = task.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
         return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
 
 
@@ -57,7 +57,7 @@ def merge(cfg: Config) -> dict[str, Any]:
     """The shards of a training checkpoint into one Hugging Face model, by default inside the checkpoint itself."""
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
-            m = group.on_first(lambda: task.open_model(cfg["source"], cfg))
+            m = task.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
         given = cfg["target"].get("path")
         into = None if given else _checkpoint_of(m)
         return _write(
@@ -83,7 +83,7 @@ def average(cfg: Config) -> dict[str, Any]:
     """The weighted mean of several checkpoints of one model, summed in fp32 and rounded once."""
     with job("average", cfg) as (group, report):
         with report.phase("scan"):
-            models = group.on_first(lambda: _open_all(cfg))
+            models = task.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
         target = _average_target(cfg, label)
@@ -99,7 +99,7 @@ def _paths(cfg: Config) -> list[str]:
     return [str(p) for p in path] if isinstance(path, (list, tuple)) else [str(path)]
 
 
-def _open_all(cfg: Config) -> list[Model]:
+def _open_all(cfg: Config, more: Mapping[str, Any]) -> list[Model]:
     """The checkpoints to average: those of a list, or the chosen steps of a folder, in order."""
     paths, wanted, last = _paths(cfg), cfg.get("steps"), cfg.get("last")
     if wanted is not None and last is not None:
@@ -121,7 +121,7 @@ def _open_all(cfg: Config) -> list[Model]:
         ]  # weights= goes by the order of steps=
     if len(found) < 2:
         raise UsageError(f"An average needs at least two checkpoints; {paths[0]} gives {len(found)}.")
-    return [task.open_model({**cfg["source"], "path": str(p)}, cfg) for p in found]
+    return [task.open_model({**cfg["source"], **more, "path": str(p)}, cfg) for p in found]
 
 
 def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report: Report) -> tuple[list[float], bool]:
@@ -244,7 +244,11 @@ def _write(
 def _stage(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
     """The staging folder: new, or as an earlier attempt at the very same job left it."""
     used = [(m.catalog.root, f) for m in p.models for f in m.catalog.files]
-    times = [(root, f, (s := (Path(root) / f).stat()).st_size, s.st_mtime_ns) for root, f in used]
+    times = [
+        (root, f, (s := (Path(root) / f).stat()).st_size, s.st_mtime_ns)
+        for root, f in used
+        if (Path(root) / f).exists()
+    ]
     settings = {k: cfg.get(k) for k in ("source", "target", "model", "keep", "unmatched")}
     entries = [(e.name, e.dtype, e.shape) for e in p.layout.catalog.entries]
     headers = b"".join(b"%d %d " % (n, at) + data for n, at, data in p.layout.pieces)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt_dist import formats
 from ckpt_dist.catalog import Catalog
-from ckpt_dist.errors import CheckpointError, UsageError, nearest
+from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
@@ -149,6 +149,8 @@ def _latest(
             source = _scan(asked, path, folder, name, keys, config, ())
             return replace(source, notes=(*notes, f"step {number} is the latest complete one of {len(numbered)}"))
         except CheckpointError as error:
+            if isinstance(error, Missing) and not set(error.paths) <= set(keys.get("elsewhere", error.paths)):
+                raise  # other nodes are asked first
             notes.append(f"step {number} passed over: {error}")
     raise CheckpointError(
         f"{asked} holds {len(numbered)} steps, none of them complete:\n  " + "\n  ".join(reversed(notes))

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,17 +26,18 @@ from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views
 from ckpt_dist.engine import exchange
 from ckpt_dist.engine.files import Files
-from ckpt_dist.engine.fill import Combine, Done, Job, Side, fill, keep, tile_dtypes
+from ckpt_dist.engine.fill import Combine, Crew, Done, Job, Side, fill, keep, tile_dtypes
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.journal import Journal
 from ckpt_dist.engine.moves import Array
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, Missing, UsageError
 from ckpt_dist.files.dtypes import is_floating, itemsize, known
 from ckpt_dist.formats import Layout
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.report import Progress, Report, size
 from ckpt_dist.sources import Source, open_source
 
+T = TypeVar("T")
 WORKER_BYTES = (
     24 << 20
 )  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
@@ -50,6 +51,30 @@ class Design:
     canon: Bound
     target: Bound
     dialect: str
+
+
+def scanned(group: Group, scan: Callable[[Mapping[str, Any]], T]) -> T:
+    """What rank 0 finds, on all ranks. Files that its node lacks are looked for on the others, and it scans again.
+
+    `scan` gets what to add to the keys of a source: the sizes of files `elsewhere`, -1 for one that nobody has.
+    """
+    sizes: dict[str, int] = {}
+
+    def attempt() -> tuple[T | None, tuple[str, ...]]:
+        try:
+            return scan({"elsewhere": sizes} if group.world > 1 else {}), ()
+        except Missing as error:
+            if group.world == 1 or set(error.paths) <= set(sizes):
+                raise
+            return None, error.paths
+
+    while True:
+        found, lost = group.on_first(attempt)
+        if not lost:
+            return found  # type: ignore[return-value]
+        sizes |= dict.fromkeys(lost, -1)
+        for seen in group.gather({p: os.path.getsize(p) for p in lost if os.path.isfile(p)}):
+            sizes |= seen
 
 
 def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
@@ -232,8 +257,9 @@ def run_tiles(
     first, last = plan.share(weight, group.world)[group.rank]
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
-    plans = [_readers(group, m) for m, _, _ in sources]
-    collective = _collective(str(engine.get("transport", "auto")), group, report, plans)
+    transport = str(engine.get("transport", "auto"))
+    plans = [_readers(group, m, transport == "collective") for m, _, _ in sources]
+    collective = group.together(lambda: _collective(transport, group, report, plans))
 
     def work() -> Done:
         mine = canon.views(tiles.take(np.arange(first, last)))
@@ -260,7 +286,7 @@ def run_tiles(
                 journal.note if journal else lambda lo, hi, done: None,
             )
             total = int(weight[first:last].sum()) * len(sources)
-            with Progress(what, total * group.world, quiet) as progress, group.busy() as moved:
+            with Progress(what, total * group.world, quiet) as progress, group.busy() as moved, Crew(workers) as crew:
 
                 def advance(nbytes: int) -> None:
                     moved()
@@ -268,9 +294,9 @@ def run_tiles(
 
                 if collective:
                     memory = int(engine["memory"])
-                    done = exchange.run(group, job, wanted, opened, workers, memory, advance)
+                    done = exchange.run(group, job, wanted, opened, crew, memory, advance)
                 else:
-                    done = fill(job, workers, advance)
+                    done = fill(job, crew, advance)
             flush()
             done.bytes_read = sum(files.bytes_read for files in opened)
             return done
@@ -319,20 +345,20 @@ def worker_count(engine: Mapping[str, Any], local_world: int) -> int:
     return min(wanted, memory // WORKER_BYTES)
 
 
-def _readers(group: Group, m: Model) -> exchange.Readers:
+def _readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
     catalog = m.catalog
     length = np.zeros(len(catalog.files), np.int64)
     nbytes = np.prod(catalog.chunks.stop - catalog.chunks.start, axis=1) * item_bytes(catalog.entries, catalog.chunks)
     np.maximum.at(length, catalog.chunks.file, catalog.chunks.offset + nbytes)
     if group.world == 1:
-        return exchange.Readers(np.ones((1, len(length)), bool), length)
+        return exchange.Readers(np.ones((1, len(length)), bool), length, balanced)
     seen = np.array(group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else []), object)
     rows = [np.array(row, bool) for row in seen if len(row)]
     nodes = np.cumsum([len(row) > 0 for row in seen]) - 1
     table = np.stack([rows[n] for n in nodes])
     exchange.missing(table, catalog.files, catalog.root)
-    return exchange.Readers(table, length)
+    return exchange.Readers(table, length, balanced)
 
 
 def _visible(root: str, files: Sequence[str]) -> list[bool]:
@@ -387,7 +413,7 @@ def _located(
 ) -> Chunks:
     """`locate`, where each chunk's file is seen: rows are sent there, addresses come back."""
     chunks = catalog.chunks.take(rows)
-    who = readers.of(chunks.file, chunks.offset)
+    who = readers.of(chunks.file, chunks.offset, group.rank)
     asked = group.swap([rows[who == r] for r in range(group.world)])
     found = group.together(lambda: [locate(catalog, r) for r in asked])
     answers = group.swap([np.column_stack([c.offset, c.strides]) for c in found])

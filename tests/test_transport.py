@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import ckpt_dist
 from tests.conftest import ROOT, torchrun
@@ -17,9 +16,9 @@ from tests.test_resume import same
 
 Real = Callable[[str], Path]
 JOBS = {
-    "fsdp2 -> hf": ("convert", "fsdp2", "target.format=hf"),
-    "tp x fsdp -> dcp": ("convert", "tp_fsdp", "target.format=dcp"),
-    "ranks -> torch": ("convert", "fsdp1", "target.format=torch"),
+    "fsdp2 -> hf": ("convert", "fsdp2/dcp", "target.format=hf"),
+    "tp x fsdp -> dcp": ("convert", "tp_fsdp/dcp", "target.format=dcp"),
+    "ranks -> torch": ("convert", "fsdp1/ranks", "target.format=torch"),
     "average": ("average", "steps", "target.format=hf", "target.dtype=bfloat16"),
 }
 
@@ -39,8 +38,10 @@ def test_both_transports_and_any_number_of_ranks_give_the_same_bytes(
     tmp_path: Path, real: Real, job: str, num_ranks: int
 ) -> None:
     verb, case, *words = JOBS[job]
-    report = sweep(tmp_path / "out", verb, real(case), tuple(words), num_ranks)
+    name, _, inner = case.partition("/")
+    source = real(name) / inner
+    report = sweep(tmp_path / "out", verb, source, tuple(words), num_ranks)
     keys = dict(w.removeprefix("target.").split("=") for w in words)
-    direct = getattr(ckpt_dist, verb)(real(case), tmp_path / "direct", quiet=True, **keys)
+    direct = getattr(ckpt_dist, verb)(source, tmp_path / "direct", quiet=True, **keys)
     assert same(tmp_path / "out", tmp_path / "direct")
     assert report["bytes_read"] == direct["bytes_read"]

@@ -12,7 +12,6 @@ bytes are the same; memory is four waves, whose size `engine.memory` bounds.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,22 +22,26 @@ from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, ints, row_major
 from ckpt_dist.engine.files import Files
-from ckpt_dist.engine.fill import BATCH, Done, Job, Side, fill
+from ckpt_dist.engine.fill import BATCH, Crew, Done, Job, Side, fill
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import WORDS, Move, gather, simplify
 from ckpt_dist.errors import STOP, CheckpointError
 from ckpt_dist.plan import Moves
 
+WAVE_BYTES = 48 << 20  # more would leave the caches and gain nothing; less than that only if memory is short
 ALIGN = 64  # boxes begin at multiples of it in what is sent
 HEAD = 6  # columns of a request before its extents: wave, source, file, at, itemsize, bytes
 Bytes = NDArray[np.uint8]
 
 
 class Readers:
-    """Which rank reads which byte of a source: `seen[rank, file]` says who could, `length[file]` how much there is."""
+    """Which rank reads which byte of a source: `seen[rank, file]` says who could, `length[file]` how much there is.
 
-    def __init__(self, seen: NDArray[np.bool_], length: Ints) -> None:
-        self.everywhere = bool(seen.all())
+    A rank reads for itself what it sees, unless `balanced` asks for equal runs of the files for all.
+    """
+
+    def __init__(self, seen: NDArray[np.bool_], length: Ints, balanced: bool) -> None:
+        self.seen, self.balanced, self.everywhere = seen, balanced, bool(seen.all())
         patterns, self.kind = np.unique(seen.T, axis=0, return_inverse=True)
         self.ranks = [np.flatnonzero(p) for p in patterns]
         self.base, self.ends = np.zeros(len(length), np.int64), list[Ints]()
@@ -49,14 +52,14 @@ class Readers:
             parts = max(len(ranks), 1)
             self.ends.append(int(line[-1] if len(line) else 0) * np.arange(1, parts) // parts)
 
-    def of(self, file: Ints, at: Ints) -> Ints:
-        """The reader of what begins at byte `at` of each file."""
+    def of(self, file: Ints, at: Ints, owner: int) -> Ints:
+        """Who reads for `owner` what begins at byte `at` of each file."""
         found = np.zeros(len(file), np.int64)
         for kind, (ranks, ends) in enumerate(zip(self.ranks, self.ends, strict=True)):
             mine = np.flatnonzero(self.kind[file] == kind)
             if len(mine):
                 found[mine] = ranks[np.searchsorted(ends, self.base[file[mine]] + at[mine], side="right")]
-        return found
+        return found if self.balanced else np.where(self.seen[owner, file], owner, found)
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,13 @@ class Inbox:
     """What has arrived, by wave; to `fill` it looks like files."""
 
     def __init__(self) -> None:
-        self.waves: dict[int, memoryview] = {}
+        self.waves: dict[int, Bytes] = {}
 
     def read(self, file: int, offset: int, into: memoryview) -> None:
-        into[:] = self.waves[file][offset : offset + len(into)]
+        np.copyto(np.frombuffer(into, np.uint8), self.waves[file][offset : offset + len(into)])  # without the GIL
 
 
-def _rows(wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], Ints], width: int) -> tuple[Ints, Ints]:
+def _rows(rank: int, wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], Ints], width: int) -> tuple[Ints, Ints]:
     """(requests, reader of each) for all sources; a request is HEAD columns, the extents, the strides in the file."""
     rows, who = [np.zeros((0, HEAD + 2 * width), np.int64)], [np.zeros(0, np.int64)]
     for k, want in enumerate(wanted):
@@ -93,7 +96,7 @@ def _rows(wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], Ints], width:
         head = (wave_of_tile(m.tile), np.full(len(m.tile), k), want.file, m.at, want.item, want.nbytes)
         extent = np.pad(m.extent, ((0, 0), (0, more)), constant_values=1)
         rows.append(np.hstack([np.stack(head, 1), extent, np.pad(m.stride, ((0, 0), (0, more)))]))
-        who.append(want.readers.of(want.file, m.at))
+        who.append(want.readers.of(want.file, m.at, rank))
     return np.concatenate(rows), np.concatenate(who)
 
 
@@ -108,7 +111,7 @@ def _wave_tiles(group: Group, wanted: Sequence[Wanted], count: int, budget: int)
         waves = max(group.gather(-(-count // per)))
         sent = np.zeros((max(waves, 1), group.world), np.int64)
         for want in wanted:
-            place = want.moves.tile // per, want.readers.of(want.file, want.moves.at)
+            place = want.moves.tile // per, want.readers.of(want.file, want.moves.at, group.rank)
             np.add.at(sent, place, _padded(want.nbytes))
         got = int(sent.sum(axis=1).max())
         everyone = group.gather((sent, got))
@@ -123,15 +126,15 @@ def run(
     job: Job,
     wanted: Sequence[Wanted],
     files: Sequence[Files],
-    workers: int,
+    crew: Crew,
     memory: int,
     advance: Callable[[int], None],
 ) -> Done:
     """Make the tiles of a job whose sources arrive in waves; every rank calls this together, also one without tiles."""
-    per, waves = _wave_tiles(group, wanted, job.last - job.first, memory // 4)
+    per, waves = _wave_tiles(group, wanted, job.last - job.first, min(memory // 4, WAVE_BYTES))
     width = max((w.moves.extent.shape[1] for w in wanted), default=0)
     width = max(group.gather(width))
-    rows, who = _rows(wanted, lambda tile: tile // per, width)
+    rows, who = _rows(group.rank, wanted, lambda tile: tile // per, width)
     order = np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1], who, rows[:, 0]))
     asked = rows[order]
     space = _padded(asked[:, 5])
@@ -144,6 +147,7 @@ def run(
     np.add.at(arriving, (rows[:, 0], who), _padded(rows[:, 5]))
 
     inbox = Inbox()
+    room = [np.empty(int(arriving.sum(axis=1).max(initial=0)), np.uint8) for _ in range(2)]
     sides, first = [], 0
     for want in wanted:
         mine = slice(first, first + len(want.moves.tile))
@@ -154,13 +158,13 @@ def run(
     served = [
         part.reshape(-1, HEAD + 2 * width) for part in group.swap([asked[who[order] == r] for r in range(group.world)])
     ]
-    outbox = _Outbox(served, waves, width, files, workers)
+    outbox = _Outbox(served, waves, width, files, crew.size)
     total = Done()
 
     def make(wave: int) -> None:
         lo = min(job.first + wave * per, job.last)
         part = replace(job, first=lo, last=min(lo + per, job.last), sources=sides)
-        total.add(fill(part, workers, advance))
+        total.add(fill(part, crew, advance))
         del inbox.waves[wave]
 
     with ThreadPoolExecutor(2) as pool:
@@ -172,13 +176,16 @@ def run(
             sent, sizes = serving.result()
             if wave + 1 < waves:
                 serving = pool.submit(outbox.serve, wave + 1)
-            inbox.waves[wave] = memoryview(group.all_to_all(sent, sizes, arriving[wave]))
+            arrived = room[wave % 2][: arriving[wave].sum()]
+            group.all_to_all(sent, sizes, arrived, arriving[wave])
+            inbox.waves[wave] = arrived
             if making:
                 making.exception()  # waits: no more than two waves are held
             failed = _outcome(making) if making else None
             making = pool.submit(make, wave) if failed is None else making
         if making:
             making.exception()
+        outbox.pool.shutdown()
         group.all_well(_outcome(making) if making else None, False)
     return total
 
@@ -191,8 +198,14 @@ class _Outbox:
     """What this rank reads for the others: `requests[owner]`, sorted by wave, is packed in their order."""
 
     def __init__(self, requests: Sequence[Ints], waves: int, width: int, files: Sequence[Files], workers: int) -> None:
-        self.requests, self.width, self.files, self.workers = requests, width, files, workers
+        self.requests, self.width, self.files = requests, width, files
+        self.pool = ThreadPoolExecutor(workers, "reads")
+        self.workers = workers
         self.cuts = [np.searchsorted(r[:, 0], np.arange(waves + 1)) for r in requests]
+        sizes = np.zeros(waves, np.int64)
+        for rows in requests:
+            np.add.at(sizes, rows[:, 0], _padded(rows[:, 5]))
+        self.room = [np.empty(int(sizes.max(initial=0)), np.uint8) for _ in range(2)]
 
     def serve(self, wave: int) -> tuple[Bytes, Ints]:
         """(bytes, how many for each rank) of a wave."""
@@ -201,28 +214,14 @@ class _Outbox:
         rows = np.concatenate(parts)
         space = _padded(rows[:, 5])
         place = np.cumsum(space) - space
-        out = np.empty(int(space.sum()), np.uint8)
+        out = self.room[wave % 2][: space.sum()]
         order = np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1]))  # through each file from its begin to its end
-        failures: list[BaseException] = []
 
-        def work(mine: Ints) -> None:
-            try:
-                for i in mine.tolist():
-                    if failures:
-                        return
-                    self._read(rows[i].tolist(), out[place[i] : place[i] + rows[i, 5]])
-            except BaseException as error:
-                failures.append(error)
+        def read(mine: Ints) -> None:
+            for i in mine.tolist():
+                self._read(rows[i].tolist(), out[place[i] : place[i] + rows[i, 5]])
 
-        shares = np.array_split(order, self.workers)
-        threads = [threading.Thread(target=work, args=(s,), name="reads") for s in shares[1:] if len(s)]
-        for thread in threads:
-            thread.start()
-        work(shares[0])
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+        list(self.pool.map(read, np.array_split(order, self.workers)))
         return out, sizes
 
     def _read(self, row: list[int], into: Bytes) -> None:

@@ -8,6 +8,7 @@ Invariant: each tile is made once, by one thread, from its sources in the order 
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,48 +88,65 @@ def keep(tile: int, values: Iterator[Array], dtypes: Sequence[str], want: str) -
     return cast(value, dtypes[0], want)
 
 
-def fill(job: Job, workers: int, advance: Callable[[int], None] = lambda n: None) -> Done:
+class Crew:
+    """Threads that stay, and what each of them keeps: fresh threads would fault in fresh memory."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pool = concurrent.futures.ThreadPoolExecutor(size, "tiles")
+        self.kept = threading.local()
+
+    def buffers(self) -> dict[int, Array]:
+        """This thread's buffers by bytes of an element; 0 is a piece."""
+        if not hasattr(self.kept, "buffers"):
+            self.kept.buffers = {0: np.empty(PIECE, np.uint8)}
+        found: dict[int, Array] = self.kept.buffers
+        return found
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()
+
+
+def fill(job: Job, crew: Crew, advance: Callable[[int], None] = lambda n: None) -> Done:
     """Make all tiles of a job with some threads; the first error stops them all and is raised.
 
     Raises Stopped when a signal has asked for it: what was noted by then is whole.
     """
     lock = threading.Lock()
-    every = range(job.first, job.last, BATCH)
+    step = min(BATCH, max(1, -(-(job.last - job.first) // crew.size)))
+    every = range(job.first, job.last, step)
     cursor = iter(
         spread(
-            [b for b in every if not job.finished[b - job.base : min(b + BATCH, job.last) - job.base].all()], workers
+            [b for b in every if not job.finished[b - job.base : min(b + step, job.last) - job.base].all()], crew.size
         )
     )
     total, failures = Done(), list[BaseException]()
 
     def work() -> None:
-        worker = _Worker(job, advance)
+        worker = _Worker(job, advance, crew.buffers())
         while not failures and not STOP.is_set():
             with lock:
                 first = next(cursor, None)
             if first is None:
                 break
             try:
-                done = worker.batch(first, min(first + BATCH, job.last))
-                job.note(first, min(first + BATCH, job.last), done)
+                last = min(first + step, job.last)
+                done = worker.batch(first, last)
+                job.note(first, last, done)
                 with lock:
                     total.add(done)
             except BaseException as error:
                 failures.append(error)
 
-    if workers == 1:
-        work()
-    else:
-        threads = [threading.Thread(target=work, name=f"tiles-{k}") for k in range(workers)]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except BaseException as error:  # Ctrl-C: no thread may write on after this returns
-            failures.append(error)
-            for thread in threads:
-                thread.join()
+    tasks = [crew.pool.submit(work) for _ in range(crew.size)]
+    try:
+        concurrent.futures.wait(tasks)
+    except BaseException as error:  # Ctrl-C: no thread may write on after this returns
+        failures.append(error)
+        concurrent.futures.wait(tasks)
     if failures:
         raise failures[0]
     if STOP.is_set() and next(cursor, None) is not None:
@@ -168,10 +186,9 @@ class Run:
 class _Worker:
     """One thread's buffers and counters."""
 
-    def __init__(self, job: Job, advance: Callable[[int], None]) -> None:
-        self.job, self.advance, self.done = job, advance, Done()
-        self.buffers: dict[int, Array] = {}
-        self.piece = memoryview(bytearray(PIECE))
+    def __init__(self, job: Job, advance: Callable[[int], None], buffers: dict[int, Array]) -> None:
+        self.job, self.advance, self.done, self.buffers = job, advance, Done(), buffers
+        self.piece = memoryview(buffers[0])
 
     def buffer(self, dtype: str, numel: int) -> Array:
         item = itemsize(dtype)

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from ckpt_dist.engine.watch import Watch
 from ckpt_dist.errors import STOPPED, CheckpointError, Stopped
 
 T = TypeVar("T")
+Bytes: TypeAlias = "NDArray[np.uint8]"
 TIMEOUT = timedelta(days=7)  # ranks may wait long for a slow one; dead ones are found by their watch
 
 
@@ -74,35 +75,54 @@ class Group:
         if busy:
             self.watch.begin()
 
-    def all_to_all(self, send: NDArray[np.uint8], sizes: Ints, arriving: Ints) -> NDArray[np.uint8]:
-        """The bytes that each rank has for this one, one after another; `sizes` go to and `arriving` come from each."""
+    def all_to_all(self, send: Bytes, sizes: Ints, into: Bytes, arriving: Ints) -> None:
+        """Fill `into` with what each rank has for this one; `sizes` bytes go to and `arriving` come from each.
+
+        What stays here is copied; only the rest is a collective.
+        """
         if self.world == 1:
-            return send
+            into[:] = send
+            return
         import torch
 
-        out = torch.empty(int(arriving.sum()), dtype=torch.uint8)
-        mine = torch.from_numpy(send)
-        self.collective(lambda: self.dist.all_to_all_single(out, mine, arriving.tolist(), sizes.tolist()))
-        found: NDArray[np.uint8] = out.numpy()
-        return found
+        ends, begins = np.cumsum(sizes), np.cumsum(arriving)
+        mine = slice(ends[self.rank] - sizes[self.rank], ends[self.rank])
+        here = slice(begins[self.rank] - arriving[self.rank], begins[self.rank])
+        into[here] = send[mine]
+        requests: list[Any] = []
+        for step in range(1, self.world):
+            to, of = (self.rank + step) % self.world, (self.rank - step) % self.world
+            if sizes[to]:
+                requests.append(self.dist.isend(torch.from_numpy(send[ends[to] - sizes[to] : ends[to]]), to))
+            if arriving[of]:
+                requests.append(self.dist.irecv(torch.from_numpy(into[begins[of] - arriving[of] : begins[of]]), of))
+        self.collective(lambda: [request.wait() for request in requests])
 
     def swap(self, parts: Sequence[Ints]) -> list[Ints]:
         """One array of integers for each rank; the arrays that the ranks have for this one, flat."""
         lengths = np.array([p.size * 8 for p in parts], np.int64)
         eights = np.full(self.world, 8)
-        coming = self.all_to_all(lengths.view(np.uint8), eights, eights).view(np.int64)
+        coming = np.empty(self.world, np.int64)
+        self.all_to_all(lengths.view(np.uint8), eights, coming.view(np.uint8), eights)
         flat = np.concatenate([p.reshape(-1) for p in parts]).astype(np.int64, copy=False)
-        got = self.all_to_all(flat.view(np.uint8), lengths, coming).view(np.int64)
+        got = np.empty(int(coming.sum()) // 8, np.int64)
+        self.all_to_all(flat.view(np.uint8), lengths, got.view(np.uint8), coming)
         return np.split(got, np.cumsum(coming // 8)[:-1])
 
     def all_well(self, failure: BaseException | None, stop: bool) -> None:
         """Raise on all ranks if one has failed or was asked to stop: each its own reason, or Elsewhere."""
-        states = self.gather((failure is not None, stop))
+        failed, stopped = failure is not None, stop
+        if self.world > 1:
+            import torch
+
+            state = torch.tensor([failed, stopped], dtype=torch.int32)
+            self.collective(lambda: self.dist.all_reduce(state, self.dist.ReduceOp.MAX))
+            failed, stopped = map(bool, state.tolist())
         if failure is not None:
             raise failure
-        if any(failed for failed, _ in states):
+        if failed:
             raise Elsewhere("another rank has failed")
-        if any(stopped for _, stopped in states):
+        if stopped:
             raise Stopped(STOPPED)
 
     def together(self, work: Callable[[], T]) -> T:
@@ -113,8 +133,13 @@ class Group:
         failures = [(r, e) for r, e in enumerate(self.gather(error)) if e is not None]
         failures.sort(key=lambda failure: isinstance(failure[1], Elsewhere))
         if failures:
-            raise _first(failures, self.rank, error)
+            raise self._shared(_first(failures, self.rank, error))
         return result  # type: ignore[return-value]
+
+    def _shared(self, error: BaseException) -> BaseException:
+        """Marked as raised on all ranks: rank 0 says it, the others need not."""
+        error.shared = self.rank > 0  # type: ignore[attr-defined]
+        return error
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do the work on rank 0 only and give its result, or its failure, to every rank."""
@@ -123,7 +148,7 @@ class Group:
         result, error = _attempt(work) if self.rank == 0 else (None, None)
         result, error = self.broadcast((result, error))
         if error is not None:
-            raise _first([(0, error)], self.rank, error)
+            raise self._shared(_first([(0, error)], self.rank, error))
         return result  # type: ignore[return-value]
 
     @contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 
 from ckpt_dist.box import Ints, ints, row_major, volume
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files import pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Crc, Layout, Spec, inside, split
@@ -43,9 +43,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     where = str(path / ".metadata")
     try:
         with pickles.uncollected():
-            return _catalog(
-                path, [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)], where
-            )
+            tables = [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)]
+            return _catalog(path, tables, options.get("elsewhere") or {}, where)
     except (TypeError, ValueError, OverflowError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"{where} is damaged: {type(error).__name__}: {error}. Was the save interrupted?"
@@ -80,7 +79,7 @@ class _Tables:
             raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {error!r}.") from None
 
 
-def _catalog(path: Path, tables: Sequence[_Tables], where: str) -> Catalog:
+def _catalog(path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int], where: str) -> Catalog:
     described: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     for table in tables:
@@ -99,7 +98,7 @@ def _catalog(path: Path, tables: Sequence[_Tables], where: str) -> Catalog:
     index = list(chain.from_iterable(t.index for t in tables))
     named, offsets = [i["fqn"] for i in index], [i.get("offset") for i in index]
     info = list(chain.from_iterable(t.info for t in tables))
-    files, file, offset, length = _addresses(path, info, where)
+    files, file, offset, length = _addresses(path, info, elsewhere, where)
     tensors = np.flatnonzero(np.fromiter(map(is_not, offsets, repeat(None)), bool, len(index)))
     width = max((len(e.shape) for e in entries), default=0)
     fields = list(map(itemgetter(0), boxes))
@@ -182,8 +181,10 @@ def _check_boxes(entries: Sequence[Entry], entry: Ints, start: Ints, size: Ints,
         )
 
 
-def _addresses(path: Path, info: Sequence[Mapping[str, Any]], where: str) -> tuple[list[str], Ints, Ints, Ints]:
-    """Files, and for each storage row its file, offset and length; all files there and long enough."""
+def _addresses(
+    path: Path, info: Sequence[Mapping[str, Any]], elsewhere: Mapping[str, int], where: str
+) -> tuple[list[str], Ints, Ints, Ints]:
+    """Files, and for each storage row its file, offset and length; all files there, or on another node, and long enough."""
     relative = list(map(itemgetter("relative_path"), info))
     files = sorted({inside(path, f, where) for f in set(relative)})
     number = {f: i for i, f in enumerate(files)}
@@ -199,13 +200,15 @@ def _addresses(path: Path, info: Sequence[Mapping[str, Any]], where: str) -> tup
             )
     end = np.zeros(len(files), np.int64)
     np.maximum.at(end, file, offset + length)
-    for name, need in zip(files, end.tolist(), strict=True):
-        if not (path / name).is_file():
-            have = sum((path / f).is_file() for f in files)
-            raise CheckpointError(
-                f"{path / name} is missing: .metadata names {len(files)} files, {have} are there. Fetch it again."
-            )
-        size = (path / name).stat().st_size
+    sizes = [(path / f).stat().st_size if (path / f).is_file() else elsewhere.get(str(path / f), -1) for f in files]
+    lost = [str(path / f) for f, size in zip(files, sizes, strict=True) if size < 0]
+    if lost:
+        more = "".join(f", {p}" for p in lost[1:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        raise Missing(
+            f"{lost[0]}{more} is missing: .metadata names {len(files)} files, {len(files) - len(lost)} are there. Fetch it again.",
+            tuple(lost),
+        )
+    for name, size, need in zip(files, sizes, end.tolist(), strict=True):
         if size < need:
             raise CheckpointError(
                 f"{path / name} is truncated: it has {size} bytes, .metadata needs {need}. Fetch it again."
@@ -217,7 +220,10 @@ def _safetensors_files(path: Path, files: Sequence[str], offsets: Ints) -> bool:
     """Whether tensors were serialised as safetensors: then all offsets are 0 and a file does not start as a zip does."""
     if len(offsets) == 0 or offsets.any():
         return False
-    with open(path / files[0], "rb") as file:
+    here = [path / f for f in files if (path / f).is_file()]
+    if not here:
+        return False
+    with open(here[0], "rb") as file:
         return file.read(2) != b"PK"
 
 
