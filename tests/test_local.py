@@ -1,58 +1,98 @@
 """Contract: shards on disks that only their own node sees are converted and averaged as if all were in one place, and a shard
-that no node has is named. The nodes are mount namespaces, in which one path shows another folder. Not checked here: other formats
+that no node has is named.
+The nodes are namespaces, in which one path shows another folder; when one dies, the other ends in bounded time. Not checked here: other formats
 than DCP, which need all their files on the first node.
+
+The nodes have networks of their own too, joined by a cable (veth), so nothing goes through the loopback device.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import ckpt_dist
 from tests.conftest import ROOT
-from tests.test_resume import same
+from tests.test_resume import checkpoints, noted, same, wait
 
 Real = Callable[[str], Path]
 
 
+def _run(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True)
+
+
 def _isolated() -> bool:
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
+    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
         return False
-    return subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    made = subprocess.run(["ip", "netns", "add", "ckpt-try"], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", "ckpt-try"], capture_output=True)
+    return made and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _isolated(), reason="mount namespaces need root and unshare")
+pytestmark = pytest.mark.skipif(not _isolated(), reason="namespaces need root, ip (iproute2) and unshare")
 
 
-def on_nodes(place: Path, folders: list[Path], num_ranks: int, verb: str, *words: str) -> list[tuple[int, str]]:
-    """One torchrun on each of some nodes, of which each sees its own folder at `place`: (exit code, stderr)."""
+@pytest.fixture(scope="module")
+def nets() -> Iterator[list[str]]:
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2."""
+    names = [f"ckpt{os.getpid()}n{k}" for k in (0, 1)]
+    try:
+        for name in names:
+            _run("ip", "netns", "add", name)
+        _run(
+            "ip",
+            "link",
+            "add",
+            "cable0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable1",
+            "netns",
+            names[1],
+        )
+        for k, name in enumerate(names):
+            _run("ip", "-n", name, "addr", "add", f"10.77.0.{k + 1}/24", "dev", f"cable{k}")
+            for device in ("lo", f"cable{k}"):
+                _run("ip", "-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def start_nodes(
+    nets: list[str], place: Path, folders: list[Path], num_ranks: int, *job: str
+) -> list[subprocess.Popen[str]]:
+    """launch/torchrun.sh, or a script, on each of two nodes, of which each sees its own folder at `place`."""
     place.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     started = []
-    for rank, folder in enumerate(folders):
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            str(len(folders)),
-            "--node-rank",
-            str(rank),
-        ]
-        launch += ["--master-addr", "127.0.0.1", "--master-port", port, "--nproc-per-node", str(num_ranks)]
+    for rank, (net, folder) in enumerate(zip(nets, folders, strict=True)):
+        env = {**os.environ, "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "10.77.0.1", "NPROC": str(num_ranks)}
+        env |= {"PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": f"cable{rank}"}
         inner = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(folder), str(place)]
-        command = ["unshare", "-m", *inner, *launch, str(ROOT / f"jobs/{verb}.py"), *words]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT))
+        command = ["ip", "netns", "exec", net, "unshare", "-m", *inner, *job]
+        started.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True)
+        )
+    return started
+
+
+def on_nodes(nets: list[str], place: Path, folders: list[Path], num_ranks: int, *words: str) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each node."""
+    started = start_nodes(nets, place, folders, num_ranks, str(ROOT / "launch/torchrun.sh"), *words)
     said = [job.communicate(timeout=240)[1] for job in started]
     return [(job.returncode, text) for job, text in zip(started, said, strict=True)]
 
@@ -70,13 +110,13 @@ def halves(checkpoint: Path, out: Path) -> list[Path]:
 
 @pytest.mark.parametrize(("case", "verb"), [("fsdp2/dcp", "convert"), ("steps", "average")])
 @pytest.mark.parametrize("transport", ["auto", "collective"])
-def test_shards_on_two_nodes(tmp_path: Path, real: Real, case: str, verb: str, transport: str) -> None:
+def test_shards_on_two_nodes(nets: list[str], tmp_path: Path, real: Real, case: str, verb: str, transport: str) -> None:
     name, _, inner = case.partition("/")
     source = real(name) / inner
     nodes = halves(source, tmp_path)
     place = tmp_path / "local"
     words = [f"source.path={place}", f"target.path={tmp_path / 'out'}", f"engine.transport={transport}"]
-    ended = on_nodes(place, nodes, 2, verb, *words)
+    ended = on_nodes(nets, place, nodes, 2, verb, *words)
     assert [code for code, _ in ended] == [0, 0], ended
     if transport == "auto":
         assert "transport collective: not every node sees all files" in ended[0][1]
@@ -84,12 +124,18 @@ def test_shards_on_two_nodes(tmp_path: Path, real: Real, case: str, verb: str, t
     assert same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_shard_that_no_node_has_is_named(tmp_path: Path, real: Real) -> None:
+def test_a_shard_that_no_node_has_is_named(nets: list[str], tmp_path: Path, real: Real) -> None:
     nodes = halves(real("fsdp2") / "dcp", tmp_path)
     lost = next(nodes[1].rglob("*.distcp"))
     lost.unlink()
     ended = on_nodes(
-        tmp_path / "local", nodes, 1, "convert", f"source.path={tmp_path / 'local'}", f"target.path={tmp_path / 'out'}"
+        nets,
+        tmp_path / "local",
+        nodes,
+        1,
+        "convert",
+        f"source.path={tmp_path / 'local'}",
+        f"target.path={tmp_path / 'out'}",
     )
     said = "".join(text for _, text in ended)
     assert all(code for code, _ in ended)
@@ -97,9 +143,46 @@ def test_a_shard_that_no_node_has_is_named(tmp_path: Path, real: Real) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_direct_is_refused_where_a_node_is_blind(tmp_path: Path, real: Real) -> None:
+def test_direct_is_refused_where_a_node_is_blind(nets: list[str], tmp_path: Path, real: Real) -> None:
     nodes = halves(real("fsdp2") / "dcp", tmp_path)
     words = [f"source.path={tmp_path / 'local'}", f"target.path={tmp_path / 'out'}", "engine.transport=direct"]
-    ended = on_nodes(tmp_path / "local", nodes, 1, "convert", *words)
+    ended = on_nodes(nets, tmp_path / "local", nodes, 1, "convert", *words)
     assert all(code for code, _ in ended)
     assert "not every node sees all files" in "".join(text for _, text in ended)
+
+
+@pytest.mark.parametrize(("victim", "whole"), [(0, True), (1, True), (0, False)], ids=["node 0", "node 1", "agent 0"])
+def test_a_node_that_dies_ends_the_job_on_the_other(nets: list[str], tmp_path: Path, victim: int, whole: bool) -> None:
+    """The agent of another node than the first is not missed by anyone: its ranks finish the job."""
+    run = checkpoints(tmp_path / "run", 2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    launcher += ["--master-addr", "10.77.0.1", "--master-port", "29411"]
+    words = [
+        "2.5",
+        "average",
+        f"source.path={run}",
+        f"target.path={tmp_path / 'out'}",
+        "engine.workers=1",
+        "engine.timeout=4",
+    ]
+    inner = ["sh", "-c", 'exec "$@" --node-rank "$NODE_RANK" ' + f"{ROOT / 'tests/slow.py'} {' '.join(words)}", "sh"]
+    jobs = start_nodes(nets, tmp_path / "local", [tmp_path, tmp_path], 2, *inner, *launcher)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
+    begin = time.monotonic()
+    if whole:
+        os.killpg(jobs[victim].pid, signal.SIGKILL)
+        for pid in subprocess.run(["ip", "netns", "pids", nets[victim]], capture_output=True, text=True).stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+    else:
+        jobs[victim].kill()
+    other = jobs[1 - victim].communicate(timeout=60)[1]
+    took = time.monotonic() - begin
+    for net in nets:  # ranks whose agent was killed end by themselves, or are done by now
+        wait(lambda net=net: not subprocess.run(["ip", "netns", "pids", net], capture_output=True).stdout.strip())
+    jobs[victim].communicate()
+    print(f"node {victim}, whole={whole}: the other ended after {took:.1f} s with {jobs[1 - victim].returncode}")
+    assert jobs[1 - victim].returncode != 0 and "to go on from here" in other and not (tmp_path / "out").exists()
+    assert took < 40
+    ckpt_dist.average(run, tmp_path / "out", quiet=True)
+    ckpt_dist.average(run, tmp_path / "straight", quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight")
