@@ -66,8 +66,14 @@ def peak(verb: str, *args: object, **keys: object) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "way",
-    [{}, {"format": "dcp"}, {"format": "dcp", "dialect": "torchtitan"}, {"dtype": "float32"}],
-    ids=["copy", "dcp", "permuted", "cast"],
+    [
+        {},
+        {"format": "dcp"},
+        {"format": "dcp", "dialect": "torchtitan"},
+        {"dtype": "float32"},
+        {"engine.transport": "collective", "format": "dcp", "dialect": "torchtitan"},
+    ],
+    ids=["copy", "dcp", "permuted", "cast", "collective"],
 )
 def test_a_conversion_stays_within_its_memory(tmp_path: Path, way: dict[str, str]) -> None:
     before, after = peak("convert", model(tmp_path / "source"), tmp_path / "target", **way)
@@ -75,9 +81,10 @@ def test_a_conversion_stays_within_its_memory(tmp_path: Path, way: dict[str, str
     assert after - before < MEMORY + (256 << 20)
 
 
-def test_an_average_of_8_stays_within_its_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["direct", "collective"])
+def test_an_average_of_8_stays_within_its_memory(tmp_path: Path, transport: str) -> None:
     for step in range(8):
         model(tmp_path / f"run/step-{step}")
-    before, after = peak("average", tmp_path / "run", tmp_path / "target")
-    print(f"average of 8: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
+    before, after = peak("average", tmp_path / "run", tmp_path / "target", **{"engine.transport": transport})
+    print(f"average of 8, {transport}: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
     assert after - before < MEMORY + (256 << 20)
