@@ -241,6 +241,10 @@ class Moves:
     tile_at: Ints
     tile_stride: Ints
 
+    def take(self, rows: Ints) -> Moves:
+        columns = ("tile", "chunk", "extent", "at", "stride", "tile_at", "tile_stride")
+        return Moves(*(getattr(self, c)[rows] for c in columns))
+
 
 def moves(views: Views, chunks: Chunks, itemsize: Ints, tiled: Views, *, alternatives: bool = True) -> Moves:
     """What to copy between each tile and the chunks that `views` lies in; `itemsize` is per chunk.

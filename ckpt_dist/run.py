@@ -237,6 +237,8 @@ def _write(
         if group.rank == 0 and not isinstance(error, Stopped):
             stage.discard(p.staging)
         raise
+    finally:
+        stage.release()
     report.target = str(path)
     return {**report.to_dict(), **prints}
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan
@@ -268,7 +269,8 @@ def run_tiles(
         journal = Journal(staged.folder, flush) if staged else None
         try:
             wanted = [
-                _wanted(group, r, m, b, v, mine, last - first) for r, (m, b, v) in zip(plans, sources, strict=True)
+                _wanted(group, r, m, b, v, mine, finished[first:last])
+                for r, (m, b, v) in zip(plans, sources, strict=True)
             ]
             out = group.together(lambda: _target_side(target, mine, last - first) if target else None)
             job = Job(
@@ -353,10 +355,12 @@ def _readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     np.maximum.at(length, catalog.chunks.file, catalog.chunks.offset + nbytes)
     if group.world == 1:
         return exchange.Readers(np.ones((1, len(length)), bool), length, balanced)
-    seen = np.array(group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else []), object)
-    rows = [np.array(row, bool) for row in seen if len(row)]
-    nodes = np.cumsum([len(row) > 0 for row in seen]) - 1
-    table = np.stack([rows[n] for n in nodes])
+    looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
+    node = 0
+    for rank, row in enumerate(looked):  # ranks of a node see what its first one sees
+        node = rank if row else node
+        looked[rank] = looked[node]
+    table = np.array(looked, bool)
     exchange.missing(table, catalog.files, catalog.root)
     return exchange.Readers(table, length, balanced)
 
@@ -385,7 +389,13 @@ def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchan
 
 
 def _wanted(
-    group: Group, readers: exchange.Readers, m: Model, bound: Bound, views: Views, mine: Views, count: int
+    group: Group,
+    readers: exchange.Readers,
+    m: Model,
+    bound: Bound,
+    views: Views,
+    mine: Views,
+    finished: NDArray[np.bool_],
 ) -> exchange.Wanted:
     """What this rank's tiles need of a source; exact addresses are looked up only for the chunks they touch."""
     catalog = m.catalog
@@ -401,7 +411,8 @@ def _wanted(
         items = item_bytes(catalog.entries, chunks)
         moves = plan.moves(views, chunks, items, mine)
         names = [e.name for e in catalog.entries]
-        dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in catalog.entries], 0, count, names)
+        dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in catalog.entries], 0, len(finished), names)
+        moves = moves.take(np.flatnonzero(~finished[moves.tile]))
         file, item = chunks.file[moves.chunk], items[moves.chunk]
         return exchange.Wanted(replace(moves, chunk=np.arange(len(file))), file, item, dtypes, readers)
 

@@ -124,6 +124,39 @@ def test_another_job_does_not_go_on_with_it(tmp_path: Path, change: str) -> None
     assert again.returncode == 0 and "resumed" not in said
 
 
+def test_two_jobs_cannot_make_one_target(tmp_path: Path) -> None:
+    run = checkpoints(tmp_path / "run", 1)
+    words = ["convert", f"source.path={run / 'step-1'}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
+    job = start(1, 0.03, *words)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
+    for more in ([], ["resume=false"], ["target.format=dcp"]):
+        other = start(1, 0, *words, *more)
+        _, said = other.communicate(timeout=60)
+        assert other.returncode == 2 and "Another job is making" in said
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 0, said
+    ckpt_dist.convert(run / "step-1", tmp_path / "straight", quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_the_collective_transport_goes_on_too(tmp_path: Path, how: signal.Signals) -> None:
+    run = checkpoints(tmp_path / "run")
+    words = ["average", f"source.path={run}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
+    words += ["engine.transport=collective", "engine.memory=24MiB"]
+    job = start(2, 0.3, *words)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 3)
+    os.killpg(job.pid, how)
+    subprocess.run(["pkill", "-KILL" if how == signal.SIGKILL else "-TERM", "-f", str(tmp_path / "out")], check=False)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode != 0 and not (tmp_path / "out").exists()
+    again = start(2, 0, *words)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0 and "tiles were there already" in said, said
+    ckpt_dist.average(run, tmp_path / "straight", quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight")
+
+
 def ranks(world: int, *words: str) -> list[subprocess.Popen[str]]:
     """Ranks without an agent that would end the others."""
     with socket.socket() as free:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,11 +166,11 @@ def run(
         total.add(fill(part, crew, advance))
         del inbox.waves[wave]
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, outbox.pool:
         serving = pool.submit(outbox.serve, 0)
         making: Future[None] | None = None
         for wave in range(waves):
-            failed = _outcome(serving) or (_outcome(making) if making and making.done() else None)
+            failed = serving.exception() or (making.exception() if making and making.done() else None)
             group.all_well(failed, STOP.is_set())
             sent, sizes = serving.result()
             if wave + 1 < waves:
@@ -179,19 +178,10 @@ def run(
             arrived = room[wave % 2][: arriving[wave].sum()]
             group.all_to_all(sent, sizes, arrived, arriving[wave])
             inbox.waves[wave] = arrived
-            if making:
-                making.exception()  # waits: no more than two waves are held
-            failed = _outcome(making) if making else None
-            making = pool.submit(make, wave) if failed is None else making
-        if making:
-            making.exception()
-        outbox.pool.shutdown()
-        group.all_well(_outcome(making) if making else None, False)
+            if making is None or making.exception() is None:  # waits: no more than two waves are held
+                making = pool.submit(make, wave)
+        group.all_well(making.exception() if making else None, False)
     return total
-
-
-def _outcome(task: Future[Any]) -> BaseException | None:
-    return task.exception()
 
 
 class _Outbox:

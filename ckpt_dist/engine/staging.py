@@ -8,6 +8,8 @@ Invariant: nothing under the target's name is touched before `publish`; sources 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -71,6 +73,7 @@ def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path
 def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     """The skeleton: every file at its full size, with its header bytes. Whether an earlier attempt's is gone on with."""
     folder = staging.folder
+    _claim(staging)
     if resume and journal.matches(folder, plan):
         return True
     try:
@@ -83,12 +86,39 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
                 file.truncate(size)
         _write_pieces(folder, layout)
         journal.begin(folder, plan)
+        _claim(staging)
         return False
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(
             f"Cannot write to {error.filename or folder}: {error.strerror}. Nothing was written; choose another target.path."
         ) from None
+
+
+_claims: list[int] = []
+
+
+def _claim(staging: Staging) -> None:
+    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends."""
+    try:
+        fd = os.open(staging.folder / journal.FOLDER / journal.PLAN, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # nobody has begun
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _claims.append(fd)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UsageError(
+                f"Another job is making {staging.target} at this moment. Wait for it, or choose another target.path."
+            ) from None
+
+
+def release() -> None:
+    """Give back what `create` has claimed."""
+    while _claims:
+        os.close(_claims.pop())
 
 
 def _write_pieces(folder: Path, layout: Layout) -> None:
