@@ -265,7 +265,11 @@ def run_tiles(
     def work() -> Done:
         mine = canon.views(tiles.take(np.arange(first, last)))
         opened = [Files(m.catalog.root, m.catalog.files) for m, _, _ in sources]
-        flush = target[2].sync if target and fsync else lambda: None
+        sync = target[2].sync if target and fsync else lambda: None
+
+        def flush() -> None:  # a disk may have much to write down
+            group.patiently(sync)
+
         journal = Journal(staged.folder, flush) if staged else None
         try:
             wanted = [

@@ -65,13 +65,18 @@ class Group:
 
     def collective(self, call: Callable[[], Any]) -> None:
         """A call that all ranks make. Where it breaks, a rank has died: the watch is left the time to say which."""
-        busy = self.watch.expected
-        self.watch.end()  # whoever waits for others is not the one that hangs
         try:
-            call()
+            self.patiently(call)  # whoever waits for others is not the one that hangs
         except RuntimeError:
             self.watch.wait()
             raise
+
+    def patiently(self, call: Callable[[], Any]) -> None:
+        """A call in which no progress is expected, however long it takes."""
+        busy = self.world > 1 and self.watch.expected
+        if busy:
+            self.watch.end()
+        call()
         if busy:
             self.watch.begin()
 
@@ -89,14 +94,19 @@ class Group:
         mine = slice(ends[self.rank] - sizes[self.rank], ends[self.rank])
         here = slice(begins[self.rank] - arriving[self.rank], begins[self.rank])
         into[here] = send[mine]
-        requests: list[Any] = []
-        for step in range(1, self.world):
-            to, of = (self.rank + step) % self.world, (self.rank - step) % self.world
-            if sizes[to]:
-                requests.append(self.dist.isend(torch.from_numpy(send[ends[to] - sizes[to] : ends[to]]), to))
-            if arriving[of]:
-                requests.append(self.dist.irecv(torch.from_numpy(into[begins[of] - arriving[of] : begins[of]]), of))
-        self.collective(lambda: [request.wait() for request in requests])
+
+        def pass_on() -> None:
+            requests: list[Any] = []
+            for step in range(1, self.world):
+                to, of = (self.rank + step) % self.world, (self.rank - step) % self.world
+                if sizes[to]:
+                    requests.append(self.dist.isend(torch.from_numpy(send[ends[to] - sizes[to] : ends[to]]), to))
+                if arriving[of]:
+                    requests.append(self.dist.irecv(torch.from_numpy(into[begins[of] - arriving[of] : begins[of]]), of))
+            for request in requests:
+                request.wait()
+
+        self.collective(pass_on)
 
     def swap(self, parts: Sequence[Ints]) -> list[Ints]:
         """One array of integers for each rank; the arrays that the ranks have for this one, flat."""

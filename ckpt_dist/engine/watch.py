@@ -9,6 +9,7 @@ Invariant: what was noted in the journal stays, so that the job can go on later.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 from ckpt_dist.errors import Stopped
 
 GONE = "gone"
+JOBS = itertools.count()
 LEFT = -1  # the count of a rank that has come to its end in order
 
 
@@ -31,7 +33,8 @@ class Watch:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self.name = f"rank {rank} ({socket.gethostname()})"
         self.address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        self.store = PrefixStore("ckpt_dist", TCPStore(*self.address, is_master=False, wait_for_workers=False))
+        job = f"ckpt_dist{next(JOBS)}"  # ranks make the same jobs in the same order, and a store outlives a job
+        self.store = PrefixStore(job, TCPStore(*self.address, is_master=False, wait_for_workers=False))
         self.last = time.monotonic()
         self.expected = False
         self.over = threading.Event()
