@@ -14,6 +14,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -271,7 +272,11 @@ def run_tiles(
             group.patiently(sync)
 
         journal = Journal(staged.folder, flush) if staged else None
-        try:
+        with ExitStack() as closing:  # all of them, whatever one of them says
+            for files in [*opened, *([target[2]] if target else [])]:
+                closing.callback(files.close)
+            if journal:
+                closing.callback(journal.close)
             wanted = [
                 _wanted(group, r, m, b, v, mine, finished[first:last])
                 for r, (m, b, v) in zip(plans, sources, strict=True)
@@ -306,13 +311,6 @@ def run_tiles(
             flush()
             done.bytes_read = sum(files.bytes_read for files in opened)
             return done
-        finally:
-            if journal:
-                journal.close()
-            for files in opened:
-                files.close()
-            if target:
-                target[2].close()
 
     done = group.together(work)
     parts = group.gather((done.bytes_read, done.bytes_written, done.digests))
