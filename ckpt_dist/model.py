@@ -21,7 +21,10 @@ NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "
 
 @dataclass(frozen=True)
 class Model:
-    """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected."""
+    """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected.
+
+    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs.
+    """
 
     source: Source
     names: tuple[str | None, ...]
@@ -32,6 +35,7 @@ class Model:
     unresolved: str = ""
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guesses: tuple[str, ...] = ()
+    apart: bool = False
 
     @property
     def catalog(self) -> Catalog:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import __version__, formats, plan, sources, task
-from ckpt_dist.catalog import Extra, Views
+import numpy as np
+
+from ckpt_dist import __version__, formats, part, plan, sources, task
+from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
@@ -49,7 +51,7 @@ def convert(cfg: Config) -> dict[str, Any]:
     """One checkpoint into another format, dialect or dtype."""
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
-            m = task.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
         return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
 
 
@@ -57,7 +59,7 @@ def merge(cfg: Config) -> dict[str, Any]:
     """The shards of a training checkpoint into one Hugging Face model, by default inside the checkpoint itself."""
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
-            m = task.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
         given = cfg["target"].get("path")
         into = None if given else _checkpoint_of(m)
         return _write(
@@ -83,7 +85,7 @@ def average(cfg: Config) -> dict[str, Any]:
     """The weighted mean of several checkpoints of one model, summed in fp32 and rounded once."""
     with job("average", cfg) as (group, report):
         with report.phase("scan"):
-            models = task.scanned(group, lambda more: _open_all(cfg, more))
+            models = part.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
         target = _average_target(cfg, label)
@@ -151,11 +153,11 @@ def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
     """The combination of an average: the mean, except where training sets a value without gradients."""
     from ckpt_dist.averages.tensors import COPIED, last, mean
 
-    tiles = plan.tiles(d.canon.entries).entry
-    copied = [any(fnmatch.fnmatch(e.name, pattern) for pattern in COPIED) for e in d.canon.entries]
+    each = [any(fnmatch.fnmatch(e.name, pattern) for pattern in COPIED) for e in d.canon.entries]
+    copied = np.repeat(np.array(each, bool), plan.tile_counts(d.canon.entries))
 
     def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
-        if copied[tiles[tile]]:
+        if copied[tile]:
             return keep(tile, iter([last(values)]), dtypes[-1:], want)
         return mean(values, dtypes, coefficients, want)
 
@@ -200,8 +202,7 @@ class Prepared:
     design: task.Design
     combine: Combine
     layout: Layout
-    views: Sequence[Views]
-    target_views: Views
+    proof: task.Proof
     staging: stage.Staging
     small: Mapping[str, bytes | Path]
 
@@ -285,7 +286,7 @@ def _prepare(
     _same_tensors(models, d.sources)
     extras, lost = _extras(models[0], cfg)
     layout = _lay_out(d, models[0], extras, cfg, path)
-    views, target_views = task.prove_all(d, models, layout.catalog.chunks)
+    proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
     carries = target["format"] == "hf" and not staging.single
     small = _small_files(models[0], d, layout, cfg, report) if carries else {}
@@ -294,7 +295,7 @@ def _prepare(
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
     group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost)
-    return Prepared(models, d, combination(d), layout, views, target_views, staging, small)
+    return Prepared(models, d, combination(d), layout, proof, staging, small)
 
 
 def _fill(
@@ -310,8 +311,8 @@ def _fill(
     """Make the tiles, read them again if asked, publish; the fingerprints that were taken on the way."""
     digests, quiet = p.combine is not keep or bool(engine.get("verify")), bool(cfg.get("quiet"))
     files = Files(p.staging.folder, p.layout.catalog.files, writable=True)
-    sides = list(zip(p.models, p.design.sources, p.views, strict=True))
-    target = (p.design.target, p.layout, files, p.target_views)
+    sides = list(zip(p.models, p.design.sources, strict=True))
+    target = (p.design.target, p.layout, files, p.proof.target)
     with report.phase("copy" if p.combine is keep else "average"):
         done = task.run_tiles(
             group,
@@ -325,6 +326,7 @@ def _fill(
             digests=digests,
             quiet=quiet,
             staged=staged,
+            proof=p.proof,
         )
     if engine.get("verify"):
         with report.phase("verify"):
@@ -462,7 +464,7 @@ def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Confi
     folder, result = p.staging.folder, len(p.models)
     catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
     m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
-    sides = [(m, p.design.target, p.target_views)]
+    sides = [(m, p.design.target)]
     again = task.run_tiles(
         group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet
     )
@@ -513,14 +515,14 @@ def _dry(
     """The plan as text: files, bytes, memory, guesses; nothing was written."""
     total = sum(layout.sizes)
     workers = task.worker_count(engine, group.local_world)
-    tiles = plan.tiles(d.canon.entries)
+    tiles = int(plan.tile_counts(d.canon.entries).sum())
     lines = [
         f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"
     ]
     lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
     lines += [f"  {n}  small" for n in layout.late]
     lines.append(
-        f"{len(tiles)} tiles for {group.world} ranks of {workers} threads; at most {size(workers * task.WORKER_BYTES)} of data in memory a rank"
+        f"{tiles} tiles for {group.world} ranks of {workers} threads; at most {size(workers * task.WORKER_BYTES)} of data in memory a rank"
     )
     lines += report.remarks()
     report.notes.clear()
@@ -532,6 +534,6 @@ def _dry(
         "target": str(path),
         "files": files,
         "bytes": total,
-        "tiles": len(tiles),
+        "tiles": tiles,
         "text": lines,
     }
