@@ -243,6 +243,6 @@ def test_a_memo_number_beyond_the_pickle_takes_no_memory(bomb: bytes) -> None:
 
 
 def test_long_pickles_of_every_protocol_pass() -> None:
-    tree = {f"k{i}": [i, (i, str(i) * 3), {"x": float(i), "b": b"y" * (i % 300)}] for i in range(20_000)}
+    tree = {f"k{i}": [i, (i, str(i) * 3), {"x": float(i), "b": b"y" * (1 + i % 300)}] for i in range(20_000)}
     for protocol in range(2, 6):
         assert pickles.loads(pickle.dumps(tree, protocol), "x") == tree
