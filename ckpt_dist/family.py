@@ -28,7 +28,10 @@ CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are tak
 
 @dataclass(frozen=True)
 class Family:
-    """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers."""
+    """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers.
+
+    `optional`: weight that not every model of the family has -> who has it.
+    """
 
     name: str
     weights: Mapping[str, str]
@@ -37,6 +40,7 @@ class Family:
     model_types: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
+    optional: Mapping[str, str] = field(default_factory=dict)
 
     def axes(self, weight: str) -> tuple[str, ...]:
         return tuple(self.weights[weight].split())
@@ -89,6 +93,11 @@ def match(family: Family, dialect: str, name: str) -> Rule | None:
         return None
     pattern, axes = hit
     return Rule(pattern, pattern.weights, tuple(zip(axes, map(int, numbers), strict=True)))
+
+
+def counted(family: Family) -> set[str]:
+    """The axes that stand in stored names, in whatever dialect: layers and experts."""
+    return {a for rules in family.dialects.values() for name in rules for a in re.findall(r"\{(\w+)\}", name)}
 
 
 def dropped(family: Family, name: str) -> bool:

@@ -5,12 +5,16 @@ Invariant: each stored name is selected, carried or dropped by a named rule, or 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ckpt_dist import family as families
-from ckpt_dist.box import Ints
+from ckpt_dist.box import Ints, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, unwrap
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import CANONICAL, Family, Rule
@@ -140,6 +144,7 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
     if family != "auto":
         known = [families.load(family)]
     typed = [f for f in known if config.get("model_type") in f.model_types]
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "0", n) for n in names)  # layers and experts differ by a number only
     best: tuple[float, Family | None, str, str] = (0.0, None, "", "")
     for candidate in typed or known:
         if dialect not in ("auto", *candidate.dialects):
@@ -148,23 +153,35 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
             )
         for spoken in candidate.dialects if dialect == "auto" else (dialect,):
             for prefix in ("", "model.", "module."):
-                score = _score(candidate, spoken, prefix, names)
+                score = _score(candidate, spoken, prefix, counts, bool(typed) or family != "auto")
                 if score > best[0]:
                     best = (score, candidate, spoken, prefix)
     score, chosen, spoken, prefix = best
     enough = (
         0.5 if typed or family != "auto" or dialect != "auto" else 0.9
     )  # a config that names the family speaks for it
+    if (chosen is None or score < enough) and family != "auto" and names:
+        raise CheckpointError(
+            f"model={family}: {score:.0%} of the {len(names)} stored names are of that family, the first is {names[0]!r}. "
+            "Leave model= out to have the family found, or give model=identity to keep names as they are."
+        )
     if chosen is None or score < enough:
         return None, "", ""
     return chosen, spoken, prefix
 
 
-def _score(family: Family, dialect: str, prefix: str, names: Sequence[str]) -> float:
-    """The part of the names that a dialect knows; names it only drops do not speak for it."""
-    hits = sum(n.startswith(prefix) and families.match(family, dialect, n[len(prefix) :]) is not None for n in names)
-    drops = sum(families.dropped(family, n) for n in names)
-    return hits / max(len(names) - drops, 1)
+def _score(family: Family, dialect: str, prefix: str, names: Mapping[str, int], known: bool) -> float:
+    """The part of the names that a dialect knows; names it only drops do not speak for it.
+
+    Families share many names: one that is not known to be the right one has to have all its weights there.
+    """
+    rules = {n: families.match(family, dialect, n[len(prefix) :]) for n in names if n.startswith(prefix)}
+    hits = sum(names[n] for n, rule in rules.items() if rule is not None)
+    drops = sum(count for n, count in names.items() if families.dropped(family, n))
+    found = {w for rule in rules.values() if rule is not None for w in rule.weights}
+    if not known and not set(family.weights) - set(family.optional) - set(family.ties) <= found:
+        return 0.0
+    return hits / max(sum(names.values()) - drops, 1)
 
 
 def _unambiguous(names: Sequence[str | None], source: Source) -> None:
@@ -235,11 +252,20 @@ def axes_of(family: Family) -> dict[str, tuple[str, ...]]:
     return {w: family.axes(w) for w in family.weights}
 
 
-def corners(bound: Bound, views: Views) -> dict[str, Ints]:
-    """For each weight the lower corners of its boxes: which layers there are."""
-    import numpy as np
-
-    return {key: np.unique(views.start[views.weight == w], axis=0) for w, key in enumerate(views.keys)}
+def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
+    """For each weight the lower corners of its boxes, which tell its layers and experts apart: each is in a box of its own."""
+    named = families.counted(family)
+    found = {}
+    for w, key in enumerate(views.keys):
+        boxes = np.unique(np.stack([views.start, views.stop], 1)[views.weight == w], axis=0)
+        start, stop = boxes[:, 0], boxes[:, 1]
+        for place, axis in enumerate(bound.axes[key]):
+            if axis in named:
+                rows, index = expand(start[:, place], stop[:, place] - start[:, place])
+                start, stop = start[rows], stop[rows]
+                start[:, place] = index
+        found[key] = np.unique(start, axis=0)
+    return found
 
 
 def spelled(

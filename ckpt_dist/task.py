@@ -121,7 +121,7 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     first = models[0]
     assert first.family is not None
     bounds = tuple(model.bind_family(m) for m in models)
-    present = model.corners(bounds[0], wholly(bounds[0]))
+    present = model.corners(first.family, bounds[0], wholly(bounds[0]))
     dtype_of = _dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {

@@ -35,6 +35,12 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+optional = {  # the model types that have a weight, with the key of the config that asks for it
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), "llama:attention_bias qwen2 qwen3:attention_bias"),
+    "o_bias": "llama:attention_bias qwen3:attention_bias",
+    **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), "llama:mlp_bias"),
+    **dict.fromkeys(("q_norm", "k_norm"), "qwen3"),
+}
 drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
 
 _hf = "model.layers.{l}."
@@ -95,7 +101,8 @@ dialects = dict(
 )
 
 
-def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
+def from_hf(c: Mapping[str, Any]) -> dict[str, int]:
+    """Axis lengths from a config.json in Llama's words, which many families use; what it lacks comes from shapes."""
     heads = c["num_attention_heads"]
     groups = c.get("num_key_value_heads") or heads
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
@@ -117,4 +124,4 @@ def _from_params(p: Mapping[str, Any]) -> dict[str, int]:
     return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=p["dim"] // heads // 2)
 
 
-sizes = dict(hf=_from_hf, meta=_from_params)
+sizes = dict(hf=from_hf, meta=_from_params)
