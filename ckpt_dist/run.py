@@ -1,4 +1,4 @@
-"""The verbs that write: convert, average, merge. Each is one straight line over the steps of `task`.
+"""The verbs that write: convert, average, merge, seed. Each is one straight line over the steps of `task`.
 
 Invariant: a verb either publishes a whole target and a report, or raises and leaves no trace of the target.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import __version__, formats, plan, sources, task
+from ckpt_dist import __version__, formats, initial, plan, sources, task
 from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -92,6 +92,20 @@ def average(cfg: Config) -> dict[str, Any]:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
         return _write(group, report, models, cfg, target, lambda d: _mean(d, given), about, given=given)
+
+
+def seed(cfg: Config) -> dict[str, Any]:
+    """A checkpoint of first values, from a config alone: a conversion whose source is computed."""
+    with job("seed", cfg) as (group, report):
+        with report.phase("scan"):
+            m = group.on_first(lambda: initial.checkpoint(cfg))
+        about = {"verb": "seed", "seed": cfg["seed"], "init": initial.described(m)}
+        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: _drawn, about)
+
+
+def _drawn(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+    """What `keep` does; being another function it has every tile made and digested, none copied."""
+    return keep(tile, values, dtypes, want)
 
 
 def _paths(cfg: Config) -> list[str]:
@@ -312,7 +326,7 @@ def _fill(
     files = Files(p.staging.folder, p.layout.catalog.files, writable=True)
     sides = list(zip(p.models, p.design.sources, p.views, strict=True))
     target = (p.design.target, p.layout, files, p.target_views)
-    with report.phase("copy" if p.combine is keep else "average"):
+    with report.phase("copy" if p.combine is keep else about["verb"]):
         done = task.run_tiles(
             group,
             report,

@@ -264,7 +264,7 @@ def run_tiles(
 
     def work() -> Done:
         mine = canon.views(tiles.take(np.arange(first, last)))
-        opened = [Files(m.catalog.root, m.catalog.files) for m, _, _ in sources]
+        opened = [m.source.reader or Files(m.catalog.root, m.catalog.files) for m, _, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down
@@ -357,8 +357,8 @@ def _readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     length = np.zeros(len(catalog.files), np.int64)
     nbytes = np.prod(catalog.chunks.stop - catalog.chunks.start, axis=1) * item_bytes(catalog.entries, catalog.chunks)
     np.maximum.at(length, catalog.chunks.file, catalog.chunks.offset + nbytes)
-    if group.world == 1:
-        return exchange.Readers(np.ones((1, len(length)), bool), length, balanced)
+    if group.world == 1 or m.source.reader:
+        return exchange.Readers(np.ones((group.world, len(length)), bool), length, balanced)
     looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
     node = 0
     for rank, row in enumerate(looked):  # ranks of a node see what its first one sees
