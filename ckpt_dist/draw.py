@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from math import factorial, pi
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ def _standard(key: int, block: int, count: int) -> Floats:
     return z
 
 
-def _log(u: Floats) -> Floats:
+def _log(u: NDArray[Any]) -> Floats:
     """Natural logarithm of numbers in (0, 1]."""
     part, exponent = np.frexp(u)
     low = part < SQRT_HALF

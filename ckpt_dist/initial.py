@@ -198,7 +198,7 @@ def _row(key: str | None, config: Config, path: Path) -> int | None:
         return None
     if not isinstance(row, int) or not -rows <= row < rows:
         raise CheckpointError(f"{path}: {key} is {row!r}, and there are {rows} rows.")
-    return row % rows
+    return int(row % rows)
 
 
 def _deviation(text: str, config: Config, path: Path) -> float:
