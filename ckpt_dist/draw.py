@@ -60,7 +60,8 @@ def _log(u: NDArray[Any]) -> Floats:
     low = part < SQRT_HALF
     part += part * low  # from sqrt(1/2) to sqrt(2), where the series is short
     s = (part - 1.0) / (part + 1.0)
-    return (exponent - low) * LN_2 + 2.0 * s * _series(LOG, s * s)
+    result: Floats = (exponent - low) * LN_2 + 2.0 * s * _series(LOG, s * s)
+    return result
 
 
 def _series(coefficients: list[float], x: Floats) -> Floats:
