@@ -12,7 +12,7 @@ import ast
 import operator
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -45,14 +45,14 @@ OPERATORS: dict[type[ast.operator], Any] = {
 
 @dataclass(frozen=True)
 class Start:
-    """How a weight begins: normal numbers around `mean`, which is all there is where `std` is 0; one row may be zeros."""
+    """How a weight begins: normal numbers around 0, or `value` everywhere where `std` is 0; one row may be zeros."""
 
-    mean: float
     std: float
+    value: float = 0.0
     zero_row: int | None = None
 
     def __str__(self) -> str:
-        values = f"normal, std {self.std:g}" if self.std else f"{self.mean:g}"
+        values = f"normal, std {self.std:g}" if self.std else f"{self.value:g}"
         return values if self.zero_row is None else f"{values}; row {self.zero_row} 0"
 
 
@@ -73,7 +73,7 @@ class Drawn:
         if start.std:
             draw.normal(self.keys[which], first, start.std, out)
         else:
-            out[:] = start.mean
+            out[:] = start.value
         if start.zero_row is not None:
             low = start.zero_row * self.row_sizes[which] - first
             out[max(low, 0) : max(low + self.row_sizes[which], 0)] = 0
@@ -90,8 +90,9 @@ def checkpoint(cfg: Config) -> Model:
     assert path is not None
     family = _family(settings.get("family", "auto"), config, path)
     complete = {**family.defaults.get(config["model_type"], {}), **config}
-    sizes = _sizes(family, complete, path)
-    present = {w: _corners(family, w, sizes) for w in _weights(family, complete)}
+    weights = _weights(family, complete)
+    sizes = _sizes(family, weights, complete, path)
+    present = {w: _corners(family, w, sizes) for w in weights}
     bound = model.spelled(family, CANONICAL, present, sizes, lambda rule: DTYPE)
     begins = list(accumulate((ITEM * prod(e.shape) for e in bound.entries), initial=0))[:-1]
     drawn = _drawn(family, bound, begins, complete, int(cfg["seed"]), path)
@@ -119,7 +120,7 @@ def _family(asked: str, config: Config, path: Path) -> Family:
     found = [f for f in known if kind in f.model_types]
     if not found:
         types = ", ".join(t for f in known if f.init for t in f.model_types)
-        raise CheckpointError(f"{path}: model_type is {kind!r}; first values are known for {types}.")
+        raise CheckpointError(f"{path}: model_type is {kind!r}; a seed is made of {types}. Give such a config.json.")
     if not found[0].init:
         raise CheckpointError(
             f"{path}: the family {found[0].name} has no `init` table, so the first values of {kind!r} are not known. "
@@ -128,7 +129,7 @@ def _family(asked: str, config: Config, path: Path) -> Family:
     return found[0]
 
 
-def _sizes(family: Family, config: Config, path: Path) -> dict[str, int]:
+def _sizes(family: Family, weights: Sequence[str], config: Config, path: Path) -> dict[str, int]:
     """The lengths of all axes; the config's own vocabulary, whatever others pad it to."""
     try:
         sizes = dict(family.sizes[CANONICAL](config))
@@ -139,6 +140,9 @@ def _sizes(family: Family, config: Config, path: Path) -> dict[str, int]:
     wrong = {a: n for a, n in sizes.items() if not isinstance(n, int) or isinstance(n, bool) or n < 1}
     if wrong:
         raise CheckpointError(f"{path}: lengths of axes are {wrong}; each is a whole number, 1 or more.")
+    lacking = sorted({a for w in weights for a in family.axes(w)} - set(sizes))
+    if lacking:
+        raise CheckpointError(f"{path}: the lengths of {', '.join(lacking)} of {family.name} do not follow from it.")
     return sizes
 
 
@@ -164,36 +168,38 @@ def _corners(family: Family, weight: str, sizes: Mapping[str, int]) -> Ints:
 def _drawn(family: Family, bound: Bound, begins: list[int], config: Config, seed: int, path: Path) -> Drawn:
     keys = tuple(draw.key(seed, e.name) for e in bound.entries)
     by_weight: dict[str, Start] = {}
-    starts = tuple(_start_of(family, rule, config, path, by_weight) for rule in bound.rules if rule)
-    rows = tuple(prod(e.shape[1:]) for e in bound.entries)
-    return Drawn(tuple(begins), keys, starts, rows)
+    rows, row_sizes = [e.shape[0] for e in bound.entries], tuple(prod(e.shape[1:]) for e in bound.entries)
+    starts = tuple(
+        _start_of(family, rule, n, config, path, by_weight) for rule, n in zip(bound.rules, rows, strict=True) if rule
+    )
+    return Drawn(tuple(begins), keys, starts, row_sizes)
 
 
-def _start_of(family: Family, rule: Rule, config: Config, path: Path, known: dict[str, Start]) -> Start:
+def _start_of(family: Family, rule: Rule, rows: int, config: Config, path: Path, known: dict[str, Start]) -> Start:
     """The start of one stored tensor; the weights that are fused in it begin alike."""
     for weight in rule.weights:
-        known.setdefault(weight, _start(family, weight, config, path))
+        known.setdefault(weight, _start(family, weight, rows, config, path))
     first, *others = (known[w] for w in rule.weights)
     if any(other != first for other in others):
         raise CheckpointError(f"{family.name}: {', '.join(rule.weights)} are one tensor and begin differently.")
     return first
 
 
-def _start(family: Family, weight: str, config: Config, path: Path) -> Start:
+def _start(family: Family, weight: str, rows: int, config: Config, path: Path) -> Start:
     """What the family's table says of a weight, with the config's numbers in it."""
     text = next((how for pattern, how in family.init.items() if fnmatchcase(weight, pattern)), "nothing")
     how = HOW.fullmatch(text)
     if how is None:
         raise CheckpointError(f"{family.name}: init says {text!r} of {weight}; write ones, zeros or normal STD.")
-    row = _row(how["row"], config, path)
+    row = _row(how["row"], rows, config, path)
     if how["std"] is None:
-        return Start(float(how["kind"] == "ones"), 0.0, row)
-    return Start(0.0, _deviation(how["std"], config, path), row)
+        return Start(0.0, float(how["kind"] == "ones"), row)
+    return Start(_deviation(how["std"], config, path), 0.0, row)
 
 
-def _row(key: str | None, config: Config, path: Path) -> int | None:
+def _row(key: str | None, rows: int, config: Config, path: Path) -> int | None:
     """The row that a key of the config names, from the end where it is negative; none where it is not there."""
-    row, rows = config.get(key) if key else None, config["vocab_size"]
+    row = config.get(key) if key else None
     if row is None:
         return None
     if not isinstance(row, int) or not -rows <= row < rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,10 +25,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import ckpt_dist
-from ckpt_dist import cli, draw, family, initial
+from ckpt_dist import cli, draw, families, family, initial
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.plan import TILE
-from tests.conftest import torchrun
+from tests.conftest import ROOT, torchrun
 from tests.real.seeds import TARGETS, seeds
 from tests.test_memory import MEMORY, peak
 from tests.test_resume import noted, same, start, wait
@@ -268,6 +269,27 @@ def test_the_numbers_of_a_seed_are_frozen() -> None:
     assert hashlib.sha256(numbers("model.norm.weight").tobytes()).hexdigest()[:16] == "50523354a57d0483"
 
 
+PROCESSOR = """
+import hashlib, sys, numpy as np
+from ckpt_dist import draw
+out = np.empty(1 << 18, np.float32)
+draw.normal(draw.key(7, "w"), 0, 1.0, out)
+print(hashlib.sha256(out).hexdigest())
+"""
+
+
+def test_processors_agree() -> None:
+    """numpy without the instructions of newer processors, whose own logarithm then has other last bits."""
+    from numpy._core import _multiarray_umath as numpy_core
+
+    newer = " ".join(numpy_core.__cpu_dispatch__)
+    env = {**os.environ, "NPY_DISABLE_CPU_FEATURES": newer}
+    words = [sys.executable, "-W", "ignore", "-c", PROCESSOR]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == hashlib.sha256(numbers("w", count=1 << 18)).hexdigest()
+
+
 # ---- like every other job
 
 
@@ -379,6 +401,55 @@ def test_the_config_is_never_written_over(tmp_path: Path) -> None:
     assert path.exists()
 
 
+TOY = """
+model_types = ("toy",)
+weights = dict(embed="v e", q="l g d e", k="l g d e", v="l g d e", up="l x f e", scale="l e")
+dialects = dict(hf={
+    "wte": "embed: v e",
+    "h.{l}.qkv": "q, k, v: e ((1 + 1 + 1) g d)",
+    "h.{l}.experts.{x}.up": "up: f e",
+    "h.{l}.scale": "scale: e",
+})
+init = {"scale": "ones", "up": "normal init_std / (2 * n_layer) ** 0.5", "*": "normal init_std"}
+optional = dict(up="toy:num_experts")
+def _sizes(c):
+    found = dict(l=c["n_layer"], v=c["n_vocab"], e=32, g=2, d=8, f=24)
+    return {**found, "x": c["num_experts"]} if "num_experts" in c else found
+sizes = dict(hf=_sizes)
+"""
+
+
+def test_another_family_needs_only_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused and transposed arrays, an array for each expert, deviations that depend on depth."""
+    (tmp_path / "families").mkdir()
+    (tmp_path / "families/toy.py").write_text(TOY)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "families")])
+    monkeypatch.delitem(sys.modules, "ckpt_dist.families.toy", raising=False)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dict(model_type="toy", n_layer=2, n_vocab=50, num_experts=3, init_std=0.5)))
+    made = hf(tmp_path / "out", path)
+    layers = {f"h.{i}.qkv": (32, 48) for i in range(2)} | {f"h.{i}.scale": (32,) for i in range(2)}
+    experts = {f"h.{i}.experts.{x}.up": (24, 32) for i in range(2) for x in range(3)}
+    assert {n: tuple(t.shape) for n, t in made.items()} == {"wte": (50, 32), **layers, **experts}
+    for name, std in {"wte": 0.5, **dict.fromkeys(experts, 0.25), "h.0.qkv": 0.5}.items():
+        assert abs(made[name].std().item() / std - 1) < 5 / (2 * made[name].numel()) ** 0.5
+    assert torch.equal(made["h.1.scale"], torch.ones(32))
+    assert len({t.numpy().tobytes() for n, t in made.items() if "scale" not in n}) == len(made) - 2
+    path.write_text(json.dumps(dict(model_type="toy", n_layer=2, n_vocab=50, init_std=0.5)))
+    assert sorted(hf(tmp_path / "dense", path)) == sorted({"wte", *layers})
+    (tmp_path / "families/toy.py").write_text(TOY.replace("e=32, ", ""))
+    monkeypatch.delitem(sys.modules, "ckpt_dist.families.toy")
+    with pytest.raises(CheckpointError, match="lengths of e"):
+        ckpt_dist.seed(path, tmp_path / "no")
+
+
+def test_a_dry_run_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from ckpt_dist.cli import main; code = main('seed', sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
+    words = [f"model.config={config(tmp_path)}", f"target.path={tmp_path / 'out'}", "dry_run=true"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", family.available())
 def test_every_init_table_can_be_read(name: str) -> None:
     """Each weight has a rule that is understood, and what is optional or has defaults is there."""
@@ -397,5 +468,5 @@ def test_deviations_may_depend_on_depth() -> None:
     assert initial._deviation("initializer_range / (2 * n_layer) ** 0.5", config, where) == 0.02 / 4
     assert initial._deviation("init_std or 0.5", config, where) == 0.5
     for text in ("init_std / 2", "n_layer / 0", "__import__('os').getpid()", "-n_layer", "n_layer.real", "'a'"):
-        with pytest.raises(CheckpointError, match="cannot be computed|number, 0 or more"):
+        with pytest.raises(CheckpointError, match=r"cannot be computed|number, 0 or more"):
             initial._deviation(text, config, where)
