@@ -423,7 +423,8 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
     """Each stored name is mapped, carried or dropped, and the report says by which rule."""
     m = models[0]
     mapped = sum(n is not None for n in m.names)
-    report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
+    if m.source.reader is None:
+        report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
     for rule, names in {**m.dropped, **{k: tuple(v) for k, v in lost.items()}}.items():
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         report.notes.append(f"dropped, {rule}: {some}")

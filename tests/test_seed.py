@@ -133,7 +133,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
                 seeds(path, done[1])
             else:
                 ran = torchrun(num_ranks, "-m", "tests.real.seeds", path, done[num_ranks])
-                assert ran.returncode == 0, ran.stderr[-3000:]
+                assert ran.returncode == 0, ran.stderr[-20_000:]
         return done[num_ranks]
 
     return folder

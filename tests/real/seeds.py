@@ -4,6 +4,7 @@ DCP one into a Llama under FSDP2, whose gathered weights are saved as loaded.saf
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def load(config: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     config, out = Path(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo")
     seeds(config, out)
