@@ -30,7 +30,8 @@ CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are tak
 class Family:
     """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers.
 
-    `optional`: weight that not every model of the family has -> who has it.
+    What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> who has it;
+    `defaults`: model type -> what transformers takes where a config does not say it.
     """
 
     name: str
@@ -40,7 +41,9 @@ class Family:
     model_types: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
+    init: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def axes(self, weight: str) -> tuple[str, ...]:
         return tuple(self.weights[weight].split())

@@ -204,6 +204,7 @@ KEYS: dict[str, Kind] = {
     "last": COUNT,
     "weights": Kind("numbers such as 0.25,0.75", _some(_number)),
     "name": WORD,
+    "seed": Kind("a whole number, 0 or more", _whole(0)),
     "match": WORD,
     "stats": FLAG,
     "rtol": Kind("a number, 0 or more", _tolerance),

@@ -205,7 +205,7 @@ def _sizes(
         try:
             known = dict(read(source.config))
             break
-        except (KeyError, TypeError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
             continue
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]

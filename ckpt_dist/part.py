@@ -168,8 +168,8 @@ def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
     catalog = m.catalog
     length = group.on_first(lambda: _ends(catalog)) if m.apart else _ends(catalog)
-    if group.world == 1:
-        return exchange.Readers(np.ones((1, len(length)), bool), length, balanced)
+    if group.world == 1 or m.source.reader:
+        return exchange.Readers(np.ones((group.world, len(length)), bool), length, balanced)
     looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
     node = 0
     for rank, row in enumerate(looked):  # ranks of a node see what its first one sees

@@ -1,4 +1,4 @@
-"""The verbs that write: convert, average, merge. Each is one straight line over the steps of `task`.
+"""The verbs that write: convert, average, merge, seed. Each is one straight line over the steps of `task`.
 
 Invariant: a verb either publishes a whole target and a report, or raises and leaves no trace of the target.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, formats, part, plan, sources, task
+from ckpt_dist import __version__, formats, initial, part, plan, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -94,6 +94,20 @@ def average(cfg: Config) -> dict[str, Any]:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
         return _write(group, report, models, cfg, target, lambda d: _mean(d, given), about, given=given)
+
+
+def seed(cfg: Config) -> dict[str, Any]:
+    """A checkpoint of first values, from a config alone: a conversion whose source is computed."""
+    with job("seed", cfg) as (group, report):
+        with report.phase("scan"):
+            m = group.on_first(lambda: initial.checkpoint(cfg))
+        about = {"verb": "seed", "seed": cfg["seed"], "init": initial.described(m)}
+        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: _drawn, about)
+
+
+def _drawn(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+    """What `keep` does; being another function it has every tile made and digested, none copied."""
+    return keep(tile, values, dtypes, want)
 
 
 def _paths(cfg: Config) -> list[str]:
@@ -313,7 +327,7 @@ def _fill(
     files = Files(p.staging.folder, p.layout.catalog.files, writable=True)
     sides = list(zip(p.models, p.design.sources, strict=True))
     target = (p.design.target, p.layout, files, p.proof.target)
-    with report.phase("copy" if p.combine is keep else "average"):
+    with report.phase("copy" if p.combine is keep else about["verb"]):
         done = task.run_tiles(
             group,
             report,
@@ -411,7 +425,8 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
     """Each stored name is mapped, carried or dropped, and the report says by which rule."""
     m = models[0]
     mapped = sum(n is not None for n in m.names)
-    report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
+    if m.source.reader is None:
+        report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
     for rule, names in {**m.dropped, **{k: tuple(v) for k, v in lost.items()}}.items():
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         report.notes.append(f"dropped, {rule}: {some}")

@@ -56,6 +56,7 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     config_path: Path | None = None
     notes: tuple[str, ...] = ()
+    reader: Any = None  # gives the bytes where they are computed, not stored
 
 
 def steps(parent: Path) -> dict[int, Path]:

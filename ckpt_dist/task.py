@@ -244,7 +244,7 @@ def run_tiles(
     collective = group.together(lambda: _collective(transport, group, report, plans))
 
     def work() -> Done:
-        opened = [Files(m.catalog.root, m.catalog.files) for m, _ in sources]
+        opened = [m.source.reader or Files(m.catalog.root, m.catalog.files) for m, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down

@@ -25,6 +25,7 @@ NEEDED = {
     "merge": ["source.path=run"],
     "inspect": ["source.path=run"],
     "verify": ["a.path=run"],
+    "seed": ["model.config=config.json", "target.path=model"],
 }
 ODD = [
     "step=100/x",
