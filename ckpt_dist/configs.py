@@ -37,7 +37,7 @@ SCALED = dict(
 )  # what use_scaled_rope stands for
 FEED_FORWARD = ("multiple_of", "ffn_dim_multiplier", "hidden_dim")
 KNOWN = {*(meta for _, meta, *_ in FIELDS), "vocab_size", "use_scaled_rope", "head_dim", *FEED_FORWARD}
-PUBLISHED = ((256, None), (4096, 1.3), (4096, 1.2), (1024, 1.3), (256, 1.5))  # multiple_of, ffn_dim_multiplier
+PUBLISHED = ((256, None), (256, 1.5), (4096, 1.3), (4096, 1.2), (1024, 1.3))  # multiple_of, ffn_dim_multiplier
 TOKENS = {32000: (1, 2), 128256: (128000, 128001)}  # vocabulary: begin and end of a text, in Llama 2 and 3
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 NEUTRAL = (  # of config.json: nothing that the model computes depends on them

@@ -20,7 +20,7 @@ import numpy as np
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.configs import read_config
-from ckpt_dist.errors import CheckpointError, UsageError, nearest
+from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
@@ -55,7 +55,7 @@ def claims(path: Path) -> bool:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """The pickles of all ranks; each rank's part of a tensor becomes a chunk at its place in the whole."""
-    params = read_config(path / PARAMS) if (path / PARAMS).is_file() else {}
+    params = _params(path)
     names = _files(path)
     shards, extras = zip(*(_shard(path / name) for name in names), strict=True)
     _alike(path, names, shards)
@@ -70,6 +70,19 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     ]
     about = {"ranks": len(shards), "embedding": dims.get(EMBEDDING) if len(shards) > 1 else None}
     return Catalog("meta", str(path), tuple(names), entries, _chunks(rows), extras[0], params, about=about)
+
+
+def _params(path: Path) -> dict[str, Any]:
+    """params.json, if there is one; its lengths are whole numbers."""
+    params = read_config(path / PARAMS) if (path / PARAMS).is_file() else {}
+    for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
+        value = params.get(key)
+        if value is not None and (type(value) is not int or (value < 1 and key != "vocab_size")):
+            raise CheckpointError(f"{path / PARAMS}: {key} is {value!r}, a whole number of 1 or more is expected.")
+    for key in ("quantization_args", "lora_args"):
+        if params.get(key):
+            raise CheckpointError(f"{path / PARAMS} has {key}: quantised files and adapters are not read yet.")
+    return params
 
 
 def _files(path: Path) -> list[str]:
@@ -158,9 +171,6 @@ def _entry(name: str, ref: pickles.TensorRef, dim: int | None, count: int) -> En
 
 def _fits(path: Path, entries: Sequence[Entry], count: int, params: Mapping[str, Any]) -> None:
     """What params.json says of lengths and layers is what the files hold together."""
-    for key in ("quantization_args", "lora_args"):
-        if params.get(key):
-            raise CheckpointError(f"{path / PARAMS} has {key}: quantised files and adapters are not read yet.")
     said = _lengths(params)
     for entry in entries:
         for d, wanted in enumerate(said.get(_part(entry.name), ())):
@@ -176,14 +186,14 @@ def _fits(path: Path, entries: Sequence[Entry], count: int, params: Mapping[str,
         raise CheckpointError(f"{path} holds {len(layers)} layers, {PARAMS} says n_layers={params['n_layers']}.")
 
 
-def _lengths(params: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
-    """The whole shapes that follow from params.json; None where it does not say."""
+def _lengths(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The whole shapes that follow from params.json; 0 where it does not say."""
     dim, heads = params.get("dim"), params.get("n_heads")
     if not dim or not heads:
         return {}
     head = params.get("head_dim") or dim // heads
     groups = (params.get("n_kv_heads") or heads) * head
-    words = params["vocab_size"] if params.get("vocab_size", -1) > 0 else None
+    words = max(params.get("vocab_size") or 0, 0)  # -1: that of the tokenizer
     return {
         EMBEDDING: (words, dim),
         "attention.wq.weight": (heads * head, dim),
@@ -240,9 +250,9 @@ def _target_dims(spec: Spec, count: int) -> dict[str, int | None]:
     dims: dict[str, int | None] = {}
     for entry in spec.entries:
         if _part(entry.name) not in DIVIDED:
-            known = nearest(_part(entry.name), DIVIDED)
             raise UsageError(
-                f"target.format=meta: Meta's Llama has no tensor {entry.name!r}.{known} Use another target.format."
+                f"target.format=meta: {entry.name!r} is no tensor of Meta's Llama. Leave target.dialect and target.key out, "
+                "or use another target.format."
             )
         dim = dims[entry.name] = DIVIDED[_part(entry.name)]
         if entry.name == EMBEDDING:
