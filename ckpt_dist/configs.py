@@ -109,10 +109,11 @@ def to_hf(params: Mapping[str, Any], sizes: Mapping[str, int], tied: bool) -> Tr
         "bos_token_id": begin,
         "eos_token_id": end,
     }
-    guesses = [f"max_position_embeddings {length}", f"bos_token_id {begin}", f"eos_token_id {end}"]
+    guesses = [f"max_position_embeddings {length}"]
+    guesses += [f"bos_token_id {begin}", f"eos_token_id {end}"] if begin else ["no bos_token_id and eos_token_id"]
     guesses += [] if "rope_theta" in params else [f"rope_theta {theta:g}, as in Llama 1 and 2"]
     guesses += ["rope_scaling factor 8, as in Llama 3.1 (Llama 3.2 has 32)"] if scaled else []
-    text = "params.json does not say, config.json does: " + ", ".join(guesses)
+    text = "config.json, where params.json does not say: " + ", ".join(guesses)
     return Translation(config, (text,), tuple(sorted(k for k in set(params) - KNOWN if params[k] is not None)))
 
 

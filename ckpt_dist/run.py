@@ -285,6 +285,7 @@ def _prepare(
     _same_tensors(models, d.sources)
     extras, lost = _extras(models[0], cfg)
     layout = _lay_out(d, models[0], extras, cfg, path)
+    report.guesses += layout.catalog.about.get("guesses", ())
     views, target_views = task.prove_all(d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
     carries = target["format"] in formats.DIALECTS and not staging.single

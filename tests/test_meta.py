@@ -116,6 +116,37 @@ def shards_of(folder: Path) -> list[Tensors]:
     return [torch.load(f, weights_only=True, mmap=True) for f in files]
 
 
+def meta_forward(w: Tensors, ids: torch.Tensor) -> torch.Tensor:
+    """The model as Meta's code computes it: pairs of neighbours are complex numbers that are turned."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * w[name]
+
+    def heads(x: torch.Tensor, name: str, count: int) -> torch.Tensor:
+        return (x @ w[name].T).view(*ids.shape, count, -1).transpose(1, 2)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns).flatten(-2)
+
+    size = DIM // HEADS
+    angles = torch.outer(torch.arange(ids.shape[1]), 500000.0 ** -(torch.arange(0, size, 2) / size))
+    turns, x = torch.polar(torch.ones_like(angles), angles), w["tok_embeddings.weight"][ids]
+    for layer in range(2):
+        at = f"layers.{layer}."
+        h = norm(x, at + "attention_norm.weight")
+        q, k, v = (
+            heads(h, f"{at}attention.w{c}.weight", n) for c, n in zip("qkv", (HEADS, GROUPS, GROUPS), strict=True)
+        )
+        k, v = (t.repeat_interleave(HEADS // GROUPS, 1) for t in (turned(k), v))
+        out = torch.nn.functional.scaled_dot_product_attention(turned(q), k, v, is_causal=True)
+        x = x + out.transpose(1, 2).flatten(2) @ w[at + "attention.wo.weight"].T
+        h = norm(x, at + "ffn_norm.weight")
+        one, two, three = (w[f"{at}feed_forward.w{n}.weight"].T for n in (1, 2, 3))
+        x = x + (torch.nn.functional.silu(h @ one) * (h @ three)) @ two
+    return norm(x, "norm.weight") @ w["output.weight"].T
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(24).view(2, 12) * 3 % VOCAB).logits
@@ -202,6 +233,20 @@ def test_an_embedding_that_is_the_head_is_found_by_its_values(tmp_path: Path) ->
 
 
 # ---- to Meta
+
+
+def test_what_is_written_computes_the_same_in_metas_way(tmp_path: Path) -> None:
+    model = hf_model()
+    model.save_pretrained(tmp_path / "hf")
+    done = ckpt_dist.convert(tmp_path / "hf", tmp_path / "meta", format="meta")
+    (shard,) = shards_of(tmp_path / "meta")
+    ids = torch.arange(24).view(2, 12) * 3 % VOCAB
+    torch.testing.assert_close(meta_forward(shard, ids), logits(model), rtol=1e-4, atol=1e-5)
+    swapped = {k: v.roll(1, 0) if "wk" in k else v for k, v in shard.items()}
+    assert (meta_forward(swapped, ids) - logits(model)).abs().max() > 1e-3  # the comparison can fail
+    assert not any("embedding" in g for g in done["guesses"])
+    done = ckpt_dist.convert(tmp_path / "hf", tmp_path / "two", format="meta", tp=2)
+    assert any("target.embedding=hidden" in g for g in done["guesses"])
 
 
 @pytest.mark.parametrize("embedding", ["auto", "hidden"])

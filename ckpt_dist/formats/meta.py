@@ -238,7 +238,17 @@ def lay_out(spec: Spec) -> Layout:
         layout.catalog.chunks.file,
         layout.catalog.chunks.offset,
     )
-    return replace(layout, catalog=Catalog("meta", "", tuple(files), spec.entries, chunks))
+    about = {"guesses": _guesses(dims, spec, count)}
+    return replace(layout, catalog=Catalog("meta", "", tuple(files), spec.entries, chunks, about=about))
+
+
+def _guesses(dims: Mapping[str, int | None], spec: Spec, count: int) -> tuple[str, ...]:
+    told = spec.options.get("embedding", "auto") != "auto" or (
+        spec.source and spec.source.about.get("embedding") is not None
+    )
+    if count == 1 or told or EMBEDDING not in dims:
+        return ()
+    return ("the embedding is divided along the vocabulary, as in Llama 3; Llama 2 needs target.embedding=hidden",)
 
 
 def _target_dims(spec: Spec, count: int) -> dict[str, int | None]:
