@@ -186,6 +186,7 @@ KEYS: dict[str, Kind] = {
     "target.dtype": Kind(f"keep, {', '.join(DTYPES)}, or rules {{default: bfloat16, '*norm*': float32}}", _dtypes),
     "target.max_shard_size": SIZE,
     "target.safetensors": FLAG,
+    "target.vocab_size": COUNT,
     "target.tp": COUNT,
     "target.embedding": choice("auto", "vocabulary", "hidden"),
     "model.family": choice("auto", *FAMILIES),

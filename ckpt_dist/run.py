@@ -23,7 +23,7 @@ from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
-from ckpt_dist.model import Bound, Model, bind_plain, canonical
+from ckpt_dist.model import Bound, Model, bind_plain, canonical, resized
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
@@ -281,6 +281,7 @@ def _prepare(
     report.guesses += models[0].guesses
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
+    models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = task.design(models, target)
     _same_tensors(models, d.sources)
     extras, lost = _extras(models[0], cfg)
@@ -296,6 +297,16 @@ def _prepare(
     group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost)
     return Prepared(models, d, combination(d), layout, views, target_views, staging, small)
+
+
+def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
+    have = m.sizes.get("v")
+    if asked is None or asked == have:
+        return m
+    found = resized(m, "v", asked)
+    what = "the rest are zeros" if have and asked > have else "the last ones are left out"
+    report.notes.append(f"vocabulary of {asked} instead of {have} rows: {what}; all fingerprints are of {asked}")
+    return found
 
 
 def _fill(
@@ -428,9 +439,14 @@ def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: 
     if cfg["target"]["format"] == "meta":
         small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
         params = _params_json(m, report)
-        return {**small, "params.json": _text(params)} if params else small
+        return {**small, "params.json": _text(_sized(params, cfg, m))} if params else small
     config = _config_json(m, d, report)
-    return {**small, "config.json": _text(config)} if config else small
+    return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small
+
+
+def _sized(config: Config, cfg: Config, m: Model) -> Config:
+    """Both files call the vocabulary the same; one that was asked for replaces the source's."""
+    return config if cfg["target"]["vocab_size"] is None else {**config, "vocab_size": m.sizes["v"]}
 
 
 def _text(config: Config) -> bytes:

@@ -102,7 +102,8 @@ def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     first = models[0]
     dialect = _target_dialect(first, cfg_target)
     same = all(m.dialect == first.dialect for m in models)
-    if same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved):
+    names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
+    if names_stay and cfg_target.get("vocab_size") is None:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = _plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)

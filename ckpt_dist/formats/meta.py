@@ -270,7 +270,7 @@ def _target_dims(spec: Spec, count: int) -> dict[str, int | None]:
         if dim is not None and entry.shape[dim] % count:
             raise UsageError(
                 f"target.tp={count}: dim {dim} of {entry.name!r} has length {entry.shape[dim]}, which {count} ranks cannot "
-                "share evenly. Choose another target.tp."
+                "share evenly. Choose another target.tp, or a longer vocabulary with target.vocab_size."
             )
     groups = (spec.options.get("sizes") or {}).get("g")
     if count > 1 and (groups is None or groups % count):
