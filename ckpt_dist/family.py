@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -188,7 +188,16 @@ def bind(
         none = np.zeros(0, np.int64)
         return Views(tuple(keys), padded(lengths, width, 1), none, none, *(np.zeros((0, width), np.int64),) * 3, none)
     columns = (np.concatenate(c) for c in zip(*parts, strict=True))
-    return Views(tuple(keys), padded(lengths, width, 1), *columns)
+    return _clipped(Views(tuple(keys), padded(lengths, width, 1), *columns))
+
+
+def _clipped(views: Views) -> Views:
+    """Without what lies beyond a weight's sizes: the end of a vocabulary that is to be shorter."""
+    end = views.sizes[views.weight]
+    if (views.stop <= end).all():
+        return views
+    views = replace(views, stop=np.minimum(views.stop, end))
+    return views.take(np.flatnonzero((views.stop > views.start).all(axis=1)))
 
 
 def _group(

@@ -8,18 +8,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints, expand
-from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, unwrap
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import CANONICAL, Family, Rule
 from ckpt_dist.sources import Source
 
+ZEROS = "/dev/zero"
 NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
 
 
@@ -286,3 +287,41 @@ def spelled(
 def canonical(dialect: str) -> bool:
     """Whether names in this dialect are the ones that fingerprints are taken of."""
     return dialect in ("", CANONICAL)
+
+
+def resized(m: Model, axis: str, length: int) -> Model:
+    """The same model with another length of one axis: what is more are zeros, what is less is left out.
+
+    Zeros are one more chunk of each tensor, at an address where only zeros are.
+    """
+    if m.family is None or m.unresolved or axis not in m.sizes:
+        raise UsageError(
+            f"{m.source.folder}: its vocabulary is not known, so it cannot become {length}. Give model.config=PATH."
+        )
+    rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
+    dims = {e: r.pattern.dims.index((axis,)) for e, r in enumerate(rules) if r and (axis,) in r.pattern.dims}
+    catalog, have = m.catalog, m.sizes[axis]
+    entries = tuple(
+        replace(e, shape=tuple(length if d == dims.get(i) else n for d, n in enumerate(e.shape)))
+        for i, e in enumerate(catalog.entries)
+    )
+    if length > have:
+        catalog = _with_zeros(replace(catalog, entries=entries), dims, have)
+    source = replace(m.source, catalog=replace(catalog, entries=entries))
+    return replace(m, source=source, sizes={**m.sizes, axis: length})
+
+
+def _with_zeros(catalog: Catalog, dims: Mapping[int, int], have: int) -> Catalog:
+    """One chunk more for each of these entries: from `have` to the end of one dim, read from a file of zeros."""
+    width = catalog.chunks.start.shape[1]
+    start = padded(
+        [[have if d == dim else 0 for d in range(len(catalog.entries[e].shape))] for e, dim in dims.items()], width, 0
+    )
+    stop = padded([catalog.entries[e].shape for e in dims], width, 1)
+    number = np.full(len(dims), len(catalog.files))
+    more = Chunks.dense(list(dims), start, stop, number, number * 0)
+    chunks = Chunks(*(np.concatenate([getattr(c, f.name) for c in (catalog.chunks, more)]) for f in fields(Chunks)))
+    about = dict(catalog.about)
+    if "length" in about:  # of dcp: -1 says that there is no blob around the bytes
+        about["length"] = np.concatenate([about["length"], number * 0 - 1])
+    return replace(catalog, files=(*catalog.files, ZEROS), chunks=chunks, about=about)

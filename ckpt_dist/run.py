@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, formats, initial, part, plan, sources, task
+from ckpt_dist import __version__, configs, formats, initial, part, plan, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -25,7 +25,7 @@ from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
-from ckpt_dist.model import Bound, Model, bind_plain, canonical
+from ckpt_dist.model import Bound, Model, bind_plain, canonical, resized
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
@@ -287,22 +287,24 @@ def _prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
-    if target["format"] == "hf" and set(cfg.get("keep") or ()) - {"weights"}:
+    if target["format"] in formats.DIALECTS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
-            f"keep={','.join(cfg['keep'])}: a Hugging Face folder holds weights only. Use keep=weights, or target.format=dcp or torch."
+            f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
     models = [task.settle_ties(group, report, m, engine_of(cfg)) for m in models]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += models[0].guesses
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
+    models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = task.design(models, target)
     _same_tensors(models, d.sources)
     extras, lost = _extras(models[0], cfg)
     layout = _lay_out(d, models[0], extras, cfg, path)
+    report.guesses += layout.catalog.about.get("guesses", ())
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
-    carries = target["format"] == "hf" and not staging.single
+    carries = target["format"] in formats.DIALECTS and not staging.single
     small = _small_files(models[0], d, layout, cfg, report) if carries else {}
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
@@ -310,6 +312,20 @@ def _prepare(
     group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost)
     return Prepared(models, d, combination(d), layout, proof, staging, small)
+
+
+def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
+    have = m.sizes.get("v")
+    if asked is None or asked == have:
+        return m
+    if m.source.reader:
+        raise UsageError(
+            f"target.vocab_size={asked}: a seed has the vocabulary of its config; change vocab_size there."
+        )
+    found = resized(m, "v", asked)
+    what = "the rest are zeros" if have and asked > have else "the last ones are left out"
+    report.notes.append(f"vocabulary of {asked} instead of {have} rows: {what}; all fingerprints are of {asked}")
+    return found
 
 
 def _fill(
@@ -384,10 +400,15 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
     options = {
         **target,
         "max_shard_size": parse_size(target["max_shard_size"]),
+        "sizes": m.sizes,
         "file": path.name if _is_file_name(path, target["format"]) else None,
     }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
+    if target["tp"] != 1 and target["format"] != "meta":
+        raise UsageError(
+            f"target.tp={target['tp']}: {target['format']} has no files of model-parallel ranks. Leave it out."
+        )
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
 
@@ -433,23 +454,60 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
 
 
 def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
-    """Config, tokenizer and processor files of a Hugging Face target."""
-    small: dict[str, bytes | Path] = dict(sources.assets(m.source))
-    made = {*layout.catalog.files, *layout.late}
-    small = {n: p for n, p in small.items() if n not in made}
+    """Config, tokenizer and processor files of a target that is a model's folder."""
+    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late}
+    small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
+    if cfg["target"]["format"] == "meta":
+        small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
+        params = _params_json(m, report)
+        return {**small, "params.json": _text(_sized(params, cfg, m))} if params else small
+    config = _config_json(m, d, report)
+    return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small
+
+
+def _sized(config: Config, cfg: Config, m: Model) -> Config:
+    """Both files call the vocabulary the same; one that was asked for replaces the source's."""
+    return config if cfg["target"]["vocab_size"] is None else {**config, "vocab_size": m.sizes["v"]}
+
+
+def _text(config: Config) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
     config = dict(m.source.config)
-    if "model_type" not in config and "architectures" not in config:
-        report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
-        return small
     floats = [e.dtype for e in d.target.entries if "float" in e.dtype]
     main = max(sorted(set(floats)), key=floats.count) if floats else None
+    if configs.is_params(config) and m.family and {"v", "f"} <= set(m.sizes):
+        head = any("head" in r.weights for r in d.target.rules if r)
+        config = _translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
+        config["torch_dtype"] = main  # the word that every version of transformers reads
+    if not configs.is_hf(config):
+        report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
+        return {}
     for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
         if main and config.get(key) != main:
             config[key] = main
     if config.get("tie_word_embeddings") and any("both are kept" in w for w in report.warnings):
         config["tie_word_embeddings"] = False
-    small["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    return small
+    return config
+
+
+def _params_json(m: Model, report: Report) -> dict[str, Any]:
+    config = dict(m.source.config)
+    if configs.is_hf(config) and {"v", "f"} <= set(m.sizes):
+        return _translated(configs.to_meta(config, m.sizes), "config.json", report)
+    if not configs.is_params(config):
+        report.warnings.append("no params.json or config.json was found, so none is written: give model.config=PATH")
+        return {}
+    return config
+
+
+def _translated(t: configs.Translation, where: str, report: Report) -> dict[str, Any]:
+    report.guesses += t.guesses
+    if t.lost:
+        report.warnings.append(f"{where}: not translated: {', '.join(t.lost)}")
+    return t.config
 
 
 def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Report) -> dict[str, Any]:

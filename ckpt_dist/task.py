@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ckpt_dist import family as families
-from ckpt_dist import model, plan
+from ckpt_dist import formats, model, plan
 from ckpt_dist.catalog import Chunks, Entry, Views
+from ckpt_dist.configs import is_params
 from ckpt_dist.engine import exchange
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Crew, Done, Job, Side, fill, keep, tile_dtypes
@@ -39,6 +40,7 @@ from ckpt_dist.report import Progress, Report, size
 from ckpt_dist.sources import Source, open_source
 
 T = TypeVar("T")
+TIED = "tied to "  # the rule by which an equal copy is left out
 WORKER_BYTES = (
     24 << 20
 )  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
@@ -76,7 +78,8 @@ def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     first = models[0]
     dialect = _target_dialect(first, cfg_target)
     same = all(m.dialect == first.dialect for m in models)
-    if same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved):
+    names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
+    if names_stay and cfg_target.get("vocab_size") is None:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = _plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
@@ -92,7 +95,7 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
             )
         return ""
     if asked == "auto":
-        return families.CANONICAL if cfg_target.get("format") == "hf" else first.dialect
+        asked = formats.DIALECTS.get(str(cfg_target.get("format")), first.dialect)
     if asked not in first.family.dialects:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
     return asked
@@ -186,7 +189,8 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
 
 
 def tied(m: Model) -> bool:
-    return bool(m.source.config.get("tie_word_embeddings"))
+    """Whether the config says so, or, where it has no word for it, the values were found equal."""
+    return bool(m.source.config.get("tie_word_embeddings")) or any(rule.startswith(TIED) for rule in m.dropped)
 
 
 @dataclass(frozen=True)
@@ -378,8 +382,8 @@ def fingerprint_of(digests: Mapping[str, str]) -> str:
 
 
 def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
-    """Where the config ties two weights and both are stored: leave the copy out if it is equal, keep both if not."""
-    if m.family is None or not tied(m):
+    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal."""
+    if m.family is None or not (tied(m) or is_params(m.source.config)):
         return m
     rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
     where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}
@@ -389,10 +393,8 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
         one, two = where[copy], where[of]
         if equal_entries(group, report, m, one, two, engine):
             names = tuple(None if e == one else n for e, n in enumerate(m.names))
-            m = replace(
-                m, names=names, dropped={**m.dropped, f"tied to {m.names[two]}": (m.catalog.entries[one].name,)}
-            )
-        else:
+            m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): (m.catalog.entries[one].name,)})
+        elif tied(m):
             report.warnings.append(
                 f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied"
             )

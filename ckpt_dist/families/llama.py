@@ -134,7 +134,8 @@ def from_hf(c: Mapping[str, Any]) -> dict[str, int]:
 def _from_params(p: Mapping[str, Any]) -> dict[str, int]:
     heads = p["n_heads"]
     groups = p.get("n_kv_heads") or heads
-    return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=p["dim"] // heads // 2)
+    head_dim = p.get("head_dim") or p["dim"] // heads
+    return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=head_dim // 2)
 
 
 sizes = dict(hf=from_hf, meta=_from_params)

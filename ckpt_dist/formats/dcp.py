@@ -296,11 +296,10 @@ def locate(catalog: Catalog, rows: Ints) -> Chunks:
     """Exact addresses and strides of some chunks, from the headers of their blobs: two small reads each."""
     chunks = catalog.chunks.take(rows)
     length = catalog.about["length"][rows]
-    if (length < 0).any():
-        return chunks
     offset, strides = chunks.offset.copy(), chunks.strides.copy()
     known: dict[bytes, pickles.TensorRef] = {}
-    order = np.argsort(chunks.file, kind="stable")
+    blobs = np.flatnonzero(length >= 0)  # the others' addresses are exact already
+    order = blobs[np.argsort(chunks.file[blobs], kind="stable")]
     for group in np.split(order, np.flatnonzero(np.diff(chunks.file[order])) + 1):
         if not len(group):
             continue
