@@ -171,7 +171,7 @@ def test_transformers_loads_what_any_number_of_shards_becomes(tmp_path: Path, co
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert (tmp_path / "hf/tokenizer.model").read_text() == "a tokenizer"
     assert any("max_position_embeddings 8192" in g for g in done["guesses"])
-    facts = ckpt_dist.inspect(source)
+    facts = ckpt_dist.inspect(source / "consolidated.00.pth")  # one shard stands for all
     assert (facts["format"], facts["dialect"], facts["num_files"]) == ("meta", "meta", count)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     prints = {ckpt_dist.fingerprint(p) for p in (source, one, tmp_path / "hf")}
@@ -461,6 +461,11 @@ def test_what_has_no_words_on_the_other_side_is_listed(tmp_path: Path) -> None:
     done = ckpt_dist.convert(tmp_path / "hf", tmp_path / "meta", format="meta")
     (line,) = [w for w in done["warnings"] if "not translated" in w]
     assert "bos_token_id, max_position_embeddings" in line
+    hf_model(rope_scaling={**configs.SCALED, "factor": 32.0}, max_position_embeddings=131072).save_pretrained(
+        tmp_path / "3.2"
+    )
+    done = ckpt_dist.convert(tmp_path / "3.2", tmp_path / "meta-3.2", format="meta")
+    assert any("not translated: rope factor 32, where Meta's code has 8" in w for w in done["warnings"])
     params = {**PARAMS, "sliding_window": 4096, "moe": {"num_experts": 8}}
     (tmp_path / "meta/params.json").write_text(json.dumps(params))
     done = ckpt_dist.convert(tmp_path / "meta", tmp_path / "back")

@@ -50,11 +50,13 @@ Shard = dict[str, tuple[pickles.TensorRef, int]]  # each tensor and its address 
 
 
 def claims(path: Path) -> bool:
-    return path.is_dir() and any(FILE.fullmatch(p.name) for p in path.iterdir())
+    """A folder with such files, or one of the files: a shard alone is no model, so it stands for all of them."""
+    return any(FILE.fullmatch(p.name) for p in (path.iterdir() if path.is_dir() else [path]))
 
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """The pickles of all ranks; each rank's part of a tensor becomes a chunk at its place in the whole."""
+    path = path if path.is_dir() else path.parent
     params = _params(path)
     names = _files(path)
     shards, extras = zip(*(_shard(path / name) for name in names), strict=True)
@@ -157,8 +159,8 @@ def _embedding(path: Path, shard: Shard, count: int, params: Mapping[str, Any]) 
     if len(shape) == 2 and shape[1] * count == dim:
         return COLUMNS
     raise CheckpointError(
-        f"{path}: {EMBEDDING} is {list(shape)} in each of {count} files; dim is {dim}, so it has neither all columns "
-        f"({dim}) nor a {count}th of them. Is a shard missing, or params.json that of another model?"
+        f"{path}: {EMBEDDING} is {list(shape)} in each of {count} files, and dim is {dim}: neither all columns ({dim}) nor "
+        f"an equal part of them ({(dim or 0) / count:g}). Is a shard missing, or params.json that of another model?"
     )
 
 
