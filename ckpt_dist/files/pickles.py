@@ -178,7 +178,13 @@ INERT = {
         "functools.partial",
     )
 }
-FOREIGN = ("megatron.", "nemo.", "lightning.", "pytorch_lightning.", "omegaconf.")  # whose classes are settings: never run
+FOREIGN = (
+    "megatron.",
+    "nemo.",
+    "lightning.",
+    "pytorch_lightning.",
+    "omegaconf.",
+)  # whose classes are settings: never run
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 

@@ -23,7 +23,9 @@ from ckpt_dist.formats import Layout, Spec, dcp
 from ckpt_dist.formats import torch as pt
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
-BACKENDS = dict(sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1)
+BACKENDS = dict(
+    sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
+)
 LINEAR = re.compile(
     r"(decoder\.layers\.(?:\d+\.)?(?:self_attention|mlp)\.(?:linear_\w+|(?:experts\.experts|shared_experts)\.linear_\w+))\.weight"
 )
