@@ -28,6 +28,11 @@ FIELDS = (  # args, config.json
     ("init_method_std", "initializer_range"),
     ("moe_router_topk", "num_experts_per_tok"),
     ("moe_ffn_hidden_size", "moe_intermediate_size"),
+    ("q_lora_rank", "q_lora_rank"),
+    ("kv_lora_rank", "kv_lora_rank"),
+    ("qk_head_dim", "qk_nope_head_dim"),
+    ("qk_pos_emb_head_dim", "qk_rope_head_dim"),
+    ("v_head_dim", "v_head_dim"),
 )
 EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}  # elsewhere num_experts
 CLASSES = dict(

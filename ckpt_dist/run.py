@@ -494,8 +494,9 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
     if megatron.is_args(config) and m.family and "v" in m.sizes:
         weights = {w for rule in d.target.rules if rule for w in rule.weights}
         kind = megatron.model_type(m.family, weights)
-        config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
-        config["torch_dtype"] = main
+        if kind in megatron.CLASSES:
+            config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
+            config["torch_dtype"] = main
     if not configs.is_hf(config):
         report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
         return {}

@@ -124,7 +124,7 @@ def transformer(kind: str, folder: Path) -> torch.Tensor:
     base = {} if kind == "gpt2" else SMALL
     given = AutoConfig.for_model(kind.partition("-")[0], **{**base, **KINDS[kind][0]})
     model = AutoModelForCausalLM.from_config(given, attn_implementation="eager").eval()
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         if weight.dim() == 1:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     for name, buffer in model.named_buffers():
@@ -196,3 +196,204 @@ def test_a_rank_file_is_what_the_module_of_that_rank_holds(ran: Ran, tmp_path: P
             held = {n: t for n, t in b[key].items() if isinstance(t, torch.Tensor)}
             assert sorted(a[key]) == sorted(held)
             assert all(torch.equal(a[key][n], t) and a[key][n].dtype == t.dtype for n, t in held.items())
+
+
+# ---- without megatron-core: every layout to every other, older files, files that are not whole
+
+
+PLACES: dict[str, dict[str, Any]] = {
+    "hf": dict(format="hf"),
+    "stacked": dict(format="torch_dist"),
+    "per_layer": dict(format="torch_dist", **{"target.dialect": "megatron"}),
+    "tp2pp2": dict(format="megatron", **{"target.tp": 2, "target.pp": 2}),
+    "tp4": dict(format="megatron", **{"target.tp": 4}),
+    "vpp": dict(format="megatron", **{"target.pp": 2, "target.vpp": 2, "target.spec": "local"}),
+    "uneven": dict(format="megatron", **{"target.pp": 3, "target.partition": [1, 2, 1]}),
+    "tp2pp2ep2": dict(format="megatron", **{"target.tp": 2, "target.pp": 2, "target.ep": 2}),
+    "dcp": dict(format="dcp"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    top = tmp_path_factory.mktemp("models")
+
+    def folder(kind: str) -> Path:
+        if not (top / kind).exists():
+            transformer(kind, top / kind)
+        return top / kind
+
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mixtral", "deepseek_v3"])
+def test_every_layout_becomes_every_other(models: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    source = models(kind)
+    wanted = ckpt_dist.fingerprint(source)
+    experts = kind in ("mixtral", "deepseek_v3")
+    names = [n for n in PLACES if (experts or "ep" not in n) and not (kind == "deepseek_v3" and n == "stacked")]
+    for one in names:
+        ckpt_dist.convert(source, tmp_path / one, **PLACES[one])
+        assert ckpt_dist.fingerprint(tmp_path / one, **{"model.config": str(source)}) == wanted, one
+    for one in names:
+        for other in names:
+            made = tmp_path / f"{one}-{other}"
+            ckpt_dist.convert(tmp_path / one, made, **{"model.config": str(source), **PLACES[other]})
+            assert ckpt_dist.fingerprint(made, **{"model.config": str(source)}) == wanted, (one, other)
+
+
+def rank_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("model_optim_rng.pt"))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any], int], None]) -> None:
+    """Each rank's file loaded by torch, changed and saved again."""
+    for number, path in enumerate(rank_files(folder)):
+        tree = torch.load(path, weights_only=False)
+        change(tree, number)
+        torch.save(tree, path)
+
+
+OLDER = {
+    "input_layernorm": "input_norm",
+    "self_attention.linear_qkv": "self_attention.query_key_value",
+    "self_attention.linear_proj": "self_attention.dense",
+    "pre_mlp_layernorm": "post_attention_norm",
+    "mlp.linear_fc1": "mlp.dense_h_to_4h",
+    "mlp.linear_fc2": "mlp.dense_4h_to_h",
+}
+
+
+@pytest.mark.parametrize("version", [None, 1.0, 2.0])
+def test_files_from_before_megatron_core(models: Callable[[str], Path], tmp_path: Path, version: float | None) -> None:
+    keys = {"target.tp": 2, "target.pp": 2, "target.spec": "local"}
+    ckpt_dist.convert(models("gpt2"), tmp_path / "old", format="megatron", **keys)
+
+    def older(tree: dict[str, Any], number: int) -> None:
+        encoder, rest = {}, {}
+        for name, tensor in tree["model"].items():
+            if "linear_qkv" in name and version is None:  # [heads, 3, width] becomes [3, heads, width]
+                tensor = tensor.view(2, 3, 8, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+            if "linear_qkv" in name and version == 1.0:  # [heads, width, 3]
+                tensor = tensor.view(2, 3, 8, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+            for new, old in OLDER.items():
+                name = name.replace(new, old)
+            if name.startswith("decoder."):
+                encoder[name.removeprefix("decoder.")] = tensor.contiguous()
+            else:
+                rest[name] = tensor
+        model: dict[str, Any] = {"encoder": encoder}
+        if "embedding.word_embeddings.weight" in rest:
+            inner = {"word_embeddings": {"weight": rest.pop("embedding.word_embeddings.weight")}}
+            inner["position_embeddings"] = {"weight": rest.pop("embedding.position_embeddings.weight")}
+            model["embedding"] = inner
+        tree["model"] = {"language_model": model}
+        if "output_layer.weight" in rest:
+            tree["model"]["word_embeddings_for_head"] = {"weight": rest.pop("output_layer.weight")}
+        assert not rest
+        del tree["checkpoint_version"]
+        if version:
+            tree["checkpoint_version"] = version
+
+    rewritten(tmp_path / "old", older)
+    assert ckpt_dist.fingerprint(tmp_path / "old") == ckpt_dist.fingerprint(models("gpt2"))
+
+
+def test_experts_in_one_tensor(models: Callable[[str], Path], tmp_path: Path) -> None:
+    keys = {"target.tp": 2, "target.ep": 2, "target.spec": "local"}
+    ckpt_dist.convert(models("mixtral"), tmp_path / "grouped", format="megatron", **keys)
+
+    def grouped(tree: dict[str, Any], number: int) -> None:
+        model = tree["model"]
+        for layer in range(4):
+            own = f"decoder.layers.{layer}.mlp.experts."
+            for k, linear in ((1, "linear_fc1"), (2, "linear_fc2")):
+                each = [model.pop(f"{own}local_experts.{x}.{linear}.weight").T for x in range(2)]
+                whole = torch.stack(each)  # (experts, in, out)
+                model[f"{own}weight{k}"] = whole.reshape(32, -1) if k == 1 else whole.reshape(-1, 32)
+
+    rewritten(tmp_path / "grouped", grouped)
+    assert ckpt_dist.fingerprint(tmp_path / "grouped") == ckpt_dist.fingerprint(models("mixtral"))
+
+
+def test_a_vocabulary_is_padded_for_more_ranks(models: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"target.tp=3.*length 64"):
+        ckpt_dist.convert(models("llama"), tmp_path / "no", format="megatron", **{"target.tp": 3})
+    keys = {"target.tp": 2, "target.vocab_size": 70}
+    ckpt_dist.convert(models("llama"), tmp_path / "padded", format="megatron", **keys)
+    tree = torch.load(rank_files(tmp_path / "padded")[1], weights_only=False)
+    assert tree["model"]["output_layer.weight"].shape == (35, 32) and tree["args"].padded_vocab_size == 70
+    assert not tree["model"]["output_layer.weight"][29:].any()
+    ckpt_dist.convert(tmp_path / "padded", tmp_path / "cut", **{"target.vocab_size": 64})
+    assert ckpt_dist.fingerprint(tmp_path / "cut") == ckpt_dist.fingerprint(models("llama"))
+
+
+def drop_a_rank(folder: Path) -> None:
+    rank_files(folder)[2].unlink()
+
+
+def another_save(folder: Path) -> None:
+    rewritten(folder, lambda tree, number: tree.update(iteration=number))
+
+
+def another_model(folder: Path) -> None:
+    rewritten(
+        folder, lambda tree, number: tree["model"].update({"decoder.final_layernorm.weight": torch.ones(9 + number)})
+    )
+
+
+def other_args(folder: Path) -> None:
+    rewritten(folder, lambda tree, number: setattr(tree["args"], "num_layers", 5))
+
+
+def no_args(folder: Path) -> None:
+    rewritten(folder, lambda tree, number: tree.pop("args") and None)
+    for path in rank_files(folder):
+        if path.parent.name.startswith("mp_rank_01"):
+            path.unlink()
+
+
+def lost_layer(folder: Path) -> None:
+    def change(tree: dict[str, Any], number: int) -> None:
+        for name in [n for n in tree["model"] if n.startswith("decoder.layers.0.")]:
+            del tree["model"][name]
+
+    rewritten(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (drop_a_rank, r"mp_rank_01_000 is missing: the run had 2 x 2 x 1"),
+        (another_save, r"is of iteration 1, mp_rank_00_000/model_optim_rng.pt of 0"),
+        (another_model, r"'decoder.final_layernorm.weight' is part of float32\[10\]"),
+        (other_args, r"holds 4 layers, args say num_layers=5"),
+        (no_args, r"whether its second number is a pipeline stage or an expert-parallel rank is not said"),
+        (lost_layer, r"lacks layer 0 of its stage"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_files_that_are_not_one_whole_save(
+    models: Callable[[str], Path], tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    ckpt_dist.convert(models("llama"), tmp_path / "it", format="megatron", **{"target.tp": 2, "target.pp": 2})
+    damage(tmp_path / "it")
+    with pytest.raises(CheckpointError, match=says):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"target.pp": 3}, r"4 layers cannot be divided evenly"),
+        ({"target.pp": 2, "target.partition": [1, 2]}, r"2 stages of 3 layers; the model has 4 layers"),
+        ({"target.ep": 3}, r"target.ep=3: 4 experts"),
+    ],
+)
+def test_layouts_that_do_not_fit(
+    models: Callable[[str], Path], tmp_path: Path, keys: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        ckpt_dist.convert(models("mixtral"), tmp_path / "no", format="megatron", **keys)
+    assert not (tmp_path / "no").exists()

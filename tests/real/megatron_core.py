@@ -223,13 +223,9 @@ def run(job: dict[str, Any]) -> None:
         load(chunks, job["load"], job.get("strict", "assume_ok_unexpected"))
     if job.get("logits"):
         out = logits(chunks, torch.tensor(job["ids"]))
-        if (
-            out is not None
-            and ps.is_pipeline_last_stage(ignore_virtual=True)
-            and ps.get_tensor_model_parallel_rank() == 0
-        ):
-            if ps.get_data_parallel_rank() == 0:
-                torch.save(out.float(), job["logits"])
+        first = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank() == 0
+        if out is not None and ps.is_pipeline_last_stage(ignore_virtual=True) and first:
+            torch.save(out.float(), job["logits"])
     if job.get("save"):
         Path(job["save"]).mkdir(parents=True, exist_ok=True)
         dist.barrier()
