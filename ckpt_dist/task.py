@@ -97,7 +97,7 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
     if asked == "auto":
         choices = formats.DIALECTS.get(str(cfg_target.get("format")), (first.dialect,))
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
-        asked = (fits or choices)[0]
+        asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
     return asked
