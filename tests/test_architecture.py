@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 
 ROOMS = (
-    "errors", "box configs draw", "pattern parallel", "catalog files", "families", "family", "plan report", "formats", "sources", "model",
+    "errors", "box configs draw", "pattern parallel", "catalog files", "families", "family", "plan report quantised", "formats", "sources", "model",
     "averages initial", "engine", "part", "task", "run", "check", "keys", "config", "api cli",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
@@ -58,6 +58,7 @@ def test_imports_go_down_only(path: Path) -> None:
         "files",
         "sources",
         "model",
+        "quantised",
         "report",
         "keys",
         "config",
