@@ -82,6 +82,18 @@ class Quantised:
         """Of the weight as it is read."""
         return prod(self.shape) * itemsize(self.dtype)
 
+    @property
+    def stored_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    @property
+    def stored_dtype(self) -> str:
+        return self.method if self.packed else self.values.dtype
+
+    @property
+    def scale_text(self) -> str:
+        return f"{self.scales.dtype}{list(self.scales.shape)}"
+
 
 def of(catalog: Catalog) -> tuple[Quantised, ...]:
     """The quantised weights of a catalog, in the order of their addresses."""
