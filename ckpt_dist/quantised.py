@@ -23,11 +23,12 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, whole
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files.dtypes import itemsize
 
-METHODS = ("fp8", "mxfp4")
+METHODS = ("fp8", "mxfp8", "mxfp4")  # the first two differ in their blocks and scales only
 DEFAULT, READ_AS = "bfloat16", ("bfloat16", "float16", "float32")  # the products are float32; wider ones are cast
 VALUES, SCALES = ("float8_e4m3fn", "float8_e5m2"), ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
 SCALE_INV, BLOCKS, BLOCK_SCALES, ACTIVATION = "_scale_inv", "_blocks", "_scales", ".activation_scale"
 FP8_BLOCK, MXFP4_BLOCK = (128, 128), 32
+TENSOR_SCALE = ".weight_scale"  # of a weight in bytes; elsewhere it is a name like any other
 MARKS = {  # of methods that are not read, where no config names them
     ".qweight": "gptq or awq",
     ".qzeros": "gptq or awq",
@@ -35,6 +36,7 @@ MARKS = {  # of methods that are not read, where no config names them
     ".SCB": "bitsandbytes",
     ".weight_packed": "compressed-tensors",
     ".weight_scale_2": "modelopt (nvfp4)",
+    TENSOR_SCALE: "compressed-tensors, fbgemm or modelopt",
 }
 
 
@@ -136,15 +138,17 @@ def _settings(catalog: Catalog, config: Mapping[str, Any]) -> Mapping[str, Any]:
     if settings and method not in METHODS:
         more = f" ({settings['quant_algo']})" if isinstance(settings, dict) and "quant_algo" in settings else ""
         raise CheckpointError(
-            f"{catalog.root}: quantised by the method {method!r}{more}, as its config says; {' and '.join(METHODS)} are read. "
+            f"{catalog.root}: quantised by the method {method!r}{more}, as its config says; {', '.join(METHODS)} are read. "
             "De-quantise it with the library that made it, or take quantization_config out of the config if it is not true."
         )
+    bytes_ = {e.name for e in catalog.entries if e.dtype in (*VALUES, "int8", "uint8")}
     for entry in catalog.entries:
-        mark = next((m for m in MARKS if entry.name.endswith(m)), None)
+        ending = next((m for m in MARKS if entry.name.endswith(m)), None)
+        mark = ending if ending != TENSOR_SCALE or entry.name.removesuffix("_scale") in bytes_ else None
         if mark:
             raise CheckpointError(
                 f"{catalog.root}: {entry.name!r} belongs to a checkpoint quantised by {MARKS[mark]}; "
-                f"{' and '.join(METHODS)} are read. De-quantise it with the library that made it."
+                f"{', '.join(METHODS)} are read. De-quantise it with the library that made it."
             )
     return settings
 
@@ -177,7 +181,7 @@ def _fp8(table: _Table, settings: Mapping[str, Any], dtype_of: Callable[[Entry],
     """Each `w_scale_inv` with its `w`; a float8 matrix without scales, or scales without a matrix, are refused."""
     scales = [n for n in table.entries if n.endswith(SCALE_INV)]
     weights = {n.removesuffix(SCALE_INV) for n in scales}
-    if scales or settings.get("quant_method") == "fp8":
+    if scales or settings.get("quant_method") in ("fp8", "mxfp8"):
         for name in table.entries:
             entry = table.entry(name)
             if entry.dtype in VALUES and len(entry.shape) > 1 and name not in weights:
