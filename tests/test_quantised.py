@@ -34,7 +34,7 @@ DTYPES = ["bfloat16", "float16", "float32"]
 judged_fp8 = Fp8Dequantize(None)._dequantize_one
 SMALL = dict(num_hidden_layers=2, num_attention_heads=4, vocab_size=64, max_position_embeddings=64, pad_token_id=0)
 DEEPSEEK = dict(
-    hidden_size=32, intermediate_size=48, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=8,
+    hidden_size=32, intermediate_size=48, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=16,
     qk_nope_head_dim=8, v_head_dim=8, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
     n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
 )  # fmt: skip
@@ -113,7 +113,7 @@ def same(one: torch.Tensor, two: torch.Tensor) -> bool:
 def converted(tensors: Tensors, folder: Path, settings: object = None, **options: Any) -> Tensors:
     source = folder / "source"
     source.mkdir()
-    save_file({n: v.contiguous() for n, v in tensors.items()}, source / "model.safetensors")
+    save_file({n: v.clone() for n, v in tensors.items()}, source / "model.safetensors")
     if settings is not None:
         config = {"architectures": ["X"], "quantization_config": settings}
         (source / "config.json").write_text(json.dumps(config))
@@ -138,7 +138,11 @@ def test_transformers_loads_the_same_model(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     state = ours.state_dict()
     assert state.keys() == theirs.keys()
-    different = [n for n in state if not same(state[n], theirs[n])]
+    quantised = [
+        n for n in state if n.endswith(("_proj", "proj.weight", "_a_proj_with_mqa.weight")) and "norm" not in n
+    ]
+    assert kind == "mxfp4" or all(theirs[n].dtype == getattr(torch, dtype) for n in quantised)
+    different = [n for n in state if not same(state[n], theirs[n].to(state[n].dtype))]  # the others stay bfloat16 there
     assert not different
 
 
@@ -154,7 +158,7 @@ def test_every_fp4_value_with_every_scale(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_fp8_value_with_odd_scales(scale: str, dtype: str, tmp_path: Path) -> None:
     """Each of the 256 values, in both kinds of fp8, in matrices of experts, with scales that no quantiser would give."""
-    values = torch.arange(256, dtype=torch.uint8).repeat(3 * 40).reshape(3, 32, 960)
+    values = torch.arange(256, dtype=torch.uint8).repeat(3 * 120).reshape(3, 32, 960)
     odd = torch.tensor(
         [0.0, -0.0, 1.0, -1.5, 1e-45, 3e38, float("inf"), float("-inf"), float("nan"), 1e-38, 1 / 3, 448]
     )
@@ -252,10 +256,12 @@ def test_memory_does_not_grow_with_a_weight(kind: str, transport: str, tmp_path:
     }
     header, _ = lay_out(tensors[kind], {"format": "pt"})
     item = {"float32": 4}
-    with open(tmp_path / "model.safetensors", "wb") as file:
+    source = tmp_path / "source"
+    source.mkdir()
+    with open(source / "model.safetensors", "wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(item.get(d, 1) * prod(s) for _, d, s in tensors[kind]))
-    before, after = peak("fingerprint", tmp_path, **{"engine.transport": transport})
+    before, after = peak("convert", source, tmp_path / "target", **{"engine.transport": transport})
     print(f"{kind}, {transport}: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
     assert after - before < MEMORY + (256 << 20)
 
@@ -295,7 +301,7 @@ def test_what_does_not_fit_is_refused_by_name(name: str, refused: Any, tmp_path:
     tensors, settings, words = DAMAGED[name]
     source = tmp_path / "source"
     source.mkdir()
-    save_file({n: v.contiguous() for n, v in tensors.items()}, source / "model.safetensors")
+    save_file({n: v.clone() for n, v in tensors.items()}, source / "model.safetensors")
     if settings is not None:
         config = {"architectures": ["X"], "quantization_config": settings}
         (source / "config.json").write_text(json.dumps(config))
