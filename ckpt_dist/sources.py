@@ -194,6 +194,7 @@ def _scan(
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     found, config_path = find_config(folder, path, asked, config)
+    found = found or dict(catalog.config)
     if catalog.format == "hf":
         catalog = quantised.readable(catalog, found, keys.get("dtype_of", lambda entry: entry.dtype))
         notes = (*notes, *quantised.described(catalog))
