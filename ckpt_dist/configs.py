@@ -50,6 +50,7 @@ NEUTRAL = (  # of config.json: nothing that the model computes depends on them
     "pretraining_tp",
     "initializer_range",
     "attention_dropout",
+    "quantization_config",  # what is written is not quantised
 )
 
 

@@ -8,11 +8,10 @@ Invariant: pure; what args cannot say is listed, what a config needs and args la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_dist.configs import Translation
-from ckpt_dist.family import Family
 
 LAYER = "decoder.layers.{l}."
 STEPS = "iter_{:07d}"
@@ -86,10 +85,10 @@ def sizes(args: Mapping[str, Any]) -> dict[str, int]:
     return dict(l=args["num_layers"], e=args["hidden_size"], g=groups, q=count // groups, c=2, r=width // 2)
 
 
-def model_type(family: Family, weights: set[str]) -> str:
-    """Which of a family's models this is, by the weights that only some of them have."""
-    if family.name != "llama":
-        return family.model_types[0]
+def model_type(types: Sequence[str], weights: set[str]) -> str:
+    """Which of a family's models this is, by the weights that only some of Llama's relatives have."""
+    if types[0] != "llama":
+        return types[0]
     return "qwen3" if "q_norm" in weights else "qwen2" if "q_bias" in weights and "o_bias" not in weights else "llama"
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import formats, plan
+from ckpt_dist import formats, plan, quantised
 from ckpt_dist.box import Ints, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, whole
 from ckpt_dist.engine import exchange
@@ -176,6 +176,8 @@ def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
         node = rank if row else node
         looked[rank] = looked[node]
     table = np.array(looked, bool)
+    for q in quantised.of(catalog):  # its scales may lie in another file
+        table[:, q.file] &= table[:, q.scales.file]
     exchange.missing(table, catalog.files, catalog.root)
     return exchange.Readers(table, length, balanced)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, configs, formats, initial, megatron, part, plan, sources, task
+from ckpt_dist import __version__, configs, formats, initial, megatron, part, plan, quantised, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -102,11 +102,11 @@ def seed(cfg: Config) -> dict[str, Any]:
         with report.phase("scan"):
             m = group.on_first(lambda: initial.checkpoint(cfg))
         about = {"verb": "seed", "seed": cfg["seed"], "init": initial.described(m)}
-        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: _drawn, about)
+        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: _made, about)
 
 
-def _drawn(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
-    """What `keep` does; being another function it has every tile made and digested, none copied."""
+def _made(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+    """What `keep` does, for computed sources; being another function it has every tile made and digested, none copied."""
     return keep(tile, values, dtypes, want)
 
 
@@ -293,7 +293,7 @@ def _prepare(
         )
     models = [task.settle_ties(group, report, m, engine_of(cfg)) for m in models]
     report.notes += [note for m in models for note in m.source.notes]
-    report.guesses += models[0].guesses
+    report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
@@ -311,7 +311,10 @@ def _prepare(
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
     group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost)
-    return Prepared(models, d, combination(d), layout, proof, staging, small)
+    combine = combination(d)
+    if combine is keep and any(quantised.of(m.catalog) for m in models):
+        combine = _made
+    return Prepared(models, d, combine, layout, proof, staging, small)
 
 
 def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
@@ -493,10 +496,12 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
         config["torch_dtype"] = main  # the word that every version of transformers reads
     if megatron.is_args(config) and m.family and "v" in m.sizes:
         weights = {w for rule in d.target.rules if rule for w in rule.weights}
-        kind = megatron.model_type(m.family, weights)
+        kind = megatron.model_type(m.family.model_types, weights)
         if kind in megatron.CLASSES:
             config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
             config["torch_dtype"] = main
+    if config.pop("quantization_config", None):
+        report.notes.append("quantization_config is left out of config.json: what is written is not quantised")
     if not configs.is_hf(config):
         report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
         return {}

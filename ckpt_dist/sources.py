@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import formats
+from ckpt_dist import formats, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
@@ -195,6 +195,9 @@ def _scan(
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     found, config_path = find_config(folder, path, asked, config)
     found = found or dict(catalog.config)
+    if catalog.format == "hf":
+        catalog = quantised.readable(catalog, found, keys.get("dtype_of", lambda entry: entry.dtype))
+        notes = (*notes, *quantised.described(catalog))
     match = STEP.fullmatch(path.name)
     return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
 

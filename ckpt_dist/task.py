@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ckpt_dist import family as families
-from ckpt_dist import formats, model, plan
+from ckpt_dist import formats, model, plan, quantised
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.configs import is_hf
 from ckpt_dist.engine import exchange
@@ -59,7 +59,9 @@ class Design:
 def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     """Find, scan and recognise one source."""
     settings = cfg.get("model") or {}
-    return understand(open_source(keys, settings.get("config")), keys, cfg)
+    rules = (cfg.get("target") or {}).get("dtype", "keep")
+    asked = {**keys, "dtype_of": lambda entry: target_dtype(rules, entry)}
+    return understand(open_source(asked, settings.get("config")), keys, cfg)
 
 
 def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
@@ -263,7 +265,7 @@ def run_tiles(
     collective = group.together(lambda: _collective(transport, group, report, plans))
 
     def work() -> Done:
-        opened = [m.source.reader or Files(m.catalog.root, m.catalog.files) for m, _ in sources]
+        opened = [_opened(m) for m, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down
@@ -319,6 +321,18 @@ def run_tiles(
         done.digests.update(staged.done.digests)
         done.runs += staged.done.runs if group.rank == 0 else []
     return done
+
+
+def _opened(m: Model) -> Any:
+    """What the bytes of a source come from: its files, or what computes them."""
+    if m.source.reader:
+        return m.source.reader
+    files = Files(m.catalog.root, m.catalog.files)
+    if not quantised.of(m.catalog):
+        return files
+    from ckpt_dist.engine.dequantise import Dequantised
+
+    return Dequantised(files, quantised.of(m.catalog))
 
 
 def _named(combine: Combine, canon: Bound) -> Combine:
