@@ -147,7 +147,7 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     bounds = tuple(model.bind_family(m) for m in models)
     views = bounds[0].views(first.catalog.chunks)
     present = model.corners(bounds[0], views)
-    dtype_of = _dtypes(bounds[0])
+    dtype_of = stored_dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {
         copy: of
@@ -171,7 +171,7 @@ def dtype_of_tied(dtype_of: Callable[[Any], str], ties: Mapping[str, str]) -> Ca
     return lambda rule: dtype_of(replace(rule, weights=tuple(ties.get(w, w) for w in rule.weights)))
 
 
-def _dtypes(bound: Bound) -> Callable[[Any], str]:
+def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
     """The stored dtype of a rule's first weight, at its layer where layers are told apart."""
     exact: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
     loose: dict[str, str] = {}
