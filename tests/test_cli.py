@@ -25,6 +25,7 @@ NEEDED = {
     "merge": ["source.path=run"],
     "inspect": ["source.path=run"],
     "verify": ["a.path=run"],
+    "seed": ["model.config=config.json", "target.path=model"],
 }
 ODD = [
     "step=100/x",
@@ -43,7 +44,8 @@ ODD = [
 ]
 FROZEN = (
     "source.path source.format source.dialect source.weights target.path target.format target.dialect target.dtype "
-    "target.key target.max_shard_size target.safetensors model.family model.config engine.memory engine.transport engine.timeout engine.device "
+    "target.key target.max_shard_size target.safetensors target.vocab_size target.tp target.embedding model.family model.config "
+    "engine.memory engine.transport engine.timeout engine.device "
     "engine.workers unmatched overwrite resume dry_run engine.verify engine.fsync json quiet nproc "
     "source.step keep"
 )

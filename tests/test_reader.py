@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_said_by_name(sources: dict[str, Path], tmp_path: P
     assert "model.layers.2.mlp.up_proj.weight: not in the checkpoint. Did you mean" in text
     assert "model.norm.weight: [64] in the checkpoint, [65] in the model" in text
     with pytest.raises(CheckpointException, match=r"(?s)Size mismatch.*64.*65.*model\.norm\.weight"):
-        load(dict(bad), sources["hf"])
+        load({"model.norm.weight": torch.zeros(65)}, sources["hf"])
     with pytest.raises(CheckpointError, match="does not exist"):
         ckpt_dist.dcp.reader(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"no key 'source\.stepp'"):

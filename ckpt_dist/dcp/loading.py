@@ -33,17 +33,16 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_dist import config, formats, model, plan, task
+from ckpt_dist import config, model, part, task
 from ckpt_dist import family as families
-from ckpt_dist.box import Ints, ints, row_major
-from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Views, padded
+from ckpt_dist.catalog import Catalog, Entry, Extra
+from ckpt_dist.dcp.shards import Shards, run, shards
 from ckpt_dist.engine.files import Files
-from ckpt_dist.engine.fill import Crew, Job, Side, fill, keep, tile_dtypes
-from ckpt_dist.engine.memory import Memory
+from ckpt_dist.engine.fill import Side
+from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import Rule
 from ckpt_dist.model import Bound, Model
-from ckpt_dist.report import parse_size
 
 STORED = "stored "  # in front of the name of what is no weight of a family: no weight is called so
 
@@ -82,7 +81,6 @@ class Shown:
 
     model: Model
     bound: Bound
-    views: Views
     offers: Mapping[str, Offer]
     extras: Mapping[str, Extra]
 
@@ -96,14 +94,14 @@ def show(settings: Mapping[str, Any], dialect: str, key: str) -> Shown:
     m = task.open_model(settings["source"], {**settings, "unmatched": "drop"})  # still there under stored names
     wanted = _dialects(m, dialect)
     bound = _bind(m)
-    views = bound.views(m.catalog.chunks)
     offers = _as_stored(m, bound, key, weights=dialect == "auto" or not wanted)
     if wanted:
         assert m.family is not None
         ties = m.family.ties if task.tied(m) else {}
-        present = model.corners(bound, views)
-        present |= {copy: present[of] for copy, of in ties.items() if copy not in present and of in present}
-        held = set(views.keys)
+        known = tuple(r if r and r.weights[0] in bound.axes else None for r in bound.rules)
+        present = model.corners(m.family, bound, part.wholly(replace(bound, rules=known)))
+        held = set(present)
+        present |= {copy: present[of] for copy, of in ties.items() if copy not in held and of in held}
         dtype_of = task.dtype_of_tied(task.stored_dtypes(bound), {c: o for c, o in ties.items() if c not in held})
         for spoken in wanted:
             for name, rule, shape in families.spell(m.family, spoken, present, m.sizes):
@@ -111,7 +109,7 @@ def show(settings: Mapping[str, Any], dialect: str, key: str) -> Shown:
                 name = f"{key}.{name}" if key else name
                 _offer(offers, Offer(Entry(name, dtype_of(rule), shape, (name,)), real, spoken))
     extras = {x.name: x for x in m.catalog.extras if x.name not in offers}
-    return Shown(m, bound, views, offers, extras)
+    return Shown(m, bound, offers, extras)
 
 
 def _dialects(m: Model, asked: str) -> tuple[str, ...]:
@@ -274,58 +272,23 @@ def _check(shown: Shown, like: Mapping[str, Any]) -> None:
 
 def _fill(shown: Shown, items: Sequence[ReadItem], places: Sequence[torch.Tensor], engine: Mapping[str, Any]) -> int:
     """Read the boxes that items ask for into tensors; how many bytes of files that took."""
-    entries = [
-        replace(shown.offers[i.storage_index.fqn].entry, dtype=str(p.dtype).partition(".")[2], frame=())
-        for i, p in zip(items, places, strict=True)
-    ]
-    tiles = plan.tiles([replace(e, shape=tuple(i.lengths)) for e, i in zip(entries, items, strict=True)])
-    if not len(tiles):
+    if not items:
         return 0
-    memory = Memory(places)
-    target = _into(memory, tiles, entries, places)
-    shift = padded([tuple(i.storage_offsets) for i in items], tiles.start.shape[1], 0)[tiles.entry]
-    asked = replace(tiles, start=tiles.start + shift, stop=tiles.stop + shift)
-    rules = tuple(shown.offers[i.storage_index.fqn].rule for i in items)
-    wanted = Bound(tuple(entries), rules, shown.bound.sizes, shown.bound.axes).views(asked)
-    catalog = shown.catalog
-    files = Files(catalog.root, catalog.files)
-    numel = np.prod(tiles.stop - tiles.start, axis=1, dtype=np.int64)
-    none = np.zeros(len(tiles), bool)
+    offers = [shown.offers[i.storage_index.fqn] for i in items]
+    asked = Bound(tuple(o.entry for o in offers), tuple(o.rule for o in offers), shown.bound.sizes, shown.bound.axes)
+    mine = shards(asked, [tuple(i.storage_offsets) for i in items], places)
+    files = Files(shown.catalog.root, shown.catalog.files)
     try:
-        source = _out_of(files, shown, wanted, len(tiles))
-        job = Job(0, 0, len(tiles), numel, none, [source], target, memory, keep)
-        settings = {**engine, "memory": parse_size(engine["memory"])}
-        with Crew(task.worker_count(settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as crew:
-            fill(job, crew)
+        run(mine, _out_of(files, shown, mine), mine.side, mine.memory, engine)
         return files.bytes_read
     finally:
         files.close()
 
 
-def _out_of(files: Files, shown: Shown, wanted: Views, count: int) -> Side:
+def _out_of(files: Files, shown: Shown, mine: Shards) -> Side:
     """The side of the checkpoint: proven to hold all that is wanted, with the exact addresses of what is touched."""
-    catalog, views = shown.catalog, shown.views
-    try:
-        hits = plan.prove(views, wanted)
-    except CheckpointError as error:
-        raise type(error)(f"{shown.model.source.folder}: {error}") from None
-    chunks = catalog.chunks
-    locate = getattr(formats.load(catalog.format), "locate", None)
-    if locate is not None:
-        chunks = locate(catalog, np.unique(plan.unique(views).chunk[hits.a]))
-        views = shown.bound.views(chunks)
-    moves = plan.moves(views, chunks, task.item_bytes(catalog.entries, chunks), wanted)
-    stored = [e.dtype for e in catalog.entries]
-    dtypes = tile_dtypes(moves, chunks.entry, stored, 0, count, [e.name for e in catalog.entries])
-    return Side(files, moves, chunks.file, dtypes, exact=True)
-
-
-def _into(memory: Memory, tiles: Chunks, entries: Sequence[Entry], places: Sequence[torch.Tensor]) -> Side:
-    """The side of the tensors: each tile is one box of one of them, wherever that lies in its storage."""
-    strides = padded([p.stride() for p in places], tiles.start.shape[1], 0)[tiles.entry]
-    items = task.item_bytes(entries, tiles)
-    begin: Ints = ints([p.storage_offset() for p in places])[tiles.entry]
-    at = (begin + np.sum(tiles.start * strides, axis=1, dtype=np.int64)) * items
-    extent = tiles.stop - tiles.start
-    moves = plan.Moves(np.arange(len(tiles)), tiles.entry, extent, at, strides, at * 0, row_major(extent))
-    return Side(memory, moves, np.arange(len(places)), [entries[e].dtype for e in tiles.entry.tolist()])
+    alone, m = Group(alone=True), shown.model
+    found = part.part(alone, m, shown.bound, mine.tiles)
+    finished = np.zeros(len(mine.numel), bool)
+    w = part.wanted(alone, part.readers(alone, m, False), shown.bound, found, mine.tiles, finished)
+    return Side(files, w.moves, w.file, w.dtypes, exact=True)
