@@ -264,7 +264,8 @@ def run_tiles(
                 wanted(group, r, bound, found, mine, finished[first:last])
                 for r, (_, bound), found in zip(plans, sources, parts, strict=True)
             ]
-            out = group.together(lambda: _target_side(target, mine, last - first) if target else None)
+            bound_layout = target and (target[0], target[1].catalog.chunks, *target[2:])
+            out = group.together(lambda: target_side(*bound_layout, mine, last - first) if bound_layout else None)
             job = Job(
                 first,
                 first,
@@ -346,16 +347,13 @@ def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchan
     return asked == "collective" or blind
 
 
-def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count: int) -> Side:
-    bound, layout, files, views = target
-    chunks, entries = layout.catalog.chunks, bound.entries
-    items = item_bytes(entries, chunks)
-    moves = plan.moves(views, chunks, items, mine, alternatives=False)
+def target_side(bound: Bound, chunks: Chunks, files: Files, views: Views, mine: Views, count: int) -> Side:
+    """Where each tile goes: into all chunks that hold any of it."""
+    entries = bound.entries
+    moves = plan.moves(views, chunks, item_bytes(entries, chunks), mine, alternatives=False)
+    names = [e.name for e in entries]
     return Side(
-        files,
-        moves,
-        chunks.file,
-        tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, [e.name for e in entries]),
+        files, moves, chunks.file, tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, names)
     )
 
 
@@ -382,8 +380,11 @@ def fingerprint_of(digests: Mapping[str, str]) -> str:
 
 
 def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
-    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal."""
-    if m.family is None or not (tied(m) or is_params(m.source.config)):
+    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal.
+
+    Values that are not stored yet cannot be compared: both are kept.
+    """
+    if m.family is None or m.source.reader or not (tied(m) or is_params(m.source.config)):
         return m
     rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
     where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}

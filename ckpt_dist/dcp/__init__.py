@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from ckpt_dist.dcp.loading import Reader, reader
+from ckpt_dist.dcp.saving import Writer, writer
 
-__all__ = ["Reader", "reader"]
+__all__ = ["Reader", "Writer", "reader", "writer"]

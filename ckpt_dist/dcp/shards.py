@@ -16,6 +16,7 @@ import torch
 from ckpt_dist import part, plan, task
 from ckpt_dist.box import Ints, ints, row_major
 from ckpt_dist.catalog import Views, padded
+from ckpt_dist.engine.files import Writer
 from ckpt_dist.engine.fill import Crew, Done, Job, Side, fill, keep
 from ckpt_dist.engine.memory import Memory
 from ckpt_dist.model import Bound
@@ -49,10 +50,17 @@ def shards(bound: Bound, starts: Sequence[Sequence[int]], places: Sequence[torch
     return Shards(memory, side, tiles, np.prod(extent, axis=1, dtype=np.int64))
 
 
-def run(mine: Shards, source: Side, target: Side, out: Any, engine: Mapping[str, Any]) -> Done:
+def run(
+    mine: Shards,
+    source: Side,
+    target: Side,
+    out: Writer,
+    engine: Mapping[str, Any],
+    crc_files: frozenset[int] = frozenset(),
+) -> Done:
     """Make all tiles of a rank's shards, from memory or into it."""
     count = len(mine.numel)
-    job = Job(0, 0, count, mine.numel, np.zeros(count, bool), [source], target, out, keep)
+    job = Job(0, 0, count, mine.numel, np.zeros(count, bool), [source], target, out, keep, crc_files=crc_files)
     settings = {**engine, "memory": parse_size(engine["memory"])}
     with Crew(task.worker_count(settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as crew:
         return fill(job, crew)
