@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import ckpt_dist
 from ckpt_dist.errors import CheckpointError, UsageError
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 Tensors = dict[str, torch.Tensor]
@@ -93,24 +95,48 @@ def same(a: Tensors, b: Tensors) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_four_ranks_of_fsdp2_and_tensor_parallelism_load_every_kind(sources: dict[str, Path]) -> None:
-    paths = [sources[k] for k in ("split", "meta", "titan")]
-    done = torchrun(4, ROOT / "tests/real/load.py", sources["hf"], *paths)
+def program(name: str, *args: Path) -> str:
+    """What four forked ranks print."""
+    words = [sys.executable, str(ROOT / "tests/real" / name), *map(str, args)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    read = json.loads(done.stdout.splitlines()[-1])
-    assert len(read) == 7 and any("ranks" in path for path in read)
-    assert all(0.99 <= ratio <= 1.1 for ratio in read.values()), read
+    return done.stdout
+
+
+def test_four_ranks_of_fsdp2_and_tensor_parallelism_load_and_save(sources: dict[str, Path], tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    printed = program("program.py", sources["hf"], out, *(sources[k] for k in ("split", "meta", "titan")))
+    read = json.loads(printed.splitlines()[-1])
+    assert len(read["rank"]) == 9 and any("ranks" in path for path in read["rank"])
+    assert all(0.99 <= ratio <= 1.1 for scope in read.values() for ratio in scope.values()), read
+
+    hf = load_file(sources["hf"] / "model.safetensors")
+    assert sorted(p.name for p in out.iterdir()) == ["hf", "titan-dcp", "titan-hf", "titan-torch"]
+    assert len(list((out / "titan-hf").glob("*.safetensors"))) > 3
+    assert (out / "hf/model.safetensors").read_bytes() != b""
+    for folder in ("hf", "titan-hf"):
+        same(dict(AutoModelForCausalLM.from_pretrained(out / folder).state_dict()), hf)
+    config = AutoModelForCausalLM.from_pretrained(out / "hf").config
+    titan = to_torchtitan(hf, config)
+    (whole,) = (out / "titan-torch").glob("*.pt")
+    assert zipfile.ZipFile(whole).testzip() is None
+    same(torch.load(whole, weights_only=True)["model"], titan)
+    dcp_to_torch_save(out / "titan-dcp", out / "whole.pt")
+    same(torch.load(out / "whole.pt", weights_only=True)["model"], {k: v.bfloat16() for k, v in titan.items()})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
-def test_torchtitans_own_model_loads_a_hugging_face_folder(tmp_path: Path) -> None:
+def test_torchtitans_own_model_loads_and_saves_a_hugging_face_folder(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=16, vocab_size=2048)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "hf", max_shard_size="50MB")
-    done = torchrun(2, ROOT / "tests/real/load_torchtitan.py", tmp_path / "hf")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "57 tensors are what torchtitan's adapter makes" in done.stdout
+    printed = program("program_torchtitan.py", tmp_path / "hf", tmp_path / "again")
+    assert "57 tensors, 44 of them on both dims, are what torchtitan's adapter makes" in printed
 
 
 @pytest.mark.parametrize("kind", ["hf", "split", "meta", "titan"])
