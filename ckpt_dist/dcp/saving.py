@@ -145,13 +145,13 @@ class Writer(StorageWriter):
             for rank, failed in enumerate(all_done):
                 if isinstance(failed, Exception):
                     raise type(failed)(f"rank {rank}: {failed}")
+            self._say()  # where a warning is an error, it is one before the target is there
             self._publish(p, all_done)
         except BaseException:
             self._abandon()
             raise
         stage.release()
         self.prepared = None
-        self._say()
 
     def _publish(self, p: run.Prepared, all_done: Sequence[Done]) -> None:
         self.report.target = self.settings["target"]["path"]
@@ -164,7 +164,7 @@ class Writer(StorageWriter):
         """What was left out, and what is missing for others to read the target."""
         for text in (*self.report.warnings, *(n for n in self.report.notes if n.startswith("dropped, "))):
             if not text.startswith("dropped, derived buffer"):
-                warnings.warn(f"{self.report.target}: {text}", stacklevel=2)
+                warnings.warn(f"{self.settings['target']['path']}: {text}", stacklevel=2)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
