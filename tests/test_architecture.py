@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 ROOMS = (
     "errors", "box configs draw", "pattern parallel", "catalog files", "families", "family", "plan report", "formats", "sources", "model",
-    "averages initial", "engine", "part", "task", "run", "check", "keys", "config", "api cli dcp",
+    "averages initial", "engine", "part", "task", "run", "check", "keys", "config", "api", "cli dcp",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 

@@ -33,9 +33,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_dist import config, model, part, task
 from ckpt_dist import family as families
+from ckpt_dist import model, part, task
 from ckpt_dist.catalog import Catalog, Entry, Extra
+from ckpt_dist.config import fill
 from ckpt_dist.dcp.shards import Shards, run, shards
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Side
@@ -52,16 +53,18 @@ def reader(
     *,
     dialect: str = "auto",
     key: str = "",
+    config: Any = None,
     like: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Reader:
     """What `dcp.load` reads a checkpoint through, whatever its format.
 
-    `dialect` leaves only the names of one dialect, `key` puts them under a dict ("model"), and with `like`, the state
-    dict that is to be loaded, all that does not fit is said at once. `options` are keys of the command line, such as
-    `**{"source.step": 1000, "model.config": "config.json"}`.
+    `dialect` leaves only the names of one dialect, `key` puts them under a dict ("model"), `config` is the model's
+    config.json or params.json where the checkpoint has none, and with `like`, the state dict that is to be loaded,
+    all that does not fit is said at once. `options` are keys of the command line, such as `**{"source.step": 1000}`.
     """
-    settings = config.fill("inspect", {"source.path": os.fspath(path), **options})
+    given = {"model.config": os.fspath(config)} if config is not None else {}
+    settings = fill("inspect", {"source.path": os.fspath(path), **given, **options})
     return Reader(settings, dialect, key, like)
 
 
@@ -129,10 +132,8 @@ def _dialects(m: Model, asked: str) -> tuple[str, ...]:
         return tuple(m.family.dialects) if asked == "auto" else (asked,)
     text = f"{m.source.folder}: {m.unresolved} cannot be read from the checkpoint, so only its stored names ({m.dialect}) can be asked for"
     if asked not in ("auto", m.dialect):
-        raise UsageError(f"{text}. Give its config.json or params.json: **{{'model.config': PATH}}.")
-    warnings.warn(
-        f"{text}; **{{'model.config': PATH}} with its config.json or params.json gives the others.", stacklevel=4
-    )
+        raise UsageError(f"{text}. Give its config.json or params.json: config=PATH.")
+    warnings.warn(f"{text}; config=PATH of its config.json or params.json gives the others.", stacklevel=4)
     return ()
 
 

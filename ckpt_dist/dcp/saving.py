@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckpt_dist import config, plan, run, sources, task
+from ckpt_dist import plan, run, sources, task
 from ckpt_dist.api import TARGET
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
+from ckpt_dist.config import fill
 from ckpt_dist.dcp import shards
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
@@ -56,7 +57,7 @@ def writer(path: str | os.PathLike[str], format: str = "hf", *, config: Any = No
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    settings = config.fill("convert", {"source.path": str(PROGRAM), "quiet": True, "resume": False, **values})
+    settings = fill("convert", {"source.path": str(PROGRAM), "quiet": True, "resume": False, **values})
     for key, on in (("dry_run", settings["dry_run"]), ("engine.verify", settings["engine"]["verify"])):
         if on:
             raise UsageError(f"{key}: a writer does not do that. Leave it out; ckpt_dist.verify compares afterwards.")

@@ -120,7 +120,7 @@ def save(model: Tensors, titan: Tensors, out: Path, config: str) -> None:
 
 def main(folder: str, out: str, *more: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    config, sources = {"model.config": folder}, (folder, *more)
+    config, sources = {"config": folder}, (folder, *more)
     whole = load_file(Path(folder) / "model.safetensors")
     model = sharded(folder, mesh)
     read = {path: load(model.state_dict(), whole, path, **config) for path in sources}
