@@ -23,6 +23,7 @@ from ckpt_dist.catalog import Chunks, Entry, Views, padded
 from ckpt_dist.errors import CheckpointError, nearest
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
 
+COPIES = ("meta", "torchtitan")  # dialects in which a tied weight is stored twice
 CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are taken
 
 

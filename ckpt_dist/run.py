@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, configs, formats, initial, part, plan, sources, task
+from ckpt_dist import __version__, configs, formats, initial, megatron, part, plan, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -287,7 +287,7 @@ def prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
-    if target["format"] in formats.DIALECTS and set(cfg.get("keep") or ()) - {"weights"}:
+    if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
@@ -304,7 +304,7 @@ def prepare(
     report.guesses += layout.catalog.about.get("guesses", ())
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
-    carries = target["format"] in formats.DIALECTS and not staging.single
+    carries = target["format"] in formats.FOLDERS and not staging.single
     small = _small_files(models[0], d, layout, cfg, report) if carries else {}
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
@@ -401,6 +401,8 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
         **target,
         "max_shard_size": parse_size(target["max_shard_size"]),
         "sizes": m.sizes,
+        "args": _args(d, m),
+        "step": m.step,
         "file": path.name if _is_file_name(path, target["format"]) else None,
     }
     if target["format"] == "fsdp":
@@ -411,6 +413,12 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
         )
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
+
+
+def _args(d: task.Design, m: Model) -> dict[str, Any]:
+    """What Megatron calls args, for a model of a known family."""
+    weights = {w for rule in d.target.rules if rule for w in rule.weights}
+    return megatron.to_args(m.source.config, m.sizes, weights, tied="head" not in weights)
 
 
 def _is_file_name(path: Path, format: str) -> bool:
@@ -483,6 +491,11 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
         head = any("head" in r.weights for r in d.target.rules if r)
         config = _translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
         config["torch_dtype"] = main  # the word that every version of transformers reads
+    if megatron.is_args(config) and m.family and "v" in m.sizes:
+        weights = {w for rule in d.target.rules if rule for w in rule.weights}
+        kind = megatron.model_type(m.family, weights)
+        config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
+        config["torch_dtype"] = main
     if not configs.is_hf(config):
         report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
         return {}

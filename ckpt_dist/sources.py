@@ -194,6 +194,7 @@ def _scan(
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     found, config_path = find_config(folder, path, asked, config)
+    found = found or dict(catalog.config)
     match = STEP.fullmatch(path.name)
     return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
 

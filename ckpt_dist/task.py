@@ -24,7 +24,7 @@ import numpy as np
 from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan
 from ckpt_dist.catalog import Chunks, Entry, Views
-from ckpt_dist.configs import is_params
+from ckpt_dist.configs import is_hf
 from ckpt_dist.engine import exchange
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Crew, Done, Job, Side, fill, keep, tile_dtypes
@@ -95,10 +95,23 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
             )
         return ""
     if asked == "auto":
-        asked = formats.DIALECTS.get(str(cfg_target.get("format")), first.dialect)
+        choices = formats.DIALECTS.get(str(cfg_target.get("format")), (first.dialect,))
+        fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
+        asked = (fits or choices)[0]
     if asked not in first.family.dialects:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
     return asked
+
+
+def _uniform(m: Model) -> bool:
+    """Whether all layers have the same weights, so that one tensor can hold a weight of all of them."""
+    assert m.family is not None
+    layers: dict[str, set[int]] = {}
+    for rule in (families.match(m.family, m.dialect, n) for n in m.names if n is not None):
+        for axis, index in rule.fixed if rule else ():
+            if axis == "l":
+                layers.setdefault(rule.weights[0], set()).add(index)  # type: ignore[union-attr]
+    return len({frozenset(found) for found in layers.values()}) < 2
 
 
 def _plain_entries(first: Model) -> Bound:
@@ -130,7 +143,7 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     ties = {
         copy: of
         for copy, of in first.family.ties.items()
-        if dialect != families.CANONICAL and copy not in present and tied(first)
+        if dialect in families.COPIES and copy not in present and tied(first)
     }
     target = model.spelled(
         first.family,
@@ -190,7 +203,9 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
 
 def tied(m: Model) -> bool:
     """Whether the config says so, or, where it has no word for it, the values were found equal."""
-    return bool(m.source.config.get("tie_word_embeddings")) or any(rule.startswith(TIED) for rule in m.dropped)
+    config = m.source.config
+    said = config.get("tie_word_embeddings") or config.get("untie_embeddings_and_output_weights") is False
+    return bool(said) or any(rule.startswith(TIED) for rule in m.dropped)
 
 
 @dataclass(frozen=True)
@@ -384,7 +399,7 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
 
     Values that are not stored yet cannot be compared: both are kept.
     """
-    if m.family is None or m.source.reader or not (tied(m) or is_params(m.source.config)):
+    if m.family is None or m.source.reader or not (tied(m) or not is_hf(m.source.config)):
         return m
     rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
     where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}

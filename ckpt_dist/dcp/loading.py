@@ -241,11 +241,12 @@ def _described(entry: Entry) -> TensorStorageMetadata:
 def _value(shown: Shown, name: str) -> bytes:
     """A value as torch.save writes it: read by the allow-list and written anew, for the planner unpickles it without one."""
     from ckpt_dist.formats import dcp
+    from ckpt_dist.formats import torch as pt
 
     extra = shown.extras[name]
     value = dcp.read_extra(shown.catalog, extra)
     try:
-        return dcp.value_blob(value)
+        return pt.archive(value)
     except CheckpointError as error:
         raise CheckpointError(
             f"{shown.model.source.folder}: {name!r} cannot be passed on: {error} Leave it out of the state dict."

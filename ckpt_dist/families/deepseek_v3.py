@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_dist import megatron
+
 model_types = ("deepseek_v3",)
 
 weights = dict(
@@ -69,6 +71,30 @@ _rest = {
     "model.norm.weight": "norm: e",
     "lm_head.weight": "head: v e",
 }
+_m = megatron.LAYER
+_megatron = {
+    "embedding.word_embeddings.weight": "embed: v e",
+    _m + "input_layernorm.weight": "attn_norm: e",
+    _m + "self_attention.linear_q_proj.weight": "q: (h i) e",
+    _m + "self_attention.linear_q_down_proj.weight": "q_down: a e",
+    _m + "self_attention.q_layernorm.weight": "q_norm: a",
+    _m + "self_attention.linear_q_up_proj.weight": "q_up: (h i) a",
+    _m + "self_attention.linear_kv_down_proj.weight": "kv_down: p e",
+    _m + "self_attention.kv_layernorm.weight": "kv_norm: b",
+    _m + "self_attention.linear_kv_up_proj.weight": "kv_up: (h j) b",
+    _m + "self_attention.linear_proj.weight": "o: e (h d)",
+    _m + "pre_mlp_layernorm.weight": "mlp_norm: e",
+    _m + "mlp.linear_fc1.weight": "gate, up: ((1 + 1) f) e",
+    _m + "mlp.linear_fc2.weight": "down: e f",
+    _m + "mlp.router.weight": "router: x e",
+    _m + "mlp.router.expert_bias": "router_bias: x",
+    _m + "mlp.experts.experts.linear_fc1.weight": "expert_gate, expert_up: x ((1 + 1) m) e",
+    _m + "mlp.experts.experts.linear_fc2.weight": "expert_down: x e m",
+    _m + "mlp.shared_experts.linear_fc1.weight": "shared_gate, shared_up: ((1 + 1) s) e",
+    _m + "mlp.shared_experts.linear_fc2.weight": "shared_down: e s",
+    "decoder.final_layernorm.weight": "norm: e",
+    "output_layer.weight": "head: v e",
+}
 
 dialects = dict(
     hf={
@@ -82,6 +108,7 @@ dialects = dict(
         _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
         _mlp + "experts.down_proj": "expert_down: x e m",
     },
+    **megatron.dialects(_megatron),
 )
 
 
@@ -99,4 +126,9 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     )
 
 
-sizes = dict(hf=_from_hf)
+def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
+    return _from_hf({**a, "num_hidden_layers": a["num_layers"], "vocab_size": 0, "qk_nope_head_dim": a["qk_head_dim"],
+                     "qk_rope_head_dim": a["qk_pos_emb_head_dim"], "v_head_dim": a["v_head_dim"]})  # fmt: skip
+
+
+sizes = dict(hf=_from_hf, megatron=_from_args)

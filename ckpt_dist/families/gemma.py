@@ -6,6 +6,7 @@ f feed-forward. Norms are stored as what is added to one, in all dialects here.
 
 from __future__ import annotations
 
+from ckpt_dist import megatron
 from ckpt_dist.families import llama
 
 model_types = ("gemma2", "gemma3_text")
@@ -33,6 +34,7 @@ drops = llama.drops
 optional = dict.fromkeys(("q_norm", "k_norm"), "gemma3_text")
 
 _l = "model.layers.{l}."
+_m = megatron.LAYER
 
 dialects = dict(
     hf={
@@ -41,6 +43,13 @@ dialects = dict(
         _l + "pre_feedforward_layernorm.weight": "mlp_norm: e",
         _l + "post_feedforward_layernorm.weight": "mlp_out_norm: e",
     },
+    **megatron.dialects(
+        {k: v for k, v in llama.dialects["megatron"].items() if "bias" not in k}
+        | {
+            _m + "self_attention.linear_proj.post_layernorm.weight": "attn_out_norm: e",
+            _m + "mlp.linear_fc2.post_layernorm.weight": "mlp_out_norm: e",
+        }
+    ),
 )
 
-sizes = dict(hf=llama.from_hf)
+sizes = dict(hf=llama.from_hf, megatron=megatron.sizes)

@@ -6,6 +6,7 @@ x expert  f feed-forward of an expert
 
 from __future__ import annotations
 
+from ckpt_dist import megatron
 from ckpt_dist.families import llama
 
 model_types = ("gpt_oss",)
@@ -38,6 +39,18 @@ ties = dict(head="embed")
 drops = llama.drops
 
 _l = "model.layers.{l}."
+_m = megatron.LAYER
+_skip = ("mlp.", "q_layernorm", "k_layernorm")
+_megatron = {k: v for k, v in llama.dialects["megatron"].items() if not any(s in k for s in _skip)} | {
+    _m + "self_attention.core_attention.softmax_offset": "sinks: (g q)",
+    _m + "pre_mlp_layernorm.weight": "mlp_norm: e",
+    _m + "mlp.router.weight": "router: x e",
+    _m + "mlp.router.bias": "router_bias: x",
+    _m + "mlp.experts.experts.linear_fc1.weight": "gate, up: x ((1 + 1) f) e",
+    _m + "mlp.experts.experts.linear_fc1.bias": "gate_bias, up_bias: x ((1 + 1) f)",
+    _m + "mlp.experts.experts.linear_fc2.weight": "down: x e f",
+    _m + "mlp.experts.experts.linear_fc2.bias": "down_bias: x e",
+}
 
 dialects = dict(
     hf={
@@ -50,6 +63,7 @@ dialects = dict(
         _l + "mlp.experts.down_proj": "down: x f e",
         _l + "mlp.experts.down_proj_bias": "down_bias: x e",
     },
+    **megatron.of_experts(_megatron),
 )
 
-sizes = dict(hf=llama.from_hf)
+sizes = dict(hf=llama.from_hf, megatron=megatron.sizes)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_dist import megatron
+
 model_types = ("llama", "mistral", "qwen2", "qwen3")
 
 weights = dict(
@@ -56,6 +58,24 @@ drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cach
 
 _hf = "model.layers.{l}."
 _meta = "layers.{l}."
+_m = megatron.LAYER
+_megatron = {
+    "embedding.word_embeddings.weight": "embed: v e",
+    _m + "self_attention.linear_qkv.layer_norm_weight": "attn_norm: e",
+    _m + "self_attention.linear_qkv.weight": "q, k, v: (g (q + 1 + 1) c r) e",
+    _m + "self_attention.linear_qkv.bias": "q_bias, k_bias, v_bias: (g (q + 1 + 1) c r)",
+    _m + "self_attention.q_layernorm.weight": "q_norm: (c r)",
+    _m + "self_attention.k_layernorm.weight": "k_norm: (c r)",
+    _m + "self_attention.linear_proj.weight": "o: e (g q c r)",
+    _m + "self_attention.linear_proj.bias": "o_bias: e",
+    _m + "mlp.linear_fc1.layer_norm_weight": "mlp_norm: e",
+    _m + "mlp.linear_fc1.weight": "gate, up: ((1 + 1) f) e",
+    _m + "mlp.linear_fc1.bias": "gate_bias, up_bias: ((1 + 1) f)",
+    _m + "mlp.linear_fc2.weight": "down: e f",
+    _m + "mlp.linear_fc2.bias": "down_bias: e",
+    "decoder.final_layernorm.weight": "norm: e",
+    "output_layer.weight": "head: v e",
+}
 
 dialects = dict(
     hf={
@@ -109,6 +129,7 @@ dialects = dict(
         "norm.weight": "norm: e",
         "lm_head.weight": "head: v e",
     },
+    **megatron.dialects(_megatron),
 )
 
 
@@ -138,4 +159,4 @@ def _from_params(p: Mapping[str, Any]) -> dict[str, int]:
     return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=head_dim // 2)
 
 
-sizes = dict(hf=from_hf, meta=_from_params)
+sizes = dict(hf=from_hf, meta=_from_params, megatron=megatron.sizes)

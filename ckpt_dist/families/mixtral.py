@@ -6,6 +6,7 @@ x expert  f feed-forward of an expert. On disk an expert is three tensors; insid
 
 from __future__ import annotations
 
+from ckpt_dist import megatron
 from ckpt_dist.families import llama
 
 model_types = ("mixtral",)
@@ -31,6 +32,14 @@ drops = llama.drops
 _rest = {k: v for k, v in llama.dialects["hf"].items() if ".mlp." not in k and "_norm" not in k and "bias" not in k}
 _moe = "model.layers.{l}.block_sparse_moe."
 _stacked = "model.layers.{l}.mlp."
+_m = megatron.LAYER
+_skip = ("mlp.", "bias", "q_layernorm", "k_layernorm")
+_megatron = {k: v for k, v in llama.dialects["megatron"].items() if not any(s in k for s in _skip)} | {
+    _m + "pre_mlp_layernorm.weight": "mlp_norm: e",
+    _m + "mlp.router.weight": "router: x e",
+    _m + "mlp.experts.experts.linear_fc1.weight": "gate, up: x ((1 + 1) f) e",
+    _m + "mlp.experts.experts.linear_fc2.weight": "down: x e f",
+}
 
 dialects = dict(
     hf={
@@ -46,6 +55,7 @@ dialects = dict(
         _stacked + "experts.gate_up_proj": "gate, up: x ((1 + 1) f) e",
         _stacked + "experts.down_proj": "down: x e f",
     },
+    **megatron.of_experts(_megatron),
 )
 
-sizes = dict(hf=llama.from_hf)
+sizes = dict(hf=llama.from_hf, megatron=megatron.sizes)

@@ -6,6 +6,7 @@ f feed-forward of a dense layer  x expert  m feed-forward of an expert
 
 from __future__ import annotations
 
+from ckpt_dist import megatron
 from ckpt_dist.families import llama
 
 model_types = ("qwen3_moe",)
@@ -36,6 +37,15 @@ optional = dict.fromkeys(("gate", "up", "down"), "mlp_only_layers")
 
 _mlp = "model.layers.{l}.mlp."
 _rest = {k: v for k, v in llama.dialects["hf"].items() if "bias" not in k} | {_mlp + "gate.weight": "router: x e"}
+_m = megatron.LAYER
+_dense = {k: v for k, v in llama.dialects["megatron"].items() if "bias" not in k and "layer_norm_weight" not in k}
+_megatron = _dense | {
+    _m + "self_attention.linear_qkv.layer_norm_weight": "attn_norm: e",
+    _m + "pre_mlp_layernorm.weight": "mlp_norm: e",
+    _m + "mlp.router.weight": "router: x e",
+    _m + "mlp.experts.experts.linear_fc1.weight": "expert_gate, expert_up: x ((1 + 1) m) e",
+    _m + "mlp.experts.experts.linear_fc2.weight": "expert_down: x e m",
+}
 
 dialects = dict(
     hf={
@@ -49,6 +59,7 @@ dialects = dict(
         _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
         _mlp + "experts.down_proj": "expert_down: x e m",
     },
+    **megatron.of_experts(_megatron),
 )
 
-sizes = dict(hf=llama.from_hf)
+sizes = dict(hf=llama.from_hf, megatron=megatron.sizes)

@@ -418,22 +418,13 @@ def _blob_layout(entry: Entry, box: Sequence[int], nbytes: int) -> zips.Layout:
 
 
 def _value_blob(spec: Spec, extra: Extra) -> bytes:
-    """A non-tensor entry; one that comes from DCP is passed on as it is."""
+    """A non-tensor entry as torch.save would write it; one that comes from DCP is passed on as it is."""
     if extra.address is not None and spec.source is not None:
         file, offset, length = extra.address
         with open(Path(spec.source.root) / spec.source.files[file], "rb") as source:
             source.seek(offset)
             return source.read(length)
-    return value_blob(extra.value)
-
-
-def value_blob(value: Any) -> bytes:
-    """A plain value as torch.save would write it."""
-    layout = zips.lay_out(pt.records(pickles.dumps(value), []))
-    out = bytearray(layout.length)
-    for at, piece in layout.pieces:
-        out[at : at + len(piece)] = piece
-    return bytes(out)
+    return pt.archive(extra.value)
 
 
 def _metadata(

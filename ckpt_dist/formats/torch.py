@@ -159,6 +159,15 @@ def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes |
     ]
 
 
+def archive(tree: Any, name: str = "archive") -> bytes:
+    """A torch.save of values without tensors."""
+    layout = zips.lay_out(records(pickles.dumps(tree), []), name)
+    data = bytearray(layout.length)
+    for at, piece in layout.pieces:
+        data[at : at + len(piece)] = piece
+    return bytes(data)
+
+
 def tensor(entry_dtype: str, shape: Sequence[int], key: str) -> pickles.TensorRef:
     """A dense tensor that fills one storage."""
     numel = int(np.prod(shape, dtype=np.int64))
