@@ -407,10 +407,11 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
     }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
-    if target["tp"] != 1 and target["format"] != "meta":
-        raise UsageError(
-            f"target.tp={target['tp']}: {target['format']} has no files of model-parallel ranks. Leave it out."
-        )
+    for key in ("tp", "pp", "vpp", "ep"):
+        if target[key] != 1 and target["format"] not in ("megatron", *(["meta"] if key == "tp" else [])):
+            raise UsageError(
+                f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
+            )
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
 

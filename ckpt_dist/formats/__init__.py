@@ -20,11 +20,20 @@ from typing import Any
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
-FORMATS = ("fsdp", "torch_dist", "dcp", "hf", "meta", "torch")  # the order in which a folder's content is tried
+FORMATS = (
+    "fsdp",
+    "torch_dist",
+    "megatron",
+    "dcp",
+    "hf",
+    "meta",
+    "torch",
+)  # the order in which a folder's content is tried
 DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
     "hf": ("hf",),
     "meta": ("meta",),
     "torch_dist": ("megatron_stacked", "megatron"),
+    "megatron": ("megatron",),
 }
 FOLDERS = ("hf", "meta")  # formats whose folders hold a model: weights, config, tokenizer
 

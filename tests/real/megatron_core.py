@@ -31,9 +31,36 @@ def on_cpu() -> None:
     class Stream:
         def __init__(self, *a: Any, **k: Any) -> None: ...
         def wait_stream(self, *a: Any) -> None: ...
+        def wait_event(self, *a: Any) -> None: ...
+        def synchronize(self) -> None: ...
+
+        def record_event(self, *a: Any) -> Any:
+            return self
 
     torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda *a, **k: Stream()  # type: ignore[assignment,return-value]
+    from megatron.core.transformer.moe import moe_utils
+
+    exchange = dist.all_to_all_single
+
+    def exchanged(*args: Any, **more: Any) -> Any:
+        """On CPUs the sizes stay tensors."""
+        return exchange(
+            *args, **{k: v.tolist() if isinstance(v, torch.Tensor) and "sizes" in k else v for k, v in more.items()}
+        )
+
+    dist.all_to_all_single = exchanged  # type: ignore[assignment]
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    from megatron.core.transformer import multi_latent_attention as mla
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    attention = DotProductAttention.__init__
+    DotProductAttention.__init__ = lambda self, *a, k_channels=None, v_channels=None, **k: attention(self, *a, **k)  # type: ignore[method-assign]
+    for name in ("TELinear", "TEColumnParallelLinear"):
+        if not isinstance(getattr(mla, name, None), type):
+            setattr(mla, name, type(name, (), {}))
     mrandom.CudaRNGStatesTracker.fork = lambda *a, **k: contextlib.nullcontext()  # type: ignore[method-assign,assignment]
 
 
@@ -181,7 +208,9 @@ def legacy(chunks: list[Any], job: dict[str, Any]) -> None:
         "expert_model_parallel_size": ep,
         **job.get("args", {}),
     }
-    torch.save({"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 7, **model}, folder / "model_optim_rng.pt")
+    torch.save(
+        {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 7, **model}, folder / "model_optim_rng.pt"
+    )
     (Path(job["legacy"]) / "latest_checkpointed_iteration.txt").write_text("7")
 
 
@@ -194,7 +223,11 @@ def run(job: dict[str, Any]) -> None:
         load(chunks, job["load"], job.get("strict", "assume_ok_unexpected"))
     if job.get("logits"):
         out = logits(chunks, torch.tensor(job["ids"]))
-        if out is not None and ps.is_pipeline_last_stage(ignore_virtual=True) and ps.get_tensor_model_parallel_rank() == 0:
+        if (
+            out is not None
+            and ps.is_pipeline_last_stage(ignore_virtual=True)
+            and ps.get_tensor_model_parallel_rank() == 0
+        ):
             if ps.get_data_parallel_rank() == 0:
                 torch.save(out.float(), job["logits"])
     if job.get("save"):
