@@ -54,11 +54,12 @@ def test_a_hugging_face_folder_from_names_of_any_dialect(model: Any, tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("format", ["dcp", "torch", "meta"])
+@pytest.mark.parametrize("format", ["dcp", "torch", "meta", "megatron", "torch_dist"])
 def test_the_fingerprint_is_that_of_the_model_in_every_format(model: Any, tmp_path: Path, format: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # params.json has no word for some values of config.json
-        save(model.state_dict(), tmp_path / "out", format, config=model.folder)
+        ranks = 2 if format in ("meta", "megatron") else 1
+        save(model.state_dict(), tmp_path / "out", format, config=model.folder, tp=ranks)
     found = ckpt_dist.fingerprint(tmp_path / "out", **{"model.config": str(model.folder)})
     assert found == ckpt_dist.fingerprint(model.folder)
 
