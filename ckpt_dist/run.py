@@ -236,14 +236,14 @@ def _write(
     """From understood sources to a published target."""
     engine = engine_of(cfg)
     with report.phase("plan"):
-        p = _prepare(group, report, models, cfg, path, combination, into)
+        p = prepare(group, report, models, cfg, path, combination, into)
     if cfg.get("dry_run"):
         return _dry(group, report, p.models, p.design, p.layout, engine, path)
     if p.combine is not keep or _casts(p.design):
         from ckpt_dist.averages.tensors import use
 
         report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    staged = group.on_first(lambda: _stage(p, cfg, about, given))
+    staged = group.on_first(lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
@@ -258,7 +258,7 @@ def _write(
     return {**report.to_dict(), **prints}
 
 
-def _stage(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
+def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
     """The staging folder: new, or as an earlier attempt at the very same job left it."""
     used = [(m.catalog.root, f) for m in p.models for f in m.catalog.files]
     times = [
@@ -276,7 +276,7 @@ def _stage(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> t
     return task.Staged(p.staging.folder, finished, done)
 
 
-def _prepare(
+def prepare(
     group: Group,
     report: Report,
     models: list[Model],
@@ -323,7 +323,7 @@ def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
         return m
     if m.source.reader:
         raise UsageError(
-            f"target.vocab_size={asked}: a seed has the vocabulary of its config; change vocab_size there."
+            f"target.vocab_size={asked}: these values are not stored yet, and have the vocabulary of their config; change vocab_size there."
         )
     found = resized(m, "v", asked)
     what = "the rest are zeros" if have and asked > have else "the last ones are left out"
@@ -368,8 +368,8 @@ def _fill(
         runs = [run for part in group.gather(done.runs) for run in part]
         report.peak_memory = group.gather(peak_memory())
         prints = _fingerprints(p.design, done, p.models, report) if digests else {}
-        record = {} if p.staging.single else _record(cfg, about, p.models, given, prints, report)
-        group.on_first(lambda: _finish(p.staging, p.layout, runs, {**p.small, **record}, engine, cfg))
+        kept = {} if p.staging.single else record(cfg, about, p.models, given, prints, report)
+        group.on_first(lambda: finish(p.staging, p.layout, runs, {**p.small, **kept}, engine, cfg))
     return prints
 
 
@@ -386,7 +386,7 @@ def _casts(d: task.Design) -> bool:
     )
 
 
-def _finish(
+def finish(
     staging: stage.Staging,
     layout: Layout,
     runs: stage.Runs,
@@ -460,7 +460,8 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
     mapped = sum(n is not None for n in m.names)
     if m.source.reader is None:
         report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
-    for rule, names in {**m.dropped, **{k: tuple(v) for k, v in lost.items()}}.items():
+    for rule in {**m.dropped, **lost}:
+        names = (*m.dropped.get(rule, ()), *lost.get(rule, ()))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         report.notes.append(f"dropped, {rule}: {some}")
 
@@ -574,7 +575,7 @@ def _drain(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
         pass
 
 
-def _record(
+def record(
     cfg: Config, about: Config, models: Sequence[Model], given: Sequence[float], prints: Config, report: Report
 ) -> dict[str, bytes]:
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""

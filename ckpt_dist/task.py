@@ -140,7 +140,7 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     assert first.family is not None
     bounds = tuple(model.bind_family(m) for m in models)
     present = model.corners(first.family, bounds[0], wholly(bounds[0]))
-    dtype_of = _dtypes(bounds[0])
+    dtype_of = stored_dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {
         copy: of
@@ -164,7 +164,7 @@ def dtype_of_tied(dtype_of: Callable[[Any], str], ties: Mapping[str, str]) -> Ca
     return lambda rule: dtype_of(replace(rule, weights=tuple(ties.get(w, w) for w in rule.weights)))
 
 
-def _dtypes(bound: Bound) -> Callable[[Any], str]:
+def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
     """The stored dtype of a rule's first weight, at its layer where layers are told apart."""
     exact: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
     loose: dict[str, str] = {}
@@ -265,7 +265,7 @@ def run_tiles(
     collective = group.together(lambda: _collective(transport, group, report, plans))
 
     def work() -> Done:
-        opened = [_opened(m) for m, _ in sources]
+        files_of = [opened(m) for m, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down
@@ -273,7 +273,7 @@ def run_tiles(
 
         journal = Journal(staged.folder, flush) if staged else None
         with ExitStack() as closing:  # all of them, whatever one of them says
-            for files in [*opened, *([target[2]] if target else [])]:
+            for files in [*files_of, *([target[2]] if target else [])]:
                 closing.callback(files.close)
             if journal:
                 closing.callback(journal.close)
@@ -281,14 +281,15 @@ def run_tiles(
                 wanted(group, r, bound, found, mine, finished[first:last])
                 for r, (_, bound), found in zip(plans, sources, parts, strict=True)
             ]
-            out = group.together(lambda: _target_side(target, mine, last - first) if target else None)
+            bound_layout = target and (target[0], target[1].catalog.chunks, *target[2:])
+            out = group.together(lambda: target_side(*bound_layout, mine, last - first) if bound_layout else None)
             job = Job(
                 first,
                 first,
                 last,
                 plan.tile_numel(canon.entries)[first:last],
                 finished[first:last],
-                [Side(f, w.moves, w.file, w.dtypes) for f, w in zip(opened, needs, strict=True)],
+                [Side(f, w.moves, w.file, w.dtypes) for f, w in zip(files_of, needs, strict=True)],
                 out,
                 target[2] if target else None,
                 _named(combine, canon),
@@ -305,11 +306,11 @@ def run_tiles(
 
                 if collective:
                     memory = int(engine["memory"])
-                    done = exchange.run(group, job, needs, opened, crew, memory, advance)
+                    done = exchange.run(group, job, needs, files_of, crew, memory, advance)
                 else:
                     done = fill(job, crew, advance)
             flush()
-            done.bytes_read = sum(files.bytes_read for files in opened)
+            done.bytes_read = sum(files.bytes_read for files in files_of)
             return done
 
     done = group.together(work)
@@ -323,7 +324,7 @@ def run_tiles(
     return done
 
 
-def _opened(m: Model) -> Any:
+def opened(m: Model) -> Any:
     """What the bytes of a source come from: its files, or what computes them."""
     if m.source.reader:
         return m.source.reader
@@ -375,16 +376,13 @@ def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchan
     return asked == "collective" or blind
 
 
-def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count: int) -> Side:
-    bound, layout, files, views = target
-    chunks, entries = layout.catalog.chunks, bound.entries
-    items = item_bytes(entries, chunks)
-    moves = plan.moves(views, chunks, items, mine, alternatives=False)
+def target_side(bound: Bound, chunks: Chunks, files: Files, views: Views, mine: Views, count: int) -> Side:
+    """Where each tile goes: into all chunks that hold any of it."""
+    entries = bound.entries
+    moves = plan.moves(views, chunks, item_bytes(entries, chunks), mine, alternatives=False)
+    names = [e.name for e in entries]
     return Side(
-        files,
-        moves,
-        chunks.file,
-        tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, [e.name for e in entries]),
+        files, moves, chunks.file, tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, names)
     )
 
 
@@ -411,8 +409,11 @@ def fingerprint_of(digests: Mapping[str, str]) -> str:
 
 
 def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
-    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal."""
-    if m.family is None or not (tied(m) or not is_hf(m.source.config)):
+    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal.
+
+    Values that are not stored yet cannot be compared: both are kept.
+    """
+    if m.family is None or m.source.reader or not (tied(m) or not is_hf(m.source.config)):
         return m
     rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
     where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}
