@@ -32,6 +32,7 @@ class Family:
 
     What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> who has it;
     `defaults`: model type -> what transformers takes where a config does not say it.
+    `zeros`: a weight that dialects without a name for it take to be 0 -> another weight that is where it is.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     sizes: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, int]]] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
+    zeros: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
     init: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)

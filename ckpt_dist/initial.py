@@ -147,9 +147,10 @@ def _sizes(family: Family, weights: Sequence[str], config: Config, path: Path) -
 
 
 def _weights(family: Family, config: Config) -> list[str]:
-    """Which weights such a model has, without the copies that the config ties."""
+    """Which weights such a model has, without the copies that the config ties and what is zeros anyway."""
     ties = family.ties if config.get("tie_word_embeddings") else {}
-    return [w for w in family.weights if w not in ties and _has(family.optional.get(w), config)]
+    absent = {*ties, *family.zeros}
+    return [w for w in family.weights if w not in absent and _has(family.optional.get(w), config)]
 
 
 def _has(terms: str | None, config: Config) -> bool:

@@ -180,7 +180,7 @@ def _score(family: Family, dialect: str, prefix: str, names: Mapping[str, int], 
     hits = sum(names[n] for n, rule in rules.items() if rule is not None)
     drops = sum(count for n, count in names.items() if families.dropped(family, n))
     found = {w for rule in rules.values() if rule is not None for w in rule.weights}
-    if not known and not set(family.weights) - set(family.optional) - set(family.ties) <= found:
+    if not known and not set(family.weights) - {*family.optional, *family.ties, *family.zeros} <= found:
         return 0.0
     return hits / max(sum(names.values()) - drops, 1)
 
@@ -269,14 +269,23 @@ def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
     return found
 
 
+def beside(family: Family, zeros: Mapping[str, str], present: Mapping[str, Ints]) -> dict[str, Ints]:
+    """Corners of weights that no source holds: each is wherever another one is."""
+    found = {}
+    for weight, other in zeros.items():
+        places = [family.axes(other).index(a) for a in family.axes(weight)]
+        found[weight] = np.unique(present[other][:, places], axis=0)
+    return found
+
+
 def spelled(
     family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int], dtype_of: Any
 ) -> Bound:
-    """The entries of a model in a dialect; a weight that the dialect has no name for is refused."""
+    """The entries of a model in a dialect; a weight that it has no name for is refused, or taken to be zeros there."""
     found = families.spell(family, dialect, present, sizes)
     named = {w for _, rule, _ in found for w in rule.weights}
     for weight in present:
-        if weight not in named:
+        if weight not in named and weight not in family.zeros:
             raise CheckpointError(
                 f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect."
             )

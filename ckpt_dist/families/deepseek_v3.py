@@ -46,6 +46,7 @@ optional |= dict.fromkeys(("shared_gate", "shared_up", "shared_down"), "n_shared
 
 _attn = "model.layers.{l}.self_attn."
 _mlp = "model.layers.{l}.mlp."
+_titan = "layers.{l}."
 _rest = {
     "model.embed_tokens.weight": "embed: v e",
     "model.layers.{l}.input_layernorm.weight": "attn_norm: e",
@@ -81,6 +82,32 @@ dialects = dict(
         **_rest,
         _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
         _mlp + "experts.down_proj": "expert_down: x e m",
+    },
+    torchtitan={
+        "tok_embeddings.weight": "embed: v e",
+        _titan + "attention_norm.weight": "attn_norm: e",
+        _titan + "attention.wq.weight": "q: (h i) e",
+        _titan + "attention.wq_a.weight": "q_down: a e",
+        _titan + "attention.q_norm.weight": "q_norm: a",
+        _titan + "attention.wq_b.weight": "q_up: (h i) a",
+        _titan + "attention.wkv_a.weight": "kv_down: p e",
+        _titan + "attention.kv_norm.weight": "kv_norm: b",
+        _titan + "attention.wkv_b.weight": "kv_up: (h j) b",
+        _titan + "attention.wo.weight": "o: e (h d)",
+        _titan + "ffn_norm.weight": "mlp_norm: e",
+        _titan + "feed_forward.w1.weight": "gate: f e",
+        _titan + "feed_forward.w3.weight": "up: f e",
+        _titan + "feed_forward.w2.weight": "down: e f",
+        _titan + "moe.router.gate.weight": "router: x e",
+        _titan + "moe.expert_bias_E": "router_bias: x",
+        _titan + "moe.routed_experts.inner_experts.w1_EFD": "expert_gate: x m e",
+        _titan + "moe.routed_experts.inner_experts.w3_EFD": "expert_up: x m e",
+        _titan + "moe.routed_experts.inner_experts.w2_EDF": "expert_down: x e m",
+        _titan + "moe.shared_experts.w1.weight": "shared_gate: s e",
+        _titan + "moe.shared_experts.w3.weight": "shared_up: s e",
+        _titan + "moe.shared_experts.w2.weight": "shared_down: e s",
+        "norm.weight": "norm: e",
+        "lm_head.weight": "head: v e",
     },
 )
 

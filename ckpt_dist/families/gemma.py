@@ -6,7 +6,7 @@ f feed-forward. Norms are stored as what is added to one, in all dialects here.
 
 from __future__ import annotations
 
-from ckpt_dist.families import llama
+from ckpt_dist.families import llama, qwen3
 
 model_types = ("gemma2", "gemma3_text")
 
@@ -36,7 +36,7 @@ _l = "model.layers.{l}."
 
 dialects = dict(
     hf={
-        **{k: v for k, v in llama.dialects["hf"].items() if "bias" not in k},
+        **{k: v for k, v in qwen3.dialects["hf"].items() if "bias" not in k},
         _l + "post_attention_layernorm.weight": "attn_out_norm: e",
         _l + "pre_feedforward_layernorm.weight": "mlp_norm: e",
         _l + "post_feedforward_layernorm.weight": "mlp_out_norm: e",

@@ -1,4 +1,4 @@
-"""Llama 2/3, Mistral, Qwen2 and Qwen3 dense models: gated MLP, grouped queries, optional biases and q/k norms.
+"""Llama 2/3, Mistral and Qwen2 dense models: gated MLP, grouped queries, optional biases. Many families build on it.
 
 l layer  v vocabulary  e embedding  g key-value group  q queries per group  c rotary half  r rotary pair
 f feed-forward. Hugging Face rotates halves (c r); Meta and torchtitan rotate adjacent pairs (r c).
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-model_types = ("llama", "mistral", "qwen2", "qwen3")
+model_types = ("llama", "mistral", "qwen2")
 
 weights = dict(
     embed="v e",
@@ -22,8 +22,6 @@ weights = dict(
     k_bias="l g c r",
     v_bias="l g c r",
     o_bias="l e",
-    q_norm="l c r",
-    k_norm="l c r",
     mlp_norm="l e",
     gate="l f e",
     up="l f e",
@@ -42,15 +40,13 @@ init = {  # as transformers: the first pattern that fits a weight
     "*": "normal initializer_range or 0.02",
 }
 optional = {  # the model types that have a weight, with the key of the config that asks for it
-    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), "llama:attention_bias qwen2 qwen3:attention_bias"),
-    "o_bias": "llama:attention_bias qwen3:attention_bias",
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), "llama:attention_bias qwen2"),
+    "o_bias": "llama:attention_bias",
     **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), "llama:mlp_bias"),
-    **dict.fromkeys(("q_norm", "k_norm"), "qwen3"),
 }
 defaults = dict(  # what transformers takes where a config.json does not say it
     mistral=dict(num_key_value_heads=8),
     qwen2=dict(num_key_value_heads=32),
-    qwen3=dict(num_key_value_heads=32, head_dim=128),
 )
 drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
 
@@ -68,8 +64,6 @@ dialects = dict(
         _hf + "self_attn.k_proj.bias": "k_bias: (g c r)",
         _hf + "self_attn.v_proj.bias": "v_bias: (g c r)",
         _hf + "self_attn.o_proj.bias": "o_bias: e",
-        _hf + "self_attn.q_norm.weight": "q_norm: (c r)",
-        _hf + "self_attn.k_norm.weight": "k_norm: (c r)",
         _hf + "mlp.gate_proj.weight": "gate: f e",
         _hf + "mlp.up_proj.weight": "up: f e",
         _hf + "mlp.down_proj.weight": "down: e f",

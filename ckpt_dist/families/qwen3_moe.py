@@ -6,7 +6,7 @@ f feed-forward of a dense layer  x expert  m feed-forward of an expert
 
 from __future__ import annotations
 
-from ckpt_dist.families import llama
+from ckpt_dist.families import llama, qwen3
 
 model_types = ("qwen3_moe",)
 
@@ -24,6 +24,7 @@ weights = dict(
     up="l f e",
     down="l e f",
     router="l x e",
+    balance="l x",
     expert_gate="l x m e",
     expert_up="l x m e",
     expert_down="l x e m",
@@ -31,11 +32,13 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+zeros = dict(balance="router")  # torchtitan may move it, to balance experts
 drops = llama.drops
 optional = dict.fromkeys(("gate", "up", "down"), "mlp_only_layers")
 
 _mlp = "model.layers.{l}.mlp."
-_rest = {k: v for k, v in llama.dialects["hf"].items() if "bias" not in k} | {_mlp + "gate.weight": "router: x e"}
+_rest = {k: v for k, v in qwen3.dialects["hf"].items() if "bias" not in k} | {_mlp + "gate.weight": "router: x e"}
+_moe = "layers.{l}.moe."
 
 dialects = dict(
     hf={
@@ -48,6 +51,14 @@ dialects = dict(
         **_rest,
         _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
         _mlp + "experts.down_proj": "expert_down: x e m",
+    },
+    torchtitan={
+        **qwen3.dialects["torchtitan"],
+        _moe + "router.gate.weight": "router: x e",
+        _moe + "expert_bias_E": "balance: x",
+        _moe + "routed_experts.inner_experts.w1_EFD": "expert_gate: x m e",
+        _moe + "routed_experts.inner_experts.w3_EFD": "expert_up: x m e",
+        _moe + "routed_experts.inner_experts.w2_EDF": "expert_down: x e m",
     },
 )
 
