@@ -149,9 +149,9 @@ def on_this_processor() -> None:
         return flex_attention(*args, **options)
 
     def grouped(A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-        begins = [0, *offs.tolist()]
-        out = [A[lo:hi] @ B_t[e] for e, (lo, hi) in enumerate(zip(begins, begins[1:]))]
-        return torch.cat([*out, A.new_zeros(len(A) - begins[-1], B_t.shape[-1])])
+        ends = offs.tolist()
+        out = [A[lo:hi] @ B_t[e] for e, (lo, hi) in enumerate(zip([0, *ends], ends))]
+        return torch.cat([*out, A.new_zeros(len(A) - ends[-1], B_t.shape[-1])])
 
     FlexAttention._compiled_flex_attn = staticmethod(attend)
     decoder.create_attention_mask = create_block_mask
@@ -193,7 +193,7 @@ def recorded(family: str) -> dict[str, tuple[list[int], str | None]]:
 
 def main() -> None:
     try:
-        import torchtitan.models.common
+        import torchtitan.models.common  # noqa: F401
     except ImportError as error:
         sys.exit(f"SKIP {error}")
     if sys.argv[1] == "--record":
