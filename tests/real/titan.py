@@ -198,7 +198,7 @@ def main() -> None:
         sys.exit(f"SKIP {error}")
     if sys.argv[1] == "--record":
         names = {family: recorded(family) for family in CONFIGS}
-        text = json.dumps(names).replace("]], ", "]],\n").replace('], "', '],\n"')
+        text = json.dumps(names).replace('"], "', '"],\n"').replace('null], "', 'null],\n"')
         Path(sys.argv[2]).write_text(text + "\n")
         return
     on_this_processor()
