@@ -30,8 +30,9 @@ CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are tak
 class Family:
     """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers.
 
-    What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> who has it;
-    `defaults`: model type -> what transformers takes where a config does not say it.
+    What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> when a model
+    has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
+    type -> what transformers takes where a config does not say it.
     `zeros`: a weight that dialects without a name for it take to be 0 -> another weight that is where it is.
     """
 
@@ -45,6 +46,8 @@ class Family:
     drops: tuple[str, ...] = ()
     init: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def axes(self, weight: str) -> tuple[str, ...]:

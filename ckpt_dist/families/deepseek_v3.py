@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_dist.families import llama
+
 model_types = ("deepseek_v3",)
 
 weights = dict(
@@ -40,9 +42,27 @@ weights = dict(
 )
 ties = dict(head="embed")
 drops = (r".*rotary_emb\.inv_freq",)
-optional = dict.fromkeys(("q", "q_down", "q_norm", "q_up"), "q_lora_rank")
-optional |= dict.fromkeys(("gate", "up", "down"), "first_k_dense_replace")
-optional |= dict.fromkeys(("shared_gate", "shared_up", "shared_down"), "n_shared_experts")
+_dense, _shared = ("gate", "up", "down"), ("shared_gate", "shared_up", "shared_down")
+_routed = ("router", "router_bias", "expert_gate", "expert_up", "expert_down")
+init = {"router_bias": "zeros", **llama.init}
+optional = {"q": "not q_lora_rank", **dict.fromkeys(("q_down", "q_norm", "q_up"), "q_lora_rank")}
+optional |= dict.fromkeys(_dense, "first_k_dense_replace") | dict.fromkeys(_shared, "n_shared_experts")
+layers = dict.fromkeys(_dense, "l < first_k_dense_replace")
+layers |= dict.fromkeys((*_routed, *_shared), "l >= first_k_dense_replace")
+fixed = dict(attention_bias=False)
+defaults = dict(
+    deepseek_v3=dict(
+        first_k_dense_replace=3,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        moe_intermediate_size=2048,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+)
 
 _attn = "model.layers.{l}.self_attn."
 _mlp = "model.layers.{l}.mlp."
@@ -113,7 +133,9 @@ dialects = dict(
 
 
 def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
-    return dict(
+    known = llama.said(c, a="q_lora_rank", f="intermediate_size", x="n_routed_experts", m="moe_intermediate_size")
+    known |= {"s": known["m"] * c["n_shared_experts"]} if "m" in known and c.get("n_shared_experts") else {}
+    return known | dict(
         l=c["num_hidden_layers"],
         v=c["vocab_size"],
         e=c["hidden_size"],

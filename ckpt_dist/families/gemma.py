@@ -30,7 +30,11 @@ weights = dict(
 )
 ties = dict(head="embed")
 drops = llama.drops
-optional = dict.fromkeys(("q_norm", "k_norm"), "gemma3_text")
+init = {**llama.init, "*norm": "zeros"}
+optional = dict.fromkeys(("q_norm", "k_norm"), "model_type == 'gemma3_text'")
+fixed = dict(attention_bias=False)
+_usual = dict(num_key_value_heads=4, head_dim=256, pad_token_id=0, tie_word_embeddings=True)
+defaults = dict(gemma2=_usual, gemma3_text=_usual)
 
 _l = "model.layers.{l}."
 

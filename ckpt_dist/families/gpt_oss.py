@@ -36,6 +36,9 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = {"router_bias": "normal initializer_range or 0.02", **llama.init}
+fixed = dict(attention_bias=True)
+defaults = dict(gpt_oss=dict(num_key_value_heads=8, head_dim=64, num_local_experts=128))
 zeros = dict(balance="router")  # torchtitan may move it, to balance experts
 drops = llama.drops
 
@@ -73,4 +76,4 @@ dialects = dict(
     },
 )
 
-sizes = dict(hf=llama.from_hf)
+sizes = dict(hf=lambda c: llama.from_hf(c) | llama.said(c, x="num_local_experts"))

@@ -39,10 +39,11 @@ init = {  # as transformers: the first pattern that fits a weight
     "embed": "normal initializer_range or 0.02, zero row pad_token_id",
     "*": "normal initializer_range or 0.02",
 }
-optional = {  # the model types that have a weight, with the key of the config that asks for it
-    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), "llama:attention_bias qwen2"),
-    "o_bias": "llama:attention_bias",
-    **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), "llama:mlp_bias"),
+_llama = "model_type == 'llama' and "  # the others have no such key, whatever their config says
+optional = {  # when a model has a weight
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), _llama + "attention_bias or model_type == 'qwen2'"),
+    "o_bias": _llama + "attention_bias",
+    **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), _llama + "mlp_bias"),
 }
 defaults = dict(  # what transformers takes where a config.json does not say it
     mistral=dict(num_key_value_heads=8),
@@ -123,6 +124,11 @@ def from_hf(c: Mapping[str, Any]) -> dict[str, int]:
         c=2,
         r=head_dim // 2,
     )
+
+
+def said(c: Mapping[str, Any], **names: str) -> dict[str, int]:
+    """The lengths that a config gives by name, without those that it lacks: `said(c, x="num_local_experts")`"""
+    return {axis: c[key] for axis, key in names.items() if c.get(key) is not None}
 
 
 def _from_params(p: Mapping[str, Any]) -> dict[str, int]:

@@ -26,6 +26,8 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = llama.init
+defaults = dict(mixtral=dict(num_key_value_heads=8, num_local_experts=8))
 drops = llama.drops
 
 _rest = {k: v for k, v in llama.dialects["hf"].items() if ".mlp." not in k and "_norm" not in k and "bias" not in k}
@@ -48,4 +50,4 @@ dialects = dict(
     },
 )
 
-sizes = dict(hf=llama.from_hf)
+sizes = dict(hf=lambda c: llama.from_hf(c) | llama.said(c, x="num_local_experts"))

@@ -15,7 +15,7 @@ _bias_of_mlp = ("gate_bias", "up_bias", "down_bias")
 weights = {w: axes for w, axes in llama.weights.items() if w not in _bias_of_mlp} | dict(q_norm="l c r", k_norm="l c r")
 ties = llama.ties
 init = llama.init
-optional = dict.fromkeys(("q_bias", "k_bias", "v_bias", "o_bias"), "qwen3:attention_bias")
+optional = dict.fromkeys(("q_bias", "k_bias", "v_bias", "o_bias"), "attention_bias")
 defaults = dict(qwen3=dict(num_key_value_heads=32, head_dim=128))
 drops = llama.drops
 

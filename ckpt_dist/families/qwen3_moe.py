@@ -6,6 +6,9 @@ f feed-forward of a dense layer  x expert  m feed-forward of an expert
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ckpt_dist.families import llama, qwen3
 
 model_types = ("qwen3_moe",)
@@ -34,7 +37,15 @@ weights = dict(
 ties = dict(head="embed")
 zeros = dict(balance="router")  # torchtitan may move it, to balance experts
 drops = llama.drops
-optional = dict.fromkeys(("gate", "up", "down"), "mlp_only_layers")
+init = llama.init
+optional = dict.fromkeys(("gate", "up", "down"), "mlp_only_layers or decoder_sparse_step > 1")
+_sparse = "l not in mlp_only_layers and (l + 1) % decoder_sparse_step == 0"
+layers = dict.fromkeys(("gate", "up", "down"), f"not ({_sparse})")
+layers |= dict.fromkeys(("router", "expert_gate", "expert_up", "expert_down"), _sparse)
+fixed = dict(attention_bias=False)
+defaults = dict(
+    qwen3_moe=dict(num_key_value_heads=4, num_experts=128, moe_intermediate_size=768, decoder_sparse_step=1)
+)
 
 _mlp = "model.layers.{l}.mlp."
 _rest = {k: v for k, v in qwen3.dialects["hf"].items() if "bias" not in k} | {_mlp + "gate.weight": "router: x e"}
@@ -62,4 +73,13 @@ dialects = dict(
     },
 )
 
-sizes = dict(hf=llama.from_hf)
+
+def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
+    return (
+        llama.from_hf(c)
+        | llama.said(c, x="num_experts", m="moe_intermediate_size")
+        | llama.said(c, x="num_local_experts")
+    )
+
+
+sizes = dict(hf=_from_hf)
