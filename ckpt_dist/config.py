@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist import keys
+from ckpt_dist.configs import folder as folder
 from ckpt_dist.errors import UsageError, nearest
 
 VERBS = ("convert", "average", "merge", "inspect", "verify", "seed")
@@ -35,12 +36,6 @@ WORD = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*)(?P<given>=(?P<value>.*))?"
 YAML_LINE = re.compile(r"( *)(- )?([\w./@]+)(:)? *([^#]*?) *(?:# (.*))?")
 
 Flat = dict[str, Any]
-
-
-def folder(name: str) -> Path:
-    """`conf` or `jobs`: inside an installed package, beside the package in a checkout; never of another place."""
-    package = Path(__file__).resolve().parent
-    return package / name if (package / name).is_dir() else package.parent / name
 
 
 # ---- defaults
