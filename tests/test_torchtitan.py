@@ -65,6 +65,27 @@ def test_names_shapes_and_places_are_those_of_torchtitan(family: str, tmp_path: 
     assert all(torch.equal(ours[n], torch.zeros_like(ours[n])) for n in untold if n.endswith("expert_bias_E"))
 
 
+def test_recipes(tmp_path: Path) -> None:
+    """Meta's folder and transformers' become one start, which becomes both again; and all of a checkpoint a .pt file."""
+    of_transformers("llama").save_pretrained(tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "meta", format="meta", quiet=True)
+    config = {"model.config": str(tmp_path / "hf"), "quiet": True}
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "start", recipe="hf_to_torchtitan", quiet=True)
+    ckpt_dist.convert(tmp_path / "meta", tmp_path / "same", recipe="llama_to_dcp", quiet=True)
+    start = loaded(tmp_path / "start")
+    assert same(loaded(tmp_path / "same"), start) and "layers.0.attention.qkv_linear.wq.weight" in start
+    ckpt_dist.convert(tmp_path / "start", tmp_path / "back", recipe="torchtitan_to_hf", **config)
+    assert same(load_file(tmp_path / "back/model.safetensors"), load_file(tmp_path / "hf/model.safetensors"))
+
+    full = {**start, "optimizer": {"state": {"norm.weight": {"exp_avg": torch.ones(32)}}}, "train_state": {"step": 7}}
+    dcp.save(full, checkpoint_id=tmp_path / "full", no_dist=True)
+    ckpt_dist.convert(tmp_path / "full", tmp_path / "all", recipe="dcp_to_torch", **config)
+    made = torch.load(tmp_path / "all/model.pt", weights_only=True)
+    assert made.keys() == full.keys() and same({n: made[n] for n in start}, start)
+    assert made["train_state"] == {"step": 7}
+    assert torch.equal(made["optimizer"]["state"]["norm.weight"]["exp_avg"], torch.ones(32))
+
+
 # ---- with torchtitan
 
 
