@@ -52,7 +52,7 @@ def _composed(verb: str, recipe: str | None) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     with _own_hydra(folder("conf")):
-        cfg = OmegaConf.to_container(compose(verb, [f"+recipe={recipe}"] if recipe else []), resolve=True)
+        cfg = OmegaConf.to_container(compose(verb, [f"+recipe@_global_={recipe}"] if recipe else []), resolve=True)
     assert isinstance(cfg, dict)
     return {str(k): v for k, v in cfg.items()}
 
