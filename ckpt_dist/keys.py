@@ -172,6 +172,7 @@ CARRIED = ("weights", "optimizer", "state")
 FORMATS = modules("formats")
 WRITTEN = tuple(name for name in FORMATS if name != "fsdp")  # dcp is what replaces fsdp's own pickles
 FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps the names: it has no table
+RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "sfpt_to_dcp", "torchtitan_to_hf")
 
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
@@ -217,6 +218,7 @@ KEYS: dict[str, Kind] = {
     "json": FLAG,
     "quiet": FLAG,
     "nproc": COUNT,
+    "recipe": choice(*RECIPES),
 }
 SPECIAL: dict[tuple[str, str], Kind] = {
     ("average", "source.path"): Kind("a path, or a list of paths: [a,b]", _paths),

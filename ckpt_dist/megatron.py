@@ -89,7 +89,7 @@ def model_type(types: Sequence[str], weights: set[str]) -> str:
     """Which of a family's models this is, by the weights that only some of Llama's relatives have."""
     if types[0] != "llama":
         return types[0]
-    return "qwen3" if "q_norm" in weights else "qwen2" if "q_bias" in weights and "o_bias" not in weights else "llama"
+    return "qwen2" if "q_bias" in weights and "o_bias" not in weights else "llama"
 
 
 def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool) -> Translation:

@@ -310,7 +310,7 @@ def prepare(
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
     group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
-    _account(report, models, lost)
+    _account(report, models, lost | task.unsaid(models[0], d))
     combine = combination(d)
     if combine is keep and any(quantised.of(m.catalog) for m in models):
         combine = _made

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import formats, quantised
+from ckpt_dist import configs, formats, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
@@ -208,6 +208,8 @@ def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tup
         place = Path(given).expanduser()
         places = [place / n for n in CONFIGS] if place.is_dir() else [place]
         hit = next((p for p in places if p.is_file()), None)
+        if hit is None and not place.exists():
+            return _preset(given)
         if hit is None:
             raise UsageError(f"model.config={given}: no config.json or params.json there.")
         return read_config(hit), hit
@@ -222,6 +224,16 @@ def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tup
                 if {"model_type", "architectures", "hidden_size", "n_layers"} & set(content):
                     return content, candidate
     return {}, None
+
+
+def _preset(name: str) -> tuple[dict[str, Any], Path]:
+    known = configs.presets()
+    if name not in known:
+        raise UsageError(
+            f"model.config={name}: no config.json or params.json there, and no model that is known by name.{nearest(name, known)} "
+            f"Known: {', '.join(known)}."
+        )
+    return known[name], configs.folder("conf") / configs.PRESETS
 
 
 def assets(source: Source) -> dict[str, Path]:

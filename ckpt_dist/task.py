@@ -102,6 +102,11 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
+    if asked.startswith("megatron") and asked.endswith("_stacked") and not _uniform(first):
+        raise UsageError(
+            f"target.dialect={asked} has one tensor for all layers, and the layers of this model differ. "
+            f"Use {asked.removesuffix('_stacked')}, as Megatron does."
+        )
     return asked
 
 
@@ -147,17 +152,34 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
         for copy, of in first.family.ties.items()
         if dialect in families.COPIES and copy not in present and tied(first)
     }
+    zeros = {w: of for w, of in first.family.zeros.items() if w not in present and of in present}
     target = model.spelled(
         first.family,
         dialect,
-        present | {c: present[o] for c, o in ties.items()},
+        present | {c: present[o] for c, o in ties.items()} | model.beside(first.family, zeros, present),
         first.sizes,
-        dtype_of_tied(dtype_of, ties),
+        dtype_of_tied(dtype_of, ties | zeros),
     )
+    canon = _with_own(canon, target, {*first.family.zeros} - {*zeros})
     rules = tuple(
-        r if r is None else replace(r, weights=tuple(ties.get(w, w) for w in r.weights)) for r in target.rules
-    )
+        None if r is None or r.weights[0] in zeros else replace(r, weights=tuple(ties.get(w, w) for w in r.weights))
+        for r in target.rules
+    )  # what has no rule is filled by nobody, and a file begins as zeros
     return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
+
+
+def _with_own(canon: Bound, target: Bound, own: set[str]) -> Bound:
+    """Tiles also for what only the target's dialect has a name for; no part of a fingerprint, which is of all dialects."""
+    more = [(e, r) for e, r in zip(target.entries, target.rules, strict=True) if r and r.weights[0] in own]
+    entries = (*canon.entries, *(replace(e, role="state") for e, _ in more))
+    return replace(canon, entries=entries, rules=(*canon.rules, *(r for _, r in more)))
+
+
+def unsaid(m: Model, d: Design) -> dict[str, list[str]]:
+    """Stored names that the target has no name for, by the rule that lets them be left out."""
+    named = {w for rule in d.canon.rules if rule for w in rule.weights}
+    names = [n for n, r in zip(m.names, d.sources[0].rules, strict=True) if n and r and r.weights[0] not in named]
+    return {f"taken to be zeros in the dialect {d.dialect}": names} if names else {}
 
 
 def dtype_of_tied(dtype_of: Callable[[Any], str], ties: Mapping[str, str]) -> Callable[[Any], str]:

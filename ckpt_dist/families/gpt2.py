@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_dist import megatron
+from ckpt_dist.families import llama
 
 model_types = ("gpt2",)
 
@@ -36,6 +37,14 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = {
+    "*norm": "ones",
+    "*_bias": "zeros",
+    **dict.fromkeys(("o", "down"), "normal (initializer_range or 0.02) / (2 * n_layer) ** 0.5"),
+    "*": "normal initializer_range or 0.02",
+}
+fixed = dict(add_cross_attention=False)
+defaults = dict(gpt2=dict(n_positions=1024, tie_word_embeddings=True))
 drops = (r".*\.attn\.(masked_)?bias",)
 
 _l = "transformer.h.{l}."
@@ -85,7 +94,9 @@ dialects = dict(
 
 
 def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
-    return dict(l=c["n_layer"], v=c["vocab_size"], e=c["n_embd"], h=c["n_head"], d=c["n_embd"] // c["n_head"])
+    width, heads = c["n_embd"], c["n_head"]
+    known = llama.said(c, p="n_positions") | dict(f=c.get("n_inner") or 4 * width)
+    return known | dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=heads, d=width // heads)
 
 
 def _from_args(a: Mapping[str, Any]) -> dict[str, int]:

@@ -27,14 +27,15 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = llama.init
+defaults = dict(mixtral=dict(num_key_value_heads=8, num_local_experts=8))
 drops = llama.drops
 
 _rest = {k: v for k, v in llama.dialects["hf"].items() if ".mlp." not in k and "_norm" not in k and "bias" not in k}
 _moe = "model.layers.{l}.block_sparse_moe."
 _stacked = "model.layers.{l}.mlp."
 _m = megatron.LAYER
-_skip = ("mlp.", "bias", "q_layernorm", "k_layernorm")
-_megatron = {k: v for k, v in llama.dialects["megatron"].items() if not any(s in k for s in _skip)} | {
+_megatron = {k: v for k, v in llama.dialects["megatron"].items() if ".mlp." not in k and "bias" not in k} | {
     _m + "pre_mlp_layernorm.weight": "mlp_norm: e",
     _m + "mlp.router.weight": "router: x e",
     _m + "mlp.experts.experts.linear_fc1.weight": "gate, up: x ((1 + 1) f) e",
@@ -58,4 +59,4 @@ dialects = dict(
     **megatron.of_experts(_megatron),
 )
 
-sizes = dict(hf=llama.from_hf, megatron=megatron.sizes)
+sizes = dict(hf=lambda c: llama.from_hf(c) | llama.said(c, x="num_local_experts"), megatron=megatron.sizes)
