@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
     "qwen2": ({}, dict(add_qkv_bias=True), ("tp1", "tp2pp2", "tp4")),
     "qwen3": ({}, dict(qk_layernorm=True), ("tp2pp2", "vpp2")),
     "gpt2": (dict(n_embd=32, n_head=4, n_layer=4, n_positions=64, n_inner=96, vocab_size=64), {}, ("tp1", "tp2pp2")),
-    "mixtral": (dict(num_local_experts=4, num_experts_per_tok=2), dict(num_moe_experts=4), MOE),
+    "mixtral": (dict(num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0)), dict(num_moe_experts=4), MOE),
     "qwen3_moe": (EXPERTS, dict(qk_layernorm=True, num_moe_experts=4), MOE),
     "deepseek_v3": (
         dict(
