@@ -460,7 +460,8 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
     mapped = sum(n is not None for n in m.names)
     if m.source.reader is None:
         report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
-    for rule, names in {**m.dropped, **{k: tuple(v) for k, v in lost.items()}}.items():
+    for rule in {**m.dropped, **lost}:
+        names = (*m.dropped.get(rule, ()), *lost.get(rule, ()))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         report.notes.append(f"dropped, {rule}: {some}")
 
