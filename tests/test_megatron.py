@@ -318,8 +318,9 @@ def test_experts_in_one_tensor(models: Callable[[str], Path], tmp_path: Path) ->
 
 
 def test_a_vocabulary_is_padded_for_more_ranks(models: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"target.tp=3.*length 64"):
-        ckpt_dist.convert(models("llama"), tmp_path / "no", format="megatron", **{"target.tp": 3})
+    with pytest.raises(UsageError, match=r"target.tp=4.*length 66"):
+        keys = {"target.tp": 4, "target.vocab_size": 66}
+        ckpt_dist.convert(models("llama"), tmp_path / "no", format="megatron", **keys)
     keys = {"target.tp": 2, "target.vocab_size": 70}
     ckpt_dist.convert(models("llama"), tmp_path / "padded", format="megatron", **keys)
     tree = torch.load(rank_files(tmp_path / "padded")[1], weights_only=False)

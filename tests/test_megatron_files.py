@@ -10,6 +10,7 @@ import collections
 import enum
 import functools
 import io
+import json
 import pickle
 import random
 import shutil
@@ -28,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 
 import ckpt_dist
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from tests.test_megatron import rank_files, rewritten, transformer
 
@@ -304,10 +305,144 @@ def test_metadata_of_older_megatron_core(llama: Path, dist: Path, tmp_path: Path
     path = saved(tmp_path / "it", state_of(dist), common) / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     with megatron_here() as m:
-        metadata.mcore_data = dict.fromkeys(metadata.state_dict_metadata, {})
+        metadata.mcore_data = {key: {} for key in metadata.state_dict_metadata}
         metadata.all_local_plans = [m.Settings()]
         own = type("MCoreMetadata", (type(metadata),), {"__module__": MODULE})
         sys.modules[MODULE].MCoreMetadata = own  # type: ignore[attr-defined]
         metadata.__class__ = own
         path.write_bytes(pickle.dumps(metadata, 4))
     assert ckpt_dist.fingerprint(tmp_path / "it") == ckpt_dist.fingerprint(llama)
+
+
+# ---- args and config.json
+
+
+def with_config(llama: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(llama, folder)
+    config = json.loads((llama / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+def args_in(folder: Path) -> dict[str, Any]:
+    found = next(folder.rglob("model_optim_rng.pt"), None) or next(folder.rglob("common.pt"))
+    return vars(torch.load(found, weights_only=False)["args"])
+
+
+LLAMA3 = dict(
+    rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+ROPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # config.json, args, what is not translated
+    (dict(rope_scaling=LLAMA3, rope_theta=500000), dict(use_rope_scaling=True, rope_scaling_factor=32.0, rotary_base=500000), ""),
+    (dict(rope_parameters={**LLAMA3, "rope_theta": 5e5}), dict(use_rope_scaling=True, rotary_base=5e5), ""),
+    (dict(rope_scaling={**LLAMA3, "high_freq_factor": 8.0}), dict(use_rope_scaling=True), "rope high_freq_factor=8.0"),
+    (dict(rope_scaling=dict(rope_type="linear", factor=4.0)), dict(rotary_seq_len_interpolation_factor=4.0), ""),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0)), {}, "rope scaling yarn, factor 4.0"),
+    (dict(sliding_window=16), {}, "sliding_window=16"),
+    (dict(sliding_window=16, use_sliding_window=False), {}, ""),
+    (dict(partial_rotary_factor=0.5), {}, "partial_rotary_factor=0.5"),
+    (dict(hidden_act="gelu"), {}, "hidden_act='gelu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "wanted", "lost"), ROPES)
+def test_args_say_what_a_config_says(
+    llama: Path, tmp_path: Path, changes: dict[str, Any], wanted: dict[str, Any], lost: str
+) -> None:
+    from transformers import AutoConfig
+
+    source = with_config(llama, tmp_path / "hf", **{"rope_parameters": None, **changes})
+    report = ckpt_dist.convert(source, tmp_path / "it", format="torch_dist")
+    args = args_in(tmp_path / "it")
+    assert {k: args.get(k) for k in wanted} == wanted
+    assert report["warnings"] == ([f"config.json: not translated: {lost}"] if lost else [])
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    if not lost:
+        theirs, ours = (AutoConfig.from_pretrained(p) for p in (source, tmp_path / "back"))
+        assert theirs.rope_parameters == ours.rope_parameters
+        assert theirs.rms_norm_eps == ours.rms_norm_eps and theirs.head_dim == ours.head_dim
+
+
+UNTOLD = dict(
+    window_size=(15, 0), apply_layernorm_1p=True, squared_relu=True, position_embedding_type="yarn", rotary_percent=0.5
+)
+
+
+@pytest.mark.parametrize("key", UNTOLD)
+def test_what_a_config_cannot_say_of_args_is_listed(llama: Path, tmp_path: Path, key: str) -> None:
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron")
+    rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], key, UNTOLD[key]))
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert report["warnings"] == [f"args: not translated: {key}={UNTOLD[key]!r}"]
+
+
+def test_whether_experts_are_weighed_before_they_are_chosen(tmp_path: Path) -> None:
+    transformer("qwen3_moe", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    assert args_in(tmp_path / "it")["moe_router_pre_softmax"] is False
+    for before in (False, True):
+        rewritten(tmp_path / "it", lambda tree, number, b=before: setattr(tree["args"], "moe_router_pre_softmax", b))
+        ckpt_dist.convert(tmp_path / "it", tmp_path / str(before))
+        assert json.loads((tmp_path / str(before) / "config.json").read_text())["norm_topk_prob"] is not before
+
+
+def test_args_of_another_layout_do_not_stay(llama: Path, tmp_path: Path) -> None:
+    keys = {"target.pp": 2, "target.partition": [1, 3]}
+    ckpt_dist.convert(llama, tmp_path / "uneven", format="megatron", **keys)
+    with megatron_here() as m:
+        rewritten(tmp_path / "uneven", lambda tree, number: vars(tree["args"]).update(settings(m)))
+    for made in ("megatron", "torch_dist"):
+        ckpt_dist.convert(tmp_path / "uneven", tmp_path / made, format=made, **{"target.vocab_size": 128})
+        args = args_in(tmp_path / made)
+        assert args["decoder_first_pipeline_num_layers"] is None and args["pipeline_model_parallel_size"] == 1
+        assert args["padded_vocab_size"] == 128 and "model_type" not in args
+        torch.load(next((tmp_path / made).rglob("*.pt")), weights_only=False)
+
+
+def test_args_of_a_model_that_has_no_config_json_here(tmp_path: Path) -> None:
+    transformer("gpt2", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    assert args_in(tmp_path / "it")["norm_epsilon"] == 1e-5
+    with megatron_here() as m:
+        rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], "model_type", m.ModelType(1)))
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert not (tmp_path / "back/config.json").exists() and "no config.json" in report["warnings"][0]
+
+
+def test_args_say_nothing_that_is_not_known(llama: Path, tmp_path: Path) -> None:
+    ckpt_dist.convert(llama, tmp_path / "single", format="sfpt")
+    report = ckpt_dist.convert(
+        tmp_path / "single", tmp_path / "it", format="torch_dist", **{"target.dialect": "megatron"}
+    )
+    assert "num_attention_heads" not in args_in(tmp_path / "it")
+    assert any("args do not say them" in w for w in report["warnings"])
+    keys = {"target.dialect": "megatron", "model.config": str(llama)}
+    ckpt_dist.convert(tmp_path / "single", tmp_path / "known", format="torch_dist", **keys)
+    assert ckpt_dist.fingerprint(tmp_path / "known") == ckpt_dist.fingerprint(llama)
+
+
+def test_args_from_params_json(llama: Path, tmp_path: Path) -> None:
+    source = with_config(llama, tmp_path / "hf", rope_parameters=None, rope_theta=500000.0, rms_norm_eps=1e-6)
+    ckpt_dist.convert(source, tmp_path / "meta", format="meta")
+    ckpt_dist.convert(tmp_path / "meta", tmp_path / "it", format="megatron")
+    args = args_in(tmp_path / "it")
+    assert (args["rotary_base"], args["norm_epsilon"], args["num_attention_heads"]) == (500000.0, 1e-6, 4)
+
+
+# ---- layouts that Megatron would refuse
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"target.tp": 8}, r"target.tp=8: Megatron does not divide 4 attention heads in 2 groups"),
+        ({"target.ep": 2}, r"target.ep=2: the model has no experts"),
+        ({"target.vpp": 2}, r"target.vpp=2 with target.pp=1"),
+        ({"target.pp": 2, "target.partition": [5, -1]}, r"target.partition is"),
+        ({"target.tp": 2, "format": "torch_dist"}, r"target.tp=2: torch_dist has no files of such ranks"),
+    ],
+)
+def test_what_megatron_would_refuse(llama: Path, tmp_path: Path, keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        ckpt_dist.convert(llama, tmp_path / "no", **{"format": "megatron", **keys})
+    assert not (tmp_path / "no").exists()

@@ -218,6 +218,7 @@ def lay_out(spec: Spec) -> Layout:
     """A file for each (tensor, pipeline, expert) rank, as Megatron-LM's loader expects it under the same layout."""
     o = spec.options
     tp, pp, vpp, ep = (int(o.get(k) or 1) for k in ("tp", "pp", "vpp", "ep"))
+    _refuse(spec, tp, pp, vpp, ep)
     step = int(o.get("step") or 1)
     stages = partition(_num_layers(spec), pp, vpp, o.get("partition"))
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"))}
@@ -239,6 +240,24 @@ def lay_out(spec: Spec) -> Layout:
     ]
     catalog = Catalog("megatron", "", tuple(names), spec.entries, _table(rows))
     return replace(layout, catalog=catalog, late={megatron.TRACKER: lambda: str(step).encode()})
+
+
+def _refuse(spec: Spec, tp: int, pp: int, vpp: int, ep: int) -> None:
+    """What Megatron's own modules refuse to be built with."""
+    args = spec.options.get("args") or {}
+    if megatron.is_args(args):
+        heads, groups, _ = megatron.heads(args)
+        if heads % tp or (groups % tp and tp % groups):
+            raise UsageError(
+                f"target.tp={tp}: Megatron does not divide {heads} attention heads in {groups} groups by {tp} ranks: heads have to "
+                "be a multiple of target.tp, groups a multiple or a divisor."
+            )
+    if vpp > 1 and pp < 2:
+        raise UsageError(
+            f"target.vpp={vpp} with target.pp={pp}: only stages of a pipeline have virtual ones. Give target.pp too."
+        )
+    if ep > 1 and not any(ranks.EXPERTS in e.name for e in spec.entries):
+        raise UsageError(f"target.ep={ep}: the model has no experts. Leave it out.")
 
 
 def _num_layers(spec: Spec) -> int:
@@ -278,8 +297,6 @@ def _parallel_args(tp: int, pp: int, vpp: int, ep: int, stages: Sequence[int], a
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=tp,
         ckpt_format="torch",
-        no_save_optim=True,
-        no_save_rng=True,
     )
     if asked and vpp == 1 and len(set(stages[1:-1])) < 2:
         args |= dict(decoder_first_pipeline_num_layers=stages[0], decoder_last_pipeline_num_layers=stages[-1])
