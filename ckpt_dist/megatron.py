@@ -62,7 +62,7 @@ SPLIT = dict(  # of args: how ranks share the layers; what a source says of its 
 )  # fmt: skip
 SHAPE = (  # of config.json: what shapes and weights say too, or what Megatron computes in any case
     "model_type", "vocab_size", "intermediate_size", "num_key_value_heads", "tie_word_embeddings", "attention_bias", "mlp_bias",
-    "num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "first_k_dense_replace",
+    "num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step",
     "n_embd", "n_layer", "n_head", "n_positions", "n_ctx", "n_inner", "layer_norm_epsilon", "layer_norm_eps", "qk_head_dim",
     "rope_interleave", "rope_parameters", "rope_scaling", "rope_theta", "scoring_func", "topk_method", "norm_topk_prob",
     "is_decoder", "return_dict", "bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window", "max_window_layers",
@@ -95,7 +95,16 @@ def dialects(rules: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def of_experts(rules: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Of a mixture of experts: built of Megatron's own layers it calls the norm before its experts otherwise."""
     own = {n.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"): text for n, text in rules.items()}
-    return {**dialects(rules), "megatron_local": own, "megatron_local_stacked": stacked(own)}
+    return {**dialects(dense_too(rules)), "megatron_local": own, "megatron_local_stacked": stacked(own)}
+
+
+def dense_too(rules: Mapping[str, str]) -> dict[str, str]:
+    """Of a model that also has layers without experts: their norm is part of the linear layer after it."""
+    name = LAYER + "pre_mlp_layernorm.weight"
+    if not any("mlp.linear_fc1" in n for n in rules):
+        return dict(rules)
+    fused = {LAYER + "mlp.linear_fc1.layer_norm_weight": rules[name] + " if gate"}
+    return {**rules, name: rules[name] + " if router", **fused}
 
 
 def is_args(config: Mapping[str, Any]) -> bool:
@@ -159,12 +168,20 @@ def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: 
         config["rope_scaling"] = dict(rope_type="linear", factor=float(told["rotary_seq_len_interpolation_factor"]))
     lost = [f"{k}={told[k]!r}" for k, v in ALWAYS.items() if k in told and told[k] != v]
     if kind == "qwen3_moe":
-        config |= {"norm_topk_prob": not told.get("moe_router_pre_softmax")}
+        config |= {"norm_topk_prob": not told.get("moe_router_pre_softmax"), "mlp_only_layers": _dense_layers(told)}
     elif told.get("moe_router_pre_softmax"):
         lost.append("moe_router_pre_softmax=True")
     guesses.append("no bos_token_id and eos_token_id")
     text = "config.json, from Megatron's args: " + ", ".join(guesses)
     return Translation(config, (text,), tuple(lost))
+
+
+def _dense_layers(args: Mapping[str, Any]) -> list[int]:
+    """The layers without experts: a list says it of each, a number that only each so many-th has them."""
+    every = args.get("moe_layer_freq", 1)
+    if isinstance(every, int):
+        return [n for n in range(args["num_layers"]) if n % every]
+    return [n for n, has in enumerate(every) if not has]
 
 
 def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[str], tied: bool) -> Translation:
@@ -228,7 +245,10 @@ def _scaling(rope: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _experts(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[str]) -> dict[str, Any]:
     """Args of a mixture of experts."""
-    dense = config.get("first_k_dense_replace") or 0
+    first, step = config.get("first_k_dense_replace") or 0, config.get("decoder_sparse_step") or 1
+    dense = {
+        n for n in range(lengths["l"]) if n < first or (n + 1) % step or n in (config.get("mlp_only_layers") or ())
+    }
     sigmoid = config.get("scoring_func") == "sigmoid" or config.get("model_type") == "deepseek_v3"
     args: dict[str, Any] = dict(
         num_experts=lengths["x"],
@@ -237,7 +257,7 @@ def _experts(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set
         moe_router_pre_softmax=not sigmoid
         and config.get("model_type") == "qwen3_moe"
         and not config.get("norm_topk_prob"),
-        moe_layer_freq=[int(n >= dense) for n in range(lengths["l"])] if dense else 1,
+        moe_layer_freq=[int(n not in dense) for n in range(lengths["l"])] if dense else 1,
         multi_latent_attention="kv_down" in weights,
     )
     args["moe_ffn_hidden_size"] = lengths.get("m", lengths.get("f"))
@@ -249,7 +269,7 @@ def _untold(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
     known = {*configs.NEUTRAL, *SHAPE, *(hf for _, hf in FIELDS)}
     acts = ("silu", "swish") if args["swiglu"] else ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
     normal: dict[str, tuple[Any, ...]] = {"hidden_act": acts, "activation_function": acts, "hidden_activation": acts}
-    normal |= dict.fromkeys(("partial_rotary_factor", "decoder_sparse_step", "moe_layer_freq", "ep_size"), (1,))
+    normal |= dict.fromkeys(("partial_rotary_factor", "moe_layer_freq", "ep_size"), (1,))
     if config.get("use_sliding_window") is False:
         known |= {"sliding_window"}
     return [

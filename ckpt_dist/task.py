@@ -102,6 +102,11 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
+    if asked.startswith("megatron") and asked.endswith("_stacked") and not _uniform(first):
+        raise UsageError(
+            f"target.dialect={asked}: some layers have weights that others lack, so no tensor can hold those of all. "
+            f"Use target.dialect={asked.removesuffix('_stacked')}."
+        )
     return asked
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist import families, family
 from ckpt_dist.cli import main
+from ckpt_dist.errors import UsageError
 from ckpt_dist.pattern import parse
 
 SMALL = dict(
@@ -128,6 +129,10 @@ def test_every_dialect_there_and_back(name: str, made: Callable[[str], tuple[Any
         if not used <= {w for text in rules.values() for w in parse(text).weights}:
             continue  # this dialect has no name for a bias of this model
         there, back = tmp_path / dialect, tmp_path / f"{dialect}-back"
+        if "megatron" in dialect and "stacked" in dialect and {"gate", "router"} <= used:  # not all layers have them
+            with pytest.raises(UsageError, match="some layers have weights that others lack"):
+                ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect, quiet=True)
+            continue
         ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect, quiet=True)
         ckpt_dist.convert(there, back, format="hf", **{"model.config": str(folder / "hf")}, quiet=True)
         assert equal(back, folder / "hf")
@@ -147,7 +152,7 @@ def test_a_table_is_whole(name: str) -> None:
     for dialect, rules in table.dialects.items():
         named = set()
         for stored, text in rules.items():
-            pattern = parse(text)
+            pattern = parse(text.partition(" if ")[0])
             for branch, weight in enumerate(pattern.weights):
                 axes = (*re.findall(r"\{(\w+)\}", stored), *pattern.axes(branch))
                 assert sorted(axes) == sorted(table.axes(weight)), (dialect, stored)

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, F
 import ckpt_dist
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
-from tests.test_megatron import rank_files, rewritten, transformer
+from tests.test_megatron import KINDS, SMALL, rank_files, rewritten, transformer
 
 MODULE = "megatron.core.enums"
 
@@ -446,3 +446,71 @@ def test_what_megatron_would_refuse(llama: Path, tmp_path: Path, keys: dict[str,
     with pytest.raises(UsageError, match=says):
         ckpt_dist.convert(llama, tmp_path / "no", **{"format": "megatron", **keys})
     assert not (tmp_path / "no").exists()
+
+
+# ---- layers with experts and without
+
+
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", dict(mlp_only_layers=[0, 2])),
+    "deepseek_v3": ("deepseek_v3", dict(n_shared_experts=2)),
+    "deepseek_v3 without query latent": ("deepseek_v3", dict(q_lora_rank=None, first_k_dense_replace=2)),
+    "gpt_oss": ("gpt_oss", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=16)),
+    "gemma3_text": ("gemma3_text", {}),
+}
+TARGETS: list[dict[str, Any]] = [
+    dict(format="torch_dist"),
+    dict(format="torch_dist", **{"target.dialect": "megatron_local"}),
+    dict(format="megatron", **{"target.tp": 2, "target.pp": 2, "target.vpp": 2}),
+    dict(format="megatron", **{"target.tp": 2, "target.ep": 2, "target.spec": "local"}),
+]
+
+
+def mixed(kind: str, folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, changes = MIXED[kind]
+    config = AutoConfig.for_model(base, **{**SMALL, **KINDS.get(base, ({},))[0], **changes})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    for tensor in model.state_dict().values():
+        torch.nn.init.normal_(tensor)
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_mixed_layers_there_and_back(tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file
+
+    wanted = mixed(kind, tmp_path / "hf")
+    dense = kind == "gemma3_text"
+    for number, keys in enumerate(TARGETS[::2] if dense else TARGETS):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / f"{number}", **keys)
+        config = {"model.config": str(tmp_path / "hf")} if "qwen3" not in kind else {}
+        ckpt_dist.convert(tmp_path / f"{number}", tmp_path / f"{number}-back", **config)
+        found = load_file(tmp_path / f"{number}-back/model.safetensors")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted), keys
+        if not config:
+            made = json.loads((tmp_path / f"{number}-back/config.json").read_text())
+            assert made["mlp_only_layers"] == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_norms_are_where_each_spec_of_layers_has_them(tmp_path: Path, kind: str) -> None:
+    mixed(kind, tmp_path / "hf")
+    named: dict[str, set[str]] = {}
+    for spec in ("te", "local"):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / spec, format="megatron", **{"target.spec": spec})
+        named[spec] = set(torch.load(rank_files(tmp_path / spec)[0], weights_only=False)["model"])
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "dist", format="torch_dist")
+    described = FileSystemReader(tmp_path / "dist/iter_0000001").read_metadata().state_dict_metadata
+    fused, own = "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight", "decoder.layers.{}.pre_mlp_layernorm.weight"
+    for names in (named["te"], set(described)):  # layer 0 is dense, layer 1 has experts
+        assert fused.format(0) in names and own.format(0) not in names
+        assert fused.format(1) not in names and own.format(1) in names
+    assert own.format(0) in named["local"] and own.format(1) in named["local"]
+    if kind == "deepseek_v3":
+        assert "decoder.layers.1.self_attention.linear_q_up_proj.layer_norm_weight" in named["te"] & set(described)
+        assert "decoder.layers.1.self_attention.kv_layernorm.weight" in named["local"]
