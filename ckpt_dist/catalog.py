@@ -9,6 +9,7 @@ Invariant: a catalog and its views are facts; nothing here opens a file or makes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -141,6 +142,7 @@ WRAPPERS = (
     "state",
 )  # dicts that a training script puts around a model
 OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict")
+CHAINED = re.compile(r"chained_\d+")  # several optimizers of Megatron, each with some of the parameters
 STATES = (
     "lr_scheduler",
     "lr_schedulers",
@@ -169,7 +171,7 @@ def role(path: Sequence[str | int]) -> str:
     parts = [str(p) for p in path]
     heads = parts[:-1] + parts[-1].split(".")[:1]
     for head in heads:
-        if head in OPTIMIZERS:
+        if head in OPTIMIZERS or CHAINED.fullmatch(head):
             return "optimizer"
         if head in STATES:
             return "state"

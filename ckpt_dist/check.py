@@ -101,7 +101,8 @@ def _layout(m: Model) -> str:
     parts = np.bincount(catalog.chunks.entry, minlength=len(catalog.entries))
     most = int(parts.max(initial=0))
     dims = sorted({d for d in range(catalog.chunks.start.shape[1]) if len(np.unique(catalog.chunks.start[:, d])) > 1})
-    return (
+    ranks = ", ".join(f"{k}={catalog.about[k]}" for k in ("tp", "pp", "vpp", "ep") if k in catalog.about)
+    return (f"{ranks}: " if ranks else "") + (
         "whole tensors" if most <= 1 else f"up to {most} chunks a tensor, divided along dim {', '.join(map(str, dims))}"
     )
 

@@ -31,6 +31,9 @@ CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are tak
 class Family:
     """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers.
 
+    A pattern may end with a condition, for a weight with two names: `mlp_norm: e if router` is its name where the
+    layer has that weight too. It is read under both.
+
     What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> when a model
     has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
     type -> what transformers takes where a config does not say it.
@@ -88,7 +91,7 @@ def _table(
     """Rules keyed by the name with every number replaced by `{}`, so that a lookup is one dictionary access."""
     table = {}
     for name, text in rules:
-        pattern = parse(text)
+        pattern = parse(text.partition(" if ")[0])
         table[re.sub(r"\{\w+\}", "{}", name)] = (pattern, tuple(re.findall(r"\{(\w+)\}", name)))
     return table
 
@@ -251,12 +254,16 @@ def spell(
     """
     found: list[tuple[tuple[int, ...], int, str, Rule, tuple[int, ...]]] = []
     for position, (name, text) in enumerate(family.dialects[dialect].items()):
+        text, _, beside = text.partition(" if ")
         pattern = parse(text)
-        if not all(w in present for w in pattern.weights):
+        if not all(w in present for w in (*pattern.weights, *([beside] if beside else []))):
             continue
         names = re.findall(r"\{(\w+)\}", name)
         places = [family.axes(pattern.weights[0]).index(a) for a in names]
         corners = sorted({tuple(int(c) for c in row) for row in present[pattern.weights[0]][:, places]})
+        if beside:
+            there = {tuple(map(int, row)) for row in present[beside][:, [family.axes(beside).index(a) for a in names]]}
+            corners = [c for c in corners if c in there]
         for corner in corners:
             fixed = tuple(zip(names, corner, strict=True))
             found.append(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckpt_dist import configs
 from ckpt_dist.configs import Translation
 
 LAYER = "decoder.layers.{l}."
@@ -32,6 +33,9 @@ FIELDS = (  # args, config.json
     ("qk_head_dim", "qk_nope_head_dim"),
     ("qk_pos_emb_head_dim", "qk_rope_head_dim"),
     ("v_head_dim", "v_head_dim"),
+    ("moe_router_topk_scaling_factor", "routed_scaling_factor"),
+    ("moe_router_num_groups", "n_group"),
+    ("moe_router_group_topk", "topk_group"),
 )
 EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}  # elsewhere num_experts
 CLASSES = dict(
@@ -43,9 +47,37 @@ CLASSES = dict(
     mixtral="MixtralForCausalLM",
 )
 ALWAYS = dict(  # of args: what these models compute whatever a config.json says
-    normalization="RMSNorm", swiglu=True, add_bias_linear=False, position_embedding_type="rope", rotary_percent=1.0,
-    rotary_interleaved=False, apply_layernorm_1p=False,
+    normalization="RMSNorm", swiglu=True, gated_linear_unit=True, add_bias_linear=False, position_embedding_type="rope",
+    rotary_percent=1.0, rotary_interleaved=False, apply_layernorm_1p=False, layernorm_zero_centered_gamma=False,
+    squared_relu=False, window_size=None, multi_latent_attention=False, mtp_num_layers=None, softmax_scale=None,
+    moe_router_score_function="softmax", moe_router_enable_expert_bias=False, moe_router_topk_scaling_factor=None,
+    attention_output_gate=False, no_rope_freq=None, scale_factor=None, mscale=None,
 )  # fmt: skip
+SPLIT = dict(  # of args: how ranks share the layers; what a source says of its own does not hold for a target
+    virtual_pipeline_model_parallel_size=None, num_layers_per_virtual_pipeline_stage=None,
+    num_virtual_stages_per_pipeline_rank=None, decoder_first_pipeline_num_layers=None,
+    decoder_last_pipeline_num_layers=None, pipeline_model_parallel_layout=None,
+    account_for_embedding_in_pipeline_split=False, account_for_loss_in_pipeline_split=False,
+    expert_model_parallel_size=1, expert_tensor_parallel_size=1, no_save_optim=True, no_save_rng=True,
+)  # fmt: skip
+SHAPE = (  # of config.json: what shapes and weights say too, or what Megatron computes in any case
+    "model_type", "vocab_size", "intermediate_size", "num_key_value_heads", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step",
+    "n_embd", "n_layer", "n_head", "n_positions", "n_ctx", "n_inner", "layer_norm_epsilon", "layer_norm_eps", "qk_head_dim",
+    "rope_interleave", "rope_parameters", "rope_scaling", "rope_theta", "scoring_func", "topk_method", "norm_topk_prob",
+    "is_decoder", "return_dict", "bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window", "max_window_layers",
+    "seq_aux",
+)  # fmt: skip
+UNUSED = (
+    "dropout",
+    "pdrop",
+    "aux_loss",
+    "initializer",
+    "summary_",
+    "router_jitter",
+    "reorder_and_upcast",
+    "scale_attn_weights",
+)
 
 
 def stacked(rules: Mapping[str, str]) -> dict[str, str]:
@@ -63,11 +95,20 @@ def dialects(rules: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def of_experts(rules: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Of a mixture of experts: built of Megatron's own layers it calls the norm before its experts otherwise."""
     own = {n.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"): text for n, text in rules.items()}
-    return {**dialects(rules), "megatron_local": own, "megatron_local_stacked": stacked(own)}
+    return {**dialects(dense_too(rules)), "megatron_local": own, "megatron_local_stacked": stacked(own)}
+
+
+def dense_too(rules: Mapping[str, str]) -> dict[str, str]:
+    """Of a model that also has layers without experts: their norm is part of the linear layer after it."""
+    name = LAYER + "pre_mlp_layernorm.weight"
+    if not any("mlp.linear_fc1" in n for n in rules):
+        return dict(rules)
+    fused = {LAYER + "mlp.linear_fc1.layer_norm_weight": rules[name] + " if gate"}
+    return {**rules, name: rules[name] + " if router", **fused}
 
 
 def is_args(config: Mapping[str, Any]) -> bool:
-    return {"num_layers", "hidden_size", "num_attention_heads"} <= set(config)
+    return {"num_layers", "hidden_size", "num_attention_heads"} <= set(config) and not configs.is_hf(config)
 
 
 def heads(args: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -121,23 +162,40 @@ def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: 
     if "x" in lengths and "num_experts_per_tok" not in config:
         config["num_experts_per_tok"] = 2
         guesses.append("num_experts_per_tok 2")
+    if told.get("use_rope_scaling") or told.get("rope_scaling") is True:
+        config["rope_scaling"] = {**configs.SCALED, "factor": float(told.get("rope_scaling_factor", 8))}
+    elif told.get("rotary_seq_len_interpolation_factor", 1) != 1:
+        config["rope_scaling"] = dict(rope_type="linear", factor=float(told["rotary_seq_len_interpolation_factor"]))
     lost = [f"{k}={told[k]!r}" for k, v in ALWAYS.items() if k in told and told[k] != v]
-    if told.get("use_rope_scaling"):
-        lost.append(f"use_rope_scaling (factor {told.get('rope_scaling_factor', 8)})")
+    if kind == "qwen3_moe":
+        config |= {"norm_topk_prob": not told.get("moe_router_pre_softmax"), "mlp_only_layers": _dense_layers(told)}
+    elif told.get("moe_router_pre_softmax"):
+        lost.append("moe_router_pre_softmax=True")
+    guesses.append("no bos_token_id and eos_token_id")
     text = "config.json, from Megatron's args: " + ", ".join(guesses)
     return Translation(config, (text,), tuple(lost))
 
 
-def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[str], tied: bool) -> dict[str, Any]:
+def _dense_layers(args: Mapping[str, Any]) -> list[int]:
+    """The layers without experts: a list says it of each, a number that only each so many-th has them."""
+    every = args.get("moe_layer_freq", 1)
+    if isinstance(every, int):
+        return [n for n in range(args["num_layers"]) if n % every]
+    return [n for n, has in enumerate(every) if not has]
+
+
+def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[str], tied: bool) -> Translation:
     """Args of a model from its config.json (or from the args of its source) and the weights it has."""
     if is_args(config):
-        return dict(config)
+        return Translation({**config, **SPLIT, **({"padded_vocab_size": lengths["v"]} if "v" in lengths else {})})
     if not lengths.get("l"):
-        return {}
-    given = {**(config.get("rope_parameters") or {}), **config}
+        return Translation(dict(SPLIT))
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = {**rope, **config}
     args: dict[str, Any] = {m: given[hf] for m, hf in FIELDS if given.get(hf) is not None}
+    scaling, lost = _scaling(rope)
     groups = lengths.get("g", lengths.get("h"))
-    rope = "positions" not in weights
+    rotary = "positions" not in weights
     args |= dict(
         group_query_attention="g" in lengths and lengths.get("q") != 1,
         num_query_groups=groups,
@@ -150,8 +208,8 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
         add_bias_linear="o_bias" in weights,
         add_qkv_bias="q_bias" in weights,
         qk_layernorm="q_norm" in weights,
-        position_embedding_type="rope" if rope else "learned_absolute",
-        add_position_embedding=not rope,
+        position_embedding_type="rope" if rotary else "learned_absolute",
+        add_position_embedding=not rotary,
         rotary_percent=1.0,
         rotary_interleaved=False,
     )
@@ -161,6 +219,66 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
     args.setdefault("hidden_size", lengths["e"])
     args.setdefault("max_position_embeddings", lengths.get("p", 2048))
     args["seq_length"] = args["max_position_embeddings"]
+    epsilon = config.get("layer_norm_epsilon", config.get("layer_norm_eps"))
+    args |= {**SPLIT, **scaling, **({"norm_epsilon": epsilon} if epsilon is not None else {})}
     if "x" in lengths:
-        args["num_experts"] = lengths["x"]
-    return args
+        args |= _experts(config, lengths, weights)
+    return Translation(args, (), (*lost, *_untold(config, args)))
+
+
+def _scaling(rope: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Args of a config's rope scaling; Megatron has Llama 3's with all but the factor fixed, and the linear one."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    odd = [
+        f"rope {k}={rope[k]!r}"
+        for k, v in configs.SCALED.items()
+        if k not in ("rope_type", "factor") and rope.get(k, v) != v
+    ]
+    if any(isinstance(v, Mapping) for v in rope.values()):
+        return {}, [f"rope of each kind of layer: {', '.join(sorted(rope))}"]
+    if kind == "llama3":
+        return dict(use_rope_scaling=True, rope_scaling_factor=float(rope.get("factor", 8))), odd
+    if kind == "linear":
+        return dict(rotary_seq_len_interpolation_factor=rope.get("factor", 1)), []
+    return {}, [] if kind == "default" else [f"rope scaling {kind}, factor {rope.get('factor')}"]
+
+
+def _experts(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[str]) -> dict[str, Any]:
+    """Args of a mixture of experts."""
+    first, step = config.get("first_k_dense_replace") or 0, config.get("decoder_sparse_step") or 1
+    dense = {
+        n for n in range(lengths["l"]) if n < first or (n + 1) % step or n in (config.get("mlp_only_layers") or ())
+    }
+    sigmoid = config.get("scoring_func") == "sigmoid" or config.get("model_type") == "deepseek_v3"
+    args: dict[str, Any] = dict(
+        num_experts=lengths["x"],
+        moe_router_score_function="sigmoid" if sigmoid else "softmax",
+        moe_router_enable_expert_bias="router_bias" in weights and sigmoid,
+        moe_router_pre_softmax=not sigmoid
+        and config.get("model_type") == "qwen3_moe"
+        and not config.get("norm_topk_prob"),
+        moe_layer_freq=[int(n not in dense) for n in range(lengths["l"])] if dense else 1,
+        multi_latent_attention="kv_down" in weights,
+    )
+    args["moe_ffn_hidden_size"] = lengths.get("m", lengths.get("f"))
+    return args | ({"moe_shared_expert_intermediate_size": lengths["s"]} if "s" in lengths else {})
+
+
+def _untold(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
+    """What a config.json says that no arg was found for, as far as a model computes something else by it."""
+    known = {*configs.NEUTRAL, *SHAPE, *(hf for _, hf in FIELDS)}
+    acts = ("silu", "swish") if args["swiglu"] else ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+    normal: dict[str, tuple[Any, ...]] = {"hidden_act": acts, "activation_function": acts, "hidden_activation": acts}
+    normal |= dict.fromkeys(("partial_rotary_factor", "moe_layer_freq", "ep_size"), (1,))
+    if config.get("use_sliding_window") is False:
+        known |= {"sliding_window"}
+    return [
+        f"{key}={value!r:.60}"
+        for key, value in config.items()
+        if key not in known
+        and not key.startswith("_")
+        and not any(word in key for word in UNUSED)
+        and value
+        and value not in normal.get(key, ())
+        and not (key == "layer_types" and set(value) == {"full_attention"})
+    ]

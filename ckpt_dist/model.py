@@ -22,6 +22,7 @@ from ckpt_dist.family import CANONICAL, Family, Rule
 from ckpt_dist.sources import Source
 
 ZEROS = "/dev/zero"
+PREFIX = re.compile(r"((model|module)\.)*")  # a framework adds one for each wrapper of the model
 NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
 
 
@@ -152,6 +153,7 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
         known = [families.load(family)]
     typed = [f for f in known if config.get("model_type") in f.model_types]
     counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "0", n) for n in names)  # layers and experts differ by a number only
+    prefixes = sorted({"", "model.", "module.", *(PREFIX.match(n)[0] for n in counts)})  # type: ignore[index]
     best: tuple[float, Family | None, str, str] = (0.0, None, "", "")
     for candidate in typed or known:
         if dialect not in ("auto", *candidate.dialects):
@@ -159,7 +161,7 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
                 f"dialect={dialect!r} is none of {candidate.name}.{nearest(dialect, candidate.dialects)} Known: {', '.join(candidate.dialects)}."
             )
         for spoken in candidate.dialects if dialect == "auto" else (dialect,):
-            for prefix in ("", "model.", "module."):
+            for prefix in prefixes:
                 score = _score(candidate, spoken, prefix, counts, bool(typed) or family != "auto")
                 if score > best[0]:
                     best = (score, candidate, spoken, prefix)

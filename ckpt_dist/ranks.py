@@ -148,9 +148,13 @@ def _next(tensors: Mapping[str, TensorRef], name: str) -> TensorRef | None:
 
 
 def _latent(tensors: Mapping[str, TensorRef], name: str, args: Mapping[str, Any]) -> int:
-    """The width of the latent that a down projection makes, by the norm after it or by args."""
-    norm = tensors.get(re.sub(r"linear_(q|kv)_down_proj", r"\1_layernorm", name))
-    return norm.shape[0] if norm is not None else int(args.get("q_lora_rank" if "_q_" in name else "kv_lora_rank") or 0)
+    """The width of the latent that a down projection makes, by the up projection after it or by args."""
+    up = tensors.get(name.replace("_down_proj", "_up_proj"))
+    return (
+        up.shape[1]
+        if up is not None and up is not tensors[name]
+        else int(args.get("q_lora_rank" if "_q_" in name else "kv_lora_rank") or 0)
+    )
 
 
 def _cut(inner: str, ref: TensorRef, fc2: TensorRef | None, rank: Rank, latent: int = 0) -> Cut:
@@ -284,6 +288,7 @@ def _in_module(inner: str, spec: str) -> str:
     if spec == "local":
         inner = inner.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
         inner = inner.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+        inner = re.sub(r"linear_(q|kv)_up_proj\.layer_norm_", r"\1_layernorm.", inner)
     return inner
 
 

@@ -302,6 +302,8 @@ def prepare(
     extras, lost = _extras(models[0], cfg)
     layout = _lay_out(d, models[0], extras, cfg, path)
     report.guesses += layout.catalog.about.get("guesses", ())
+    if target["format"] in ("megatron", "torch_dist"):
+        _translated(_args(d, models[0]), "config.json", report)
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
     carries = target["format"] in formats.FOLDERS and not staging.single
@@ -404,7 +406,7 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
         **target,
         "max_shard_size": parse_size(target["max_shard_size"]),
         "sizes": m.sizes,
-        "args": _args(d, m),
+        "args": _args(d, m).config,
         "step": m.step,
         "file": path.name if _is_file_name(path, target["format"]) else None,
     }
@@ -419,10 +421,19 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
     return layout
 
 
-def _args(d: task.Design, m: Model) -> dict[str, Any]:
+def _args(d: task.Design, m: Model) -> configs.Translation:
     """What Megatron calls args, for a model of a known family."""
     weights = {w for rule in d.target.rules if rule for w in rule.weights}
-    return megatron.to_args(m.source.config, m.sizes, weights, tied="head" not in weights)
+    if m.unresolved:
+        return configs.Translation(
+            dict(megatron.SPLIT),
+            (),
+            (f"{m.unresolved} are not known, so args do not say them: give model.config=PATH",),
+        )
+    config, tied = m.source.config, "head" not in weights
+    if configs.is_params(config) and {"v", "f"} <= set(m.sizes):
+        config = configs.to_hf(config, m.sizes, tied).config
+    return megatron.to_args(config, m.sizes, weights, tied)
 
 
 def _is_file_name(path: Path, format: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import configs, formats, quantised
+from ckpt_dist import configs, formats, megatron, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
@@ -121,19 +121,50 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
         return _scan(asked, asked, folder, name, keys, config, ())
     if not asked.is_dir():
         formats.detect(asked)
+    if step == "latest" and (tracked := _tracked(asked)):
+        note = f"{tracked.name} is the latest by {megatron.TRACKER}"
+        return _one(asked, tracked, weights, name, keys, config, (note,))
     numbered = steps(asked)
     if not numbered:
         _explain_ema(asked, weights)
         formats.detect(asked)
         raise CheckpointError(f"No {name} checkpoint at {asked}. {_content(asked)}")
     if step != "latest":
-        path = choose(asked, [int(step)], None)[int(step)]
-        folder = _here(path, weights, name)
-        if folder is None:
-            _explain_ema(path, weights)
-            formats.detect(path)
-        return _scan(asked, path, folder or path, name, keys, config, ())
+        return _one(asked, choose(asked, [int(step)], None)[int(step)], weights, name, keys, config, ())
     return _latest(asked, numbered, weights, name, keys, config)
+
+
+def _tracked(asked: Path) -> Path | None:
+    """The checkpoint that Megatron's tracker file names: newer ones were not saved to their end."""
+    tracker = asked / megatron.TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_bytes()[:64].decode(errors="replace").strip()
+    if text != "release" and not (text.isascii() and text.isdecimal()):
+        raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
+    path = asked / (text if text == "release" else megatron.STEPS.format(int(text)))
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."
+        )
+    return path
+
+
+def _one(
+    asked: Path,
+    path: Path,
+    weights: str,
+    name: str,
+    keys: Mapping[str, Any],
+    config: str | None,
+    notes: tuple[str, ...],
+) -> Source:
+    """The checkpoint at `path`, and no other."""
+    folder = _here(path, weights, name)
+    if folder is None:
+        _explain_ema(path, weights)
+        formats.detect(path)
+    return _scan(asked, path, folder or path, name, keys, config, notes)
 
 
 def _latest(

@@ -104,8 +104,8 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
     if asked.startswith("megatron") and asked.endswith("_stacked") and not _uniform(first):
         raise UsageError(
-            f"target.dialect={asked} has one tensor for all layers, and the layers of this model differ. "
-            f"Use {asked.removesuffix('_stacked')}, as Megatron does."
+            f"target.dialect={asked}: some layers have weights that others lack, so no tensor can hold those of all. "
+            f"Use target.dialect={asked.removesuffix('_stacked')}."
         )
     return asked
 

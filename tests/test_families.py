@@ -126,12 +126,12 @@ def test_every_dialect_there_and_back(name: str, made: Callable[[str], tuple[Any
     held = set(load_file(folder / "hf/model.safetensors"))
     used = {w for n in held for rule in [family.match(table, "hf", n)] if rule for w in rule.weights}
     for dialect, rules in table.dialects.items():
-        if not used <= {w for text in rules.values() for w in parse(text).weights}:
+        if not used <= {w for text in rules.values() for w in parse(text.partition(" if ")[0]).weights}:
             continue  # this dialect has no name for a bias of this model
         there, back = tmp_path / dialect, tmp_path / f"{dialect}-back"
-        if dialect.startswith("megatron") and dialect.endswith("_stacked") and name in MIXED:
-            with pytest.raises(UsageError, match="the layers of this model differ"):
-                ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect)
+        if "megatron" in dialect and "stacked" in dialect and name in MIXED:
+            with pytest.raises(UsageError, match="some layers have weights that others lack"):
+                ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect, quiet=True)
             continue
         ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect, quiet=True)
         ckpt_dist.convert(there, back, format="hf", **{"model.config": str(folder / "hf")}, quiet=True)
@@ -155,7 +155,7 @@ def test_a_table_is_whole(name: str) -> None:
     for dialect, rules in table.dialects.items():
         named = set()
         for stored, text in rules.items():
-            pattern = parse(text)
+            pattern = parse(text.partition(" if ")[0])
             for branch, weight in enumerate(pattern.weights):
                 axes = (*re.findall(r"\{(\w+)\}", stored), *pattern.axes(branch))
                 assert sorted(axes) == sorted(table.axes(weight)), (dialect, stored)

@@ -54,7 +54,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
     "qwen2": ({}, dict(add_qkv_bias=True), ("tp1", "tp2pp2", "tp4")),
     "qwen3": ({}, dict(qk_layernorm=True), ("tp2pp2", "vpp2")),
     "gpt2": (dict(n_embd=32, n_head=4, n_layer=4, n_positions=64, n_inner=96, vocab_size=64), {}, ("tp1", "tp2pp2")),
-    "mixtral": (dict(num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0)), dict(num_moe_experts=4), MOE),
+    "mixtral": (
+        dict(num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        dict(num_moe_experts=4),
+        MOE,
+    ),
     "qwen3_moe": (EXPERTS, dict(qk_layernorm=True, num_moe_experts=4), MOE),
     "deepseek_v3": (
         dict(
@@ -148,11 +152,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     jobs, wanted = [], {}
     for kind, (_, more, layouts) in KINDS.items():
         wanted[kind] = transformer(kind, top / kind / "hf")
-        own = (
-            {}
-            if "num_moe_experts" not in more or kind == "deepseek_v3"
-            else {"target.dialect": "megatron_local_stacked"}
-        )
+        dialect = "megatron_local" + ("" if kind == "deepseek_v3" else "_stacked")
+        own = {"target.dialect": dialect} if "num_moe_experts" in more else {}
         ckpt_dist.convert(top / kind / "hf", top / kind / "ours", format="torch_dist", **own)
         jobs += [job(top / kind, kind, layout, top / kind / "ours/iter_0000001") for layout in layouts]
     (top / "jobs.json").write_text(json.dumps(jobs))
@@ -318,8 +319,9 @@ def test_experts_in_one_tensor(models: Callable[[str], Path], tmp_path: Path) ->
 
 
 def test_a_vocabulary_is_padded_for_more_ranks(models: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"target.tp=3.*length 64"):
-        ckpt_dist.convert(models("llama"), tmp_path / "no", format="megatron", **{"target.tp": 3})
+    with pytest.raises(UsageError, match=r"target.tp=4.*length 66"):
+        keys = {"target.tp": 4, "target.vocab_size": 66}
+        ckpt_dist.convert(models("llama"), tmp_path / "no", format="megatron", **keys)
     keys = {"target.tp": 2, "target.vocab_size": 70}
     ckpt_dist.convert(models("llama"), tmp_path / "padded", format="megatron", **keys)
     tree = torch.load(rank_files(tmp_path / "padded")[1], weights_only=False)

@@ -7,6 +7,7 @@ f feed-forward of a dense layer  x expert  m feed-forward of an expert  s feed-f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,6 +117,12 @@ _megatron = {
     "output_layer.weight": "head: v e",
 }
 
+
+def _fused(name: str) -> str:
+    """A norm of a latent as Transformer Engine has it: part of the linear layer after it."""
+    return re.sub(r"\.(q|kv)_layernorm\.", r".linear_\1_up_proj.layer_norm_", name)
+
+
 dialects = dict(
     hf={
         **_rest,
@@ -128,7 +135,9 @@ dialects = dict(
         _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
         _mlp + "experts.down_proj": "expert_down: x e m",
     },
-    **megatron.dialects(_megatron),
+    **megatron.dialects(megatron.dense_too({_fused(n): text for n, text in _megatron.items()})),
+    megatron_local=_megatron,
+    megatron_local_stacked=megatron.stacked(_megatron),
     torchtitan={
         "tok_embeddings.weight": "embed: v e",
         _titan + "attention_norm.weight": "attn_norm: e",

@@ -176,15 +176,30 @@ INERT = {
         "torch.Generator",
         "torch.cuda.amp.grad_scaler._refresh_per_optimizer_state",
         "functools.partial",
+        "torch._C._VariableFunctionsClass",
+        "signal.Signals",
+        "_io.BytesIO",
+        "collections.Counter",
+        "builtins.range",
+        "__builtin__.xrange",
+        "builtins.slice",
+        "__builtin__.slice",
     )
 }
-FOREIGN = (
+FOREIGN = (  # whose classes and functions are settings: never run
     "megatron.",
     "nemo.",
     "lightning.",
     "pytorch_lightning.",
     "omegaconf.",
-)  # whose classes are settings: never run
+    "transformer_engine.",
+    "modelopt.",
+    "nvidia_resiliency_ext.",
+    "flagscale.",
+    "torch.nn.functional.",
+    "torch.nn.init.",
+    "torch._C._nn.",
+)
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 
@@ -385,11 +400,8 @@ CALLS: dict[str, Any] = {
     "builtins.dict": dict,
     "builtins.set": _items,
     "builtins.frozenset": _items,
-    "__builtin__.set": _items,
     "builtins.complex": _complex,
-    "__builtin__.complex": _complex,
     "builtins.getattr": _member,
-    "__builtin__.getattr": _member,
     "_codecs.encode": _encode,
     "builtins.int": _record("int"),
     "builtins.float": _record("float"),
@@ -399,6 +411,7 @@ CALLS: dict[str, Any] = {
 }
 CALLS["torch.Size"] = tuple  # a million of them in a large .metadata; a tuple of a tuple is itself
 CALLS["builtins.list"], CALLS["builtins.dict"] = _record("list"), _record("dict")
+CALLS |= {name.replace("builtins", "__builtin__"): made for name, made in CALLS.items() if name.startswith("builtins")}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -414,7 +427,7 @@ class _Unpickler(pickle.Unpickler):
             return Dtype(FROM_STORAGE[name])
         if module == "torch" and name in TABLE:
             return Dtype(name)
-        if module.startswith(FOREIGN) and name.isidentifier():
+        if path.startswith(FOREIGN) and all(part.isidentifier() for part in path.split(".")):
             return _record(path)
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
             return _join

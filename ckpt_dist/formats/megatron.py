@@ -10,7 +10,7 @@ Invariant: the files of all ranks are there and of one save, or the first that i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ckpt_dist.ranks import Rank
 
 FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
 FILES = ("model_optim_rng.pt", "model_rng.pt")
+STATE = "_extra_state"  # of a layer of Transformer Engine: a tensor of bytes, a file, or None
 OLD = (  # names from before megatron-core, and how it calls the same
     (r"^(module\.)*", ""),
     (r"^language_model\.", ""),
@@ -76,8 +77,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
                 _agree(where, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
                 at = pt.storage_record(storages, part.ref, f"{where}: {part.name}")
                 rows += [(part.name, piece, number, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
-    keys = dict.fromkeys(k for tree in trees for k in tree if not re.fullmatch(r"model\d*", str(k)))
-    extras = tuple(Extra(k, (k,), "optimizer" if k == "optimizer" else "state") for k in keys)
+    extras = tuple({x.name: x for tree in reversed(trees) for x in _extras(tree)}.values())
     about = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
     number_of = {name: k for k, name in enumerate(entries)}
     table = _table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
@@ -107,13 +107,28 @@ def _models(tree: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [tree[k] for k in sorted(keys, key=lambda k: (len(k), k))]
 
 
+def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
+    """What is beside the model, and what Transformer Engine keeps of a layer. Only plain numbers and texts can be carried."""
+    for key, value in tree.items():
+        if not re.fullmatch(r"model\d*", str(key)):
+            plain = isinstance(value, (int, float, str))
+            yield Extra(
+                str(key), (key,), "optimizer" if key == "optimizer" else "state", value if plain else pickles.Record()
+            )
+    for model in _models(tree):
+        for place, leaf in pt.walk(model):
+            if str(place[-1]).endswith(STATE) and leaf is not None:
+                name = ".".join(map(str, place))
+                yield Extra(name, (name,), "state", pickles.Record())
+
+
 def _states(tree: Mapping[str, Any]) -> list[State]:
     """Each chunk's tensors under megatron-core's names; old files nest them in dicts."""
     found: list[State] = []
     for model in _models(tree):
         state = {}
         for place, leaf in pt.walk(model):
-            if isinstance(leaf, pickles.TensorRef):
+            if isinstance(leaf, pickles.TensorRef) and not str(place[-1]).endswith(STATE):
                 name = ".".join(map(str, place))
                 for old, new in OLD:
                     name = re.sub(old, new, name)
@@ -203,6 +218,7 @@ def lay_out(spec: Spec) -> Layout:
     """A file for each (tensor, pipeline, expert) rank, as Megatron-LM's loader expects it under the same layout."""
     o = spec.options
     tp, pp, vpp, ep = (int(o.get(k) or 1) for k in ("tp", "pp", "vpp", "ep"))
+    _refuse(spec, tp, pp, vpp, ep)
     step = int(o.get("step") or 1)
     stages = partition(_num_layers(spec), pp, vpp, o.get("partition"))
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"))}
@@ -224,6 +240,24 @@ def lay_out(spec: Spec) -> Layout:
     ]
     catalog = Catalog("megatron", "", tuple(names), spec.entries, _table(rows))
     return replace(layout, catalog=catalog, late={megatron.TRACKER: lambda: str(step).encode()})
+
+
+def _refuse(spec: Spec, tp: int, pp: int, vpp: int, ep: int) -> None:
+    """What Megatron's own modules refuse to be built with."""
+    args = spec.options.get("args") or {}
+    if megatron.is_args(args):
+        heads, groups, _ = megatron.heads(args)
+        if heads % tp or (groups % tp and tp % groups):
+            raise UsageError(
+                f"target.tp={tp}: Megatron does not divide {heads} attention heads in {groups} groups by {tp} ranks: heads have to "
+                "be a multiple of target.tp, groups a multiple or a divisor."
+            )
+    if vpp > 1 and pp < 2:
+        raise UsageError(
+            f"target.vpp={vpp} with target.pp={pp}: only stages of a pipeline have virtual ones. Give target.pp too."
+        )
+    if ep > 1 and not any(ranks.EXPERTS in e.name for e in spec.entries):
+        raise UsageError(f"target.ep={ep}: the model has no experts. Leave it out.")
 
 
 def _num_layers(spec: Spec) -> int:
@@ -263,8 +297,6 @@ def _parallel_args(tp: int, pp: int, vpp: int, ep: int, stages: Sequence[int], a
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=tp,
         ckpt_format="torch",
-        no_save_optim=True,
-        no_save_rng=True,
     )
     if asked and vpp == 1 and len(set(stages[1:-1])) < 2:
         args |= dict(decoder_first_pipeline_num_layers=stages[0], decoder_last_pipeline_num_layers=stages[-1])

@@ -82,7 +82,9 @@ def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[st
         yield path, tree
 
 
-def _holds_tensor(value: Any) -> bool:
+def _holds_tensor(value: Any, depth: int = 0) -> bool:
+    if type(value) in (list, tuple) and depth < MAX_DEPTH:
+        return any(_holds_tensor(v, depth + 1) for v in value)
     return isinstance(value, (pickles.TensorRef, pickles.Sharded, Mapping))
 
 

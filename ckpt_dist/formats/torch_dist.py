@@ -23,9 +23,11 @@ from ckpt_dist.formats import Layout, Spec, dcp
 from ckpt_dist.formats import torch as pt
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
+SETTINGS = "run_config.yaml"  # of Megatron Bridge, which keeps no args
 BACKENDS = dict(
     sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
 )
+PLAIN = (str, int, float, bool, type(None))
 LINEAR = re.compile(
     r"(decoder\.layers\.(?:\d+\.)?(?:self_attention|mlp)\.(?:linear_\w+|(?:experts\.experts|shared_experts)\.linear_\w+))\.weight"
 )
@@ -40,7 +42,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     catalog: Catalog = dcp.scan(path, options)
     common = _common(path, catalog)
     extras = tuple(x for x in catalog.extras if "_extra_state" not in x.name and x.name != COMMON_OBJECT)
-    return replace(catalog, extras=extras, config=args_of(common))
+    return replace(catalog, extras=extras, config=args_of(common) or _settings(path / SETTINGS))
 
 
 def _common(path: Path, catalog: Catalog) -> Mapping[str, Any]:
@@ -54,12 +56,29 @@ def _common(path: Path, catalog: Catalog) -> Mapping[str, Any]:
     return tree
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """The model's part of a run's settings, by the words that args have for it."""
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no readable YAML: {error!s:.200}") from None
+    model = found.get("model") if isinstance(found, dict) else None
+    return {str(k): v for k, v in model.items() if _plain(v)} if isinstance(model, dict) else {}
+
+
 def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The args of a run as plain values; what is of a class is left out."""
     state = tree.get("args")
     fields = state[-1] if isinstance(state, pickles.Record) and len(state) else state
-    plain = (str, int, float, bool, list, type(None))
-    return {k: v for k, v in fields.items() if isinstance(v, plain)} if isinstance(fields, dict) else {}
+    return {k: v for k, v in fields.items() if _plain(v)} if isinstance(fields, dict) else {}
+
+
+def _plain(value: Any) -> bool:
+    return type(value) in PLAIN or (type(value) in (list, tuple) and all(type(v) in PLAIN for v in value))
 
 
 def lay_out(spec: Spec) -> Layout:
@@ -73,7 +92,6 @@ def lay_out(spec: Spec) -> Layout:
     layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects)))
     args = dict(spec.options.get("args") or {})
     args |= dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, ckpt_format="torch_dist")
-    args |= dict(no_save_optim=True, no_save_rng=True)
     common = {"args": pickles.Namespace(args), "iteration": step, "checkpoint_version": 3.0}
     folder = megatron.STEPS.format(step)
     late = {

@@ -1,0 +1,516 @@
+"""Megatron's files as runs leave them: args of classes that are not here, optimizers, trackers, wrappers of a model.
+
+torch itself writes every file, the classes of `megatron` are made up and gone again before anything is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import enum
+import functools
+import io
+import json
+import pickle
+import random
+import shutil
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+
+import ckpt_dist
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files import pickles
+from tests.test_megatron import KINDS, SMALL, rank_files, rewritten, transformer
+
+MODULE = "megatron.core.enums"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "hf"
+    transformer("llama", folder)
+    return folder
+
+
+@contextmanager
+def megatron_here() -> Iterator[types.SimpleNamespace]:
+    """Classes and a function of a module that only the writer has."""
+
+    class ModelType(enum.Enum):
+        encoder_or_decoder = 1
+
+    class Settings:
+        def __init__(self) -> None:
+            self.a = 1
+
+    def provider(x: int) -> int:
+        return x
+
+    names = ["megatron", "megatron.core", MODULE]
+    kept = {n: sys.modules.get(n) for n in names}
+    sys.modules.update({n: types.ModuleType(n) for n in names})
+    made: list[Any] = [ModelType, Settings, provider]
+    for one in made:
+        one.__module__, one.__qualname__ = MODULE, one.__name__
+        setattr(sys.modules[MODULE], one.__name__, one)
+    try:
+        yield types.SimpleNamespace(**{one.__name__: one for one in made})
+    finally:
+        for name, module in kept.items():
+            sys.modules.pop(name)
+            if module is not None:
+                sys.modules[name] = module
+
+
+def settings(m: types.SimpleNamespace) -> dict[str, Any]:
+    """Values that have been seen in args, and worse ones."""
+    return dict(
+        model_type=m.ModelType.encoder_or_decoder, transformer_impl=m.Settings(), provider=m.provider,
+        bound=functools.partial(m.provider, 1), params_dtype=torch.bfloat16, exit_signal=signal.SIGTERM,
+        activation=torch.nn.functional.gelu, other=torch.nn.functional.silu, squared=torch.square,
+        init=torch.nn.init.normal_, path=Path("/a/b"), scalar=np.float32(1.5), array=np.arange(3), ranges=range(3),
+        part=slice(1, 2), counts=collections.Counter("aab"), lists=collections.defaultdict(list), device=torch.device("cpu"),
+        inner=argparse.Namespace(a=1), simple=types.SimpleNamespace(b=2), several=(1, 2), some={1, 2},
+    )  # fmt: skip
+
+
+def te_state() -> io.BytesIO:
+    state = io.BytesIO()
+    torch.save({"recipe": torch.zeros(3)}, state)
+    return state
+
+
+def full(tree: dict[str, Any], number: int) -> None:
+    """What a run with an optimizer and Transformer Engine adds to a rank's file."""
+    rng = dict(random_rng_state=random.getstate(), np_rng_state=np.random.get_state(), torch_rng_state=torch.ones(4))
+    adam = {"state": {0: {"exp_avg": torch.zeros(3), "step": 1}}, "param_groups": [{"params": [0], "lr": 0.1}]}
+    tree |= dict(
+        rng_state=[rng | {"rng_tracker_states": {"a": torch.ones(2)}}],
+        opt_param_scheduler=dict(max_lr=0.1, lr_decay_style="cosine"),
+        optimizer={"optimizer": adam, "fp32_from_fp16_params": [[torch.zeros(3)], [torch.zeros(2)]]},
+        num_floating_point_operations_so_far=7,
+    )
+    own = "decoder.layers.0."
+    tree["model"] |= {
+        own + "self_attention.linear_qkv._extra_state": None,
+        own + "self_attention.core_attention._extra_state": te_state(),
+        own + "mlp.linear_fc1._extra_state": torch.zeros(5, dtype=torch.uint8),
+        own + "mlp.linear_fc2._extra_state": torch.zeros(0, dtype=torch.uint8),
+    }
+
+
+def test_args_of_classes_that_are_not_here(llama: Path, tmp_path: Path) -> None:
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **{"target.tp": 2})
+    with megatron_here() as m:
+
+        def enriched(tree: dict[str, Any], number: int) -> None:
+            full(tree, number)
+            tree["rerun_state_machine"] = {"mode": m.ModelType.encoder_or_decoder, "state": m.Settings()}
+            vars(tree["args"]).update(settings(m))
+
+        rewritten(tmp_path / "it", enriched)
+        assert "provider" in dir(torch.load(rank_files(tmp_path / "it")[0], weights_only=False)["args"])
+    before = set(sys.modules)
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert not [n for n in set(sys.modules) - before if n.startswith("megatron")]
+    assert ckpt_dist.fingerprint(tmp_path / "back") == ckpt_dist.fingerprint(llama)
+    assert "27 of 27 stored tensors are written" in report["notes"]
+    found = ckpt_dist.inspect(tmp_path / "it")
+    assert "tp=2, pp=1, vpp=1, ep=1" in found["layout"]
+    assert {"optimizer", "rng_state", "decoder.layers.0.mlp.linear_fc1._extra_state"} <= set(found["extras"])
+    kept = ckpt_dist.convert(tmp_path / "it", tmp_path / "kept", format="dcp", keep=["weights", "state", "optimizer"])
+    assert any("of a class that is not written: " in n and "args" in n for n in kept["notes"])
+    stored = FileSystemReader(tmp_path / "kept").read_metadata().state_dict_metadata
+    assert "optimizer" not in stored and "num_floating_point_operations_so_far" in stored
+
+
+class Evil:
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_what_args_call_is_not_called(llama: Path, tmp_path: Path) -> None:
+    import os
+
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron")
+    marker = tmp_path / "ran"
+    with megatron_here() as m:
+
+        def called(x: Any) -> None:
+            marker.write_text("ran")
+
+        called.__module__, called.__qualname__ = MODULE, "provider"
+        sys.modules[MODULE].provider = m.provider = called  # type: ignore[attr-defined]
+        rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], "evil", Evil(called, 1)))
+    marker.unlink(missing_ok=True)
+    ckpt_dist.inspect(tmp_path / "it")
+    assert not marker.exists()
+    path = rank_files(tmp_path / "it")[0]
+    torch.save({"args": Evil(os.mkdir, str(marker)), "model": {}}, path)
+    with pytest.raises(CheckpointError, match=r"asks for posix\.mkdir"):
+        ckpt_dist.inspect(path.parents[1])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["megatron.core.a..b", "megatron.core.1", "megatron.x y", "megatronx.a", "torch.nn.functional"]
+)
+def test_names_that_are_none_of_a_framework(name: str) -> None:
+    module, _, last = name.rpartition(".")
+    with pytest.raises(CheckpointError, match=r"asks for|damaged"):
+        pickles.loads(b"c" + module.encode() + b"\n" + last.encode() + b"\n.", "evil")
+
+
+# ---- the tracker
+
+
+def trackers(llama: Path, folder: Path) -> Path:
+    """Steps 1, 2 and a release; the tracker says that 2 was not saved to its end."""
+    ckpt_dist.convert(llama, folder, format="megatron")
+    ckpt_dist.convert(llama, folder.parent / "other", format="megatron", dtype="float16")
+    shutil.copytree(folder.parent / "other/iter_0000001", folder / "iter_0000002")
+    shutil.copytree(folder / "iter_0000001", folder / "release")
+    return folder / "latest_checkpointed_iteration.txt"
+
+
+def test_the_tracker_says_which_is_the_latest(llama: Path, tmp_path: Path) -> None:
+    tracker = trackers(llama, tmp_path / "run")
+
+    def dtypes(**keys: Any) -> set[str]:
+        return set(ckpt_dist.inspect(tmp_path / "run", **keys)["dtypes"])
+
+    assert dtypes() == {"float32"} and dtypes(**{"source.step": 2}) == {"float16"}
+    tracker.write_text("2\n")
+    assert dtypes() == {"float16"}
+    tracker.unlink()
+    assert dtypes() == {"float16"}
+    tracker.write_text("release")
+    found = ckpt_dist.inspect(tmp_path / "run")
+    assert found["path"].endswith("release") and found["notes"] == [
+        "release is the latest by latest_checkpointed_iteration.txt"
+    ]
+    shutil.rmtree(tmp_path / "run/iter_0000001")
+    shutil.rmtree(tmp_path / "run/iter_0000002")
+    ckpt_dist.convert(tmp_path / "run", tmp_path / "back")
+    assert ckpt_dist.fingerprint(tmp_path / "back") == ckpt_dist.fingerprint(llama)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("7", r"says 7, but iter_0000007 is not there.*iter_0000001"), ("metadata", "neither a number nor release")],
+)
+def test_a_tracker_that_is_wrong(llama: Path, tmp_path: Path, text: str, says: str) -> None:
+    trackers(llama, tmp_path / "run").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        ckpt_dist.inspect(tmp_path / "run")
+
+
+# ---- distributed checkpoints
+
+
+def state_of(folder: Path, prefix: str = "") -> dict[str, Any]:
+    """All of a checkpoint as torch reads it; objects as [None]."""
+    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(d.size, dtype=d.properties.dtype) for k, d in described.items() if hasattr(d, "size")}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return {prefix + k: tensors.get(k, [None]) for k in described}
+
+
+def saved(folder: Path, state: dict[str, Any], common: dict[str, Any] | None) -> Path:
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(state, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    if common is not None:
+        torch.save(common, folder / "common.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dist(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("dist") / "run"
+    ckpt_dist.convert(llama, top, format="torch_dist")
+    return top / "iter_0000001"
+
+
+BUCKETS = "optimizer.distributed.dp_group_idx_0."
+BUCKET = BUCKETS + "gbuf_idx_0.dtype_(torch.bfloat16, torch.bfloat16).bucket_idx_0."
+
+
+def optimizers(state: dict[str, Any], kind: str) -> dict[str, Any]:
+    if kind == "model space":
+        slots = ("exp_avg", "exp_avg_sq", "fp32_param", "param")
+        return {f"optimizer.state.{s}.{k}": v for s in slots for k, v in state.items() if torch.is_tensor(v)}
+    found = {BUCKET + s: torch.zeros(10) for s in ("param", "exp_avg", "exp_avg_sq")}
+    found |= {BUCKETS + "optimizer/shard_0_1": [{"a": 1}], BUCKETS + "per_bucket_numel/shard_0_1": [{"b": [1]}]}
+    return {"chained_1." + k: v for k, v in found.items()} if kind == "chained" else found
+
+
+@pytest.mark.parametrize("kind", ["model space", "buckets", "chained"])
+def test_optimizers_are_listed(llama: Path, dist: Path, tmp_path: Path, kind: str) -> None:
+    state, common = state_of(dist), torch.load(dist / "common.pt", weights_only=False)
+    more = optimizers(state, kind)
+    saved(tmp_path / "it", state | more | {"rng_state/shard_0.0_1.1": [{"x": torch.ones(3)}]}, common)
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert ckpt_dist.fingerprint(tmp_path / "back") == ckpt_dist.fingerprint(llama)
+    (line,) = (n for n in report["notes"] if n.startswith("dropped, optimizer"))
+    names = line.split(": ", 1)[1]
+    assert f"and {len(more) - 3} more" in names and names.startswith(next(iter(sorted(more)))[:9])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.module.", "model.module."])
+def test_wrappers_of_a_model(llama: Path, dist: Path, tmp_path: Path, prefix: str) -> None:
+    saved(tmp_path / "it", state_of(dist, prefix), None)
+    keys = {"model.config": str(llama)}
+    assert ckpt_dist.fingerprint(tmp_path / "it", **keys) == ckpt_dist.fingerprint(llama)
+
+
+def test_common_state_as_an_object(llama: Path, dist: Path, tmp_path: Path) -> None:
+    common = torch.load(dist / "common.pt", weights_only=False)
+    saved(tmp_path / "it", state_of(dist) | {"common_state/shard_0_1": [common]}, None)
+    assert ckpt_dist.fingerprint(tmp_path / "it") == ckpt_dist.fingerprint(llama)
+
+
+def test_settings_of_megatron_bridge(llama: Path, dist: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "it", state_of(dist), {"iteration": 3, "content_metadata": {"a": 1}})
+    model = dict(
+        num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8, layernorm_epsilon=1e-6,
+        rotary_base=10000.0, seq_length=64, init_method_std=0.3, activation_func={"_target_": "torch.nn.functional.silu"},
+    )  # fmt: skip
+    import yaml
+
+    (tmp_path / "it/run_config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"micro_batch_size": 1}}))
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert ckpt_dist.fingerprint(tmp_path / "back") == ckpt_dist.fingerprint(llama)
+    (tmp_path / "it/run_config.yaml").write_text("model: [")
+    with pytest.raises(CheckpointError, match="no readable YAML"):
+        ckpt_dist.inspect(tmp_path / "it")
+
+
+def test_metadata_of_older_megatron_core(llama: Path, dist: Path, tmp_path: Path) -> None:
+    common = torch.load(dist / "common.pt", weights_only=False)
+    path = saved(tmp_path / "it", state_of(dist), common) / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    with megatron_here() as m:
+        metadata.mcore_data = {key: {} for key in metadata.state_dict_metadata}
+        metadata.all_local_plans = [m.Settings()]
+        own = type("MCoreMetadata", (type(metadata),), {"__module__": MODULE})
+        sys.modules[MODULE].MCoreMetadata = own  # type: ignore[attr-defined]
+        metadata.__class__ = own
+        path.write_bytes(pickle.dumps(metadata, 4))
+    assert ckpt_dist.fingerprint(tmp_path / "it") == ckpt_dist.fingerprint(llama)
+
+
+# ---- args and config.json
+
+
+def with_config(llama: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(llama, folder)
+    config = json.loads((llama / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+def args_in(folder: Path) -> dict[str, Any]:
+    found = next(folder.rglob("model_optim_rng.pt"), None) or next(folder.rglob("common.pt"))
+    return vars(torch.load(found, weights_only=False)["args"])
+
+
+LLAMA3 = dict(
+    rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+ROPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # config.json, args, what is not translated
+    (dict(rope_scaling=LLAMA3, rope_theta=500000), dict(use_rope_scaling=True, rope_scaling_factor=32.0, rotary_base=500000), ""),
+    (dict(rope_parameters={**LLAMA3, "rope_theta": 5e5}), dict(use_rope_scaling=True, rotary_base=5e5), ""),
+    (dict(rope_scaling={**LLAMA3, "high_freq_factor": 8.0}), dict(use_rope_scaling=True), "rope high_freq_factor=8.0"),
+    (dict(rope_scaling=dict(rope_type="linear", factor=4.0)), dict(rotary_seq_len_interpolation_factor=4.0), ""),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0)), {}, "rope scaling yarn, factor 4.0"),
+    (dict(sliding_window=16), {}, "sliding_window=16"),
+    (dict(sliding_window=16, use_sliding_window=False), {}, ""),
+    (dict(partial_rotary_factor=0.5), {}, "partial_rotary_factor=0.5"),
+    (dict(hidden_act="gelu"), {}, "hidden_act='gelu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "wanted", "lost"), ROPES)
+def test_args_say_what_a_config_says(
+    llama: Path, tmp_path: Path, changes: dict[str, Any], wanted: dict[str, Any], lost: str
+) -> None:
+    from transformers import AutoConfig
+
+    source = with_config(llama, tmp_path / "hf", **{"rope_parameters": None, **changes})
+    report = ckpt_dist.convert(source, tmp_path / "it", format="torch_dist")
+    args = args_in(tmp_path / "it")
+    assert {k: args.get(k) for k in wanted} == wanted
+    assert report["warnings"] == ([f"config.json: not translated: {lost}"] if lost else [])
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    if not lost:
+        theirs, ours = (AutoConfig.from_pretrained(p) for p in (source, tmp_path / "back"))
+        assert theirs.rope_parameters == ours.rope_parameters
+        assert theirs.rms_norm_eps == ours.rms_norm_eps and theirs.head_dim == ours.head_dim
+
+
+UNTOLD = dict(
+    window_size=(15, 0), apply_layernorm_1p=True, squared_relu=True, position_embedding_type="yarn", rotary_percent=0.5
+)
+
+
+@pytest.mark.parametrize("key", UNTOLD)
+def test_what_a_config_cannot_say_of_args_is_listed(llama: Path, tmp_path: Path, key: str) -> None:
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron")
+    rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], key, UNTOLD[key]))
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert report["warnings"] == [f"args: not translated: {key}={UNTOLD[key]!r}"]
+
+
+def test_whether_experts_are_weighed_before_they_are_chosen(tmp_path: Path) -> None:
+    transformer("qwen3_moe", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    assert args_in(tmp_path / "it")["moe_router_pre_softmax"] is False
+    for before in (False, True):
+        rewritten(tmp_path / "it", lambda tree, number, b=before: setattr(tree["args"], "moe_router_pre_softmax", b))
+        ckpt_dist.convert(tmp_path / "it", tmp_path / str(before))
+        assert json.loads((tmp_path / str(before) / "config.json").read_text())["norm_topk_prob"] is not before
+
+
+def test_args_of_another_layout_do_not_stay(llama: Path, tmp_path: Path) -> None:
+    keys = {"target.pp": 2, "target.partition": [1, 3]}
+    ckpt_dist.convert(llama, tmp_path / "uneven", format="megatron", **keys)
+    with megatron_here() as m:
+        rewritten(tmp_path / "uneven", lambda tree, number: vars(tree["args"]).update(settings(m)))
+    for made in ("megatron", "torch_dist"):
+        ckpt_dist.convert(tmp_path / "uneven", tmp_path / made, format=made, **{"target.vocab_size": 128})
+        args = args_in(tmp_path / made)
+        assert args["decoder_first_pipeline_num_layers"] is None and args["pipeline_model_parallel_size"] == 1
+        assert args["padded_vocab_size"] == 128 and "model_type" not in args
+        torch.load(next((tmp_path / made).rglob("*.pt")), weights_only=False)
+
+
+def test_args_of_a_model_that_has_no_config_json_here(tmp_path: Path) -> None:
+    transformer("gpt2", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    assert args_in(tmp_path / "it")["norm_epsilon"] == 1e-5
+    with megatron_here() as m:
+        rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], "model_type", m.ModelType(1)))
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert not (tmp_path / "back/config.json").exists() and "no config.json" in report["warnings"][0]
+
+
+def test_args_say_nothing_that_is_not_known(llama: Path, tmp_path: Path) -> None:
+    ckpt_dist.convert(llama, tmp_path / "single", format="sfpt")
+    report = ckpt_dist.convert(
+        tmp_path / "single", tmp_path / "it", format="torch_dist", **{"target.dialect": "megatron"}
+    )
+    assert "num_attention_heads" not in args_in(tmp_path / "it")
+    assert any("args do not say them" in w for w in report["warnings"])
+    keys = {"target.dialect": "megatron", "model.config": str(llama)}
+    ckpt_dist.convert(tmp_path / "single", tmp_path / "known", format="torch_dist", **keys)
+    assert ckpt_dist.fingerprint(tmp_path / "known") == ckpt_dist.fingerprint(llama)
+
+
+def test_args_from_params_json(llama: Path, tmp_path: Path) -> None:
+    source = with_config(llama, tmp_path / "hf", rope_parameters=None, rope_theta=500000.0, rms_norm_eps=1e-6)
+    ckpt_dist.convert(source, tmp_path / "meta", format="meta")
+    ckpt_dist.convert(tmp_path / "meta", tmp_path / "it", format="megatron")
+    args = args_in(tmp_path / "it")
+    assert (args["rotary_base"], args["norm_epsilon"], args["num_attention_heads"]) == (500000.0, 1e-6, 4)
+
+
+# ---- layouts that Megatron would refuse
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"target.tp": 8}, r"target.tp=8: Megatron does not divide 4 attention heads in 2 groups"),
+        ({"target.ep": 2}, r"target.ep=2: the model has no experts"),
+        ({"target.vpp": 2}, r"target.vpp=2 with target.pp=1"),
+        ({"target.pp": 2, "target.partition": [5, -1]}, r"target.partition is"),
+        ({"target.tp": 2, "format": "torch_dist"}, r"target.tp=2: torch_dist has no files of such ranks"),
+    ],
+)
+def test_what_megatron_would_refuse(llama: Path, tmp_path: Path, keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        ckpt_dist.convert(llama, tmp_path / "no", **{"format": "megatron", **keys})
+    assert not (tmp_path / "no").exists()
+
+
+# ---- layers with experts and without
+
+
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", dict(mlp_only_layers=[0, 2])),
+    "deepseek_v3": ("deepseek_v3", dict(n_shared_experts=2)),
+    "deepseek_v3 without query latent": ("deepseek_v3", dict(q_lora_rank=None, first_k_dense_replace=2)),
+    "gpt_oss": ("gpt_oss", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=16)),
+    "gemma3_text": ("gemma3_text", {}),
+}
+TARGETS: list[dict[str, Any]] = [
+    dict(format="torch_dist"),
+    dict(format="torch_dist", **{"target.dialect": "megatron_local"}),
+    dict(format="megatron", **{"target.tp": 2, "target.pp": 2, "target.vpp": 2}),
+    dict(format="megatron", **{"target.tp": 2, "target.ep": 2, "target.spec": "local"}),
+]
+
+
+def mixed(kind: str, folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, changes = MIXED[kind]
+    config = AutoConfig.for_model(base, **{**SMALL, **KINDS.get(base, ({},))[0], **changes})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    for tensor in model.state_dict().values():
+        torch.nn.init.normal_(tensor)
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_mixed_layers_there_and_back(tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file
+
+    wanted = mixed(kind, tmp_path / "hf")
+    dense = kind == "gemma3_text"
+    for number, keys in enumerate(TARGETS[::2] if dense else TARGETS):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / f"{number}", **keys)
+        config = {"model.config": str(tmp_path / "hf")} if "qwen3" not in kind else {}
+        ckpt_dist.convert(tmp_path / f"{number}", tmp_path / f"{number}-back", **config)
+        found = load_file(tmp_path / f"{number}-back/model.safetensors")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted), keys
+        if not config:
+            made = json.loads((tmp_path / f"{number}-back/config.json").read_text())
+            assert made["mlp_only_layers"] == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_norms_are_where_each_spec_of_layers_has_them(tmp_path: Path, kind: str) -> None:
+    mixed(kind, tmp_path / "hf")
+    named: dict[str, set[str]] = {}
+    for spec in ("te", "local"):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / spec, format="megatron", **{"target.spec": spec})
+        named[spec] = set(torch.load(rank_files(tmp_path / spec)[0], weights_only=False)["model"])
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "dist", format="torch_dist")
+    described = FileSystemReader(tmp_path / "dist/iter_0000001").read_metadata().state_dict_metadata
+    fused, own = "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight", "decoder.layers.{}.pre_mlp_layernorm.weight"
+    for names in (named["te"], set(described)):  # layer 0 is dense, layer 1 has experts
+        assert fused.format(0) in names and own.format(0) not in names
+        assert fused.format(1) not in names and own.format(1) in names
+    assert own.format(0) in named["local"] and own.format(1) in named["local"]
+    if kind == "deepseek_v3":
+        assert "decoder.layers.1.self_attention.linear_q_up_proj.layer_norm_weight" in named["te"] & set(described)
+        assert "decoder.layers.1.self_attention.kv_layernorm.weight" in named["local"]
