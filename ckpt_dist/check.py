@@ -9,6 +9,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ckpt_dist.box import volume
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
 from ckpt_dist.files.dtypes import is_floating, itemsize
+from ckpt_dist.formats import catalog as saving
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.report import Report, size, table
 from ckpt_dist.run import _drain, engine_of, job
@@ -35,6 +37,8 @@ def inspect(cfg: Config) -> dict[str, Any]:
             )
         )
         facts = _facts(m)
+        if cfg.get("save_catalog"):
+            facts["saved"] = group.on_first(lambda: _save(m, Path(cfg["save_catalog"]).expanduser()))
         rows = _rows(m, cfg.get("match"))
         if cfg.get("stats"):
             rows = _with_statistics(group, report, m, rows, cfg)
@@ -46,6 +50,14 @@ def inspect(cfg: Config) -> dict[str, Any]:
                 else ["", f"no tensor matches {cfg['match']!r}"]
             )
         return {**facts, "tensors": rows, "text": lines}
+
+
+def _save(m: Model, path: Path) -> str:
+    """The catalog as a file of its own; what that is."""
+    s = m.source
+    where = {"asked": str(s.asked.absolute()), "folder": str(s.folder.absolute()), "step": s.step, "notes": s.notes}
+    nbytes = saving.save(path, replace(s.catalog, config=s.config), where)
+    return f"{path} ({size(nbytes)}): plan with source.path={path} dry_run=true"
 
 
 def _facts(m: Model) -> dict[str, Any]:

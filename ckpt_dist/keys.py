@@ -170,7 +170,7 @@ STEP = Kind("latest, or the number of a step", _step)
 SIZE = Kind("a size such as 512MiB, 2GiB or 5GB", parse_size)
 CARRIED = ("weights", "optimizer", "state")
 FORMATS = modules("formats")
-WRITTEN = tuple(name for name in FORMATS if name != "fsdp")  # dcp is what replaces fsdp's own pickles
+WRITTEN = tuple(n for n in FORMATS if n not in ("fsdp", "catalog"))  # dcp is what replaces fsdp's own pickles
 FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps the names: it has no table
 
 _SOURCE = {
@@ -206,6 +206,7 @@ KEYS: dict[str, Kind] = {
     "name": WORD,
     "match": WORD,
     "stats": FLAG,
+    "save_catalog": PATH,
     "rtol": Kind("a number, 0 or more", _tolerance),
     "atol": Kind("a number, 0 or more", _tolerance),
     "json": FLAG,

@@ -23,6 +23,7 @@ from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model, bind_plain, canonical
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
@@ -220,6 +221,8 @@ def _write(
 ) -> dict[str, Any]:
     """From understood sources to a published target."""
     engine = engine_of(cfg)
+    for m in models if not cfg.get("dry_run") else ():
+        needs_data(m.catalog)
     with report.phase("plan"):
         p = _prepare(group, report, models, cfg, path, combination, into)
     if cfg.get("dry_run"):
@@ -292,7 +295,8 @@ def _prepare(
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
-    group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
+    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
+        group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost)
     return Prepared(models, d, combination(d), layout, views, target_views, staging, small)
 
@@ -391,7 +395,9 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     wanted = set(cfg.get("keep") or ["weights"])
     format = cfg["target"]["format"]
     for extra in m.catalog.extras:
-        if extra.role == "weight":
+        if "saved" in m.catalog.about and extra.role in wanted:
+            lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
+        elif extra.role == "weight":
             lost.setdefault("not a tensor", []).append(extra.name)
         elif extra.role not in wanted or format not in ("dcp", "torch"):
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)

@@ -192,6 +192,10 @@ def _scan(
     catalog: Catalog = formats.load(name).scan(folder, keys)
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
+    saved = catalog.about.get("saved")
+    if saved:  # everything as it was where it was saved
+        found = find_config(folder, path, asked, config)[0] if config else dict(catalog.config)
+        return Source(catalog, Path(saved["asked"]), Path(saved["folder"]), saved["step"], found, None, saved["notes"])
     found, config_path = find_config(folder, path, asked, config)
     match = STEP.fullmatch(path.name)
     return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)

@@ -34,6 +34,7 @@ from ckpt_dist.engine.moves import Array
 from ckpt_dist.errors import CheckpointError, Missing, UsageError
 from ckpt_dist.files.dtypes import is_floating, itemsize, known
 from ckpt_dist.formats import Layout
+from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.report import Progress, Report, size
 from ckpt_dist.sources import Source, open_source
@@ -249,6 +250,8 @@ def run_tiles(
     staged: Staged | None = None,
 ) -> Done:
     """Make all tiles; this rank its share. The result holds this rank's runs and everyone's byte counts and digests."""
+    for m, _, _ in sources:
+        needs_data(m.catalog)
     tiles = plan.tiles(canon.entries)
     numel = np.prod(tiles.stop - tiles.start, axis=1, dtype=np.int64)
     finished = np.zeros(len(tiles), bool)
@@ -490,7 +493,10 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
         if copy not in where or of not in where:
             continue
         one, two = where[copy], where[of]
-        if equal_entries(group, report, m, one, two, engine):
+        saved = "saved" in m.catalog.about
+        if saved:
+            report.guesses.append(f"{m.names[one]} and {m.names[two]} are equal, as the config says")
+        if saved or equal_entries(group, report, m, one, two, engine):
             names = tuple(None if e == one else n for e, n in enumerate(m.names))
             m = replace(
                 m, names=names, dropped={**m.dropped, f"tied to {m.names[two]}": (m.catalog.entries[one].name,)}

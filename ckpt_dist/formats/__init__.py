@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
-FORMATS = ("fsdp", "dcp", "hf", "torch")  # the order in which a folder's content is tried
+FORMATS = ("catalog", "fsdp", "dcp", "hf", "torch")  # the order in which a folder's content is tried
 
 
 @dataclass(frozen=True)
