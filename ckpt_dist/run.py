@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import __version__, formats, plan, sources, task
+from ckpt_dist import __version__, cost, formats, plan, sources, task
 from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -221,12 +221,12 @@ def _write(
 ) -> dict[str, Any]:
     """From understood sources to a published target."""
     engine = engine_of(cfg)
-    for m in models if not cfg.get("dry_run") else ():
-        needs_data(m.catalog)
+    if not cfg.get("dry_run"):
+        _only_for_plans(models, engine)
     with report.phase("plan"):
         p = _prepare(group, report, models, cfg, path, combination, into)
     if cfg.get("dry_run"):
-        return _dry(group, report, p.models, p.design, p.layout, engine, path)
+        return _dry(group, report, p, engine, path)
     if p.combine is not keep or _casts(p.design):
         from ckpt_dist.averages.tensors import use
 
@@ -244,6 +244,17 @@ def _write(
         stage.release()
     report.target = str(path)
     return {**report.to_dict(), **prints}
+
+
+def _only_for_plans(models: Sequence[Model], engine: Config) -> None:
+    """A job that writes needs data and real ranks."""
+    for m in models:
+        needs_data(m.catalog)
+    for key in ("ranks", "nodes", "calibrate"):
+        if engine.get(key):
+            raise UsageError(
+                f"engine.{key}={engine[key]} is only for dry_run=true. Ranks are started by torchrun, or by nproc=."
+            )
 
 
 def _stage(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
@@ -513,27 +524,30 @@ def _plain(cfg: Any) -> Any:
     return json.loads(json.dumps(cfg, default=str))
 
 
-def _dry(
-    group: Group, report: Report, models: Sequence[Model], d: task.Design, layout: Layout, engine: Config, path: Path
-) -> dict[str, Any]:
-    """The plan as text: files, bytes, memory, guesses; nothing was written."""
+def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) -> dict[str, Any]:
+    """The plan as text: files, bytes, memory, seconds, guesses; nothing was written."""
+    verify, layout = bool(engine.get("verify")), p.layout
+    job = cost.Job(
+        p.models, p.design, p.views, p.target_views, layout, p.combine, p.combine is not keep or verify, verify
+    )
+    facts, said = cost.estimate(group, job, engine, path)
     total = sum(layout.sizes)
-    workers = task.worker_count(engine, group.local_world)
-    tiles = plan.tiles(d.canon.entries)
+    workers = task.worker_count(engine, facts["ranks"] // facts["nodes"])
+    tiles = plan.tiles(p.design.canon.entries)
     lines = [
         f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"
     ]
     lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
     lines += [f"  {n}  small" for n in layout.late]
-    lines.append(
-        f"{len(tiles)} tiles for {group.world} ranks of {workers} threads; at most {size(workers * task.WORKER_BYTES)} of data in memory a rank"
-    )
+    lines.append(f"{len(tiles)} tiles for {facts['ranks']} ranks of {workers} threads on {facts['nodes']} nodes")
+    lines += said
     lines += report.remarks()
     report.notes.clear()
     report.guesses.clear()
     files = dict(zip(layout.catalog.files, layout.sizes, strict=True))
     return {
         **report.to_dict(),
+        **facts,
         "dry_run": True,
         "target": str(path),
         "files": files,

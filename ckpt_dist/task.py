@@ -318,9 +318,10 @@ def run_tiles(
                 target[2].close()
 
     done = group.together(work)
-    parts = group.gather((done.bytes_read, done.bytes_written, done.digests))
+    parts = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent))
     report.bytes_read += sum(p[0] for p in parts)
     report.bytes_written += sum(p[1] for p in parts)
+    report.bytes_exchanged += sum(p[3] for p in parts)
     done.digests = {key: d for part in parts for key, d in part[2].items()}
     if staged:
         done.digests.update(staged.done.digests)
@@ -356,10 +357,7 @@ def worker_count(engine: Mapping[str, Any], local_world: int) -> int:
 
 def _readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
-    catalog = m.catalog
-    length = np.zeros(len(catalog.files), np.int64)
-    nbytes = np.prod(catalog.chunks.stop - catalog.chunks.start, axis=1) * item_bytes(catalog.entries, catalog.chunks)
-    np.maximum.at(length, catalog.chunks.file, catalog.chunks.offset + nbytes)
+    catalog, length = m.catalog, file_lengths(m.catalog)
     if group.world == 1:
         return exchange.Readers(np.ones((1, len(length)), bool), length, balanced)
     looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
@@ -370,6 +368,14 @@ def _readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     table = np.array(looked, bool)
     exchange.missing(table, catalog.files, catalog.root)
     return exchange.Readers(table, length, balanced)
+
+
+def file_lengths(catalog: Catalog) -> Ints:
+    """Of each file, the bytes up to the end of its last chunk."""
+    length = np.zeros(len(catalog.files), np.int64)
+    nbytes = np.prod(catalog.chunks.stop - catalog.chunks.start, axis=1) * item_bytes(catalog.entries, catalog.chunks)
+    np.maximum.at(length, catalog.chunks.file, catalog.chunks.offset + nbytes)
+    return length
 
 
 def _visible(root: str, files: Sequence[str]) -> list[bool]:

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 ROOMS = (
     "errors", "box", "pattern parallel", "catalog files", "families", "family", "plan report", "formats", "sources", "model", "averages", "engine",
-    "task", "run", "check", "keys", "config", "api cli",
+    "task", "cost", "run", "check", "keys", "config", "api cli",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 

@@ -44,7 +44,8 @@ ODD = [
 FROZEN = (
     "source.path source.format source.dialect source.weights target.path target.format target.dialect target.dtype "
     "target.key target.max_shard_size target.safetensors model.family model.config engine.memory engine.transport engine.timeout engine.device "
-    "engine.workers unmatched overwrite resume dry_run engine.verify engine.fsync json quiet nproc "
+    "engine.workers unmatched overwrite resume dry_run engine.verify engine.fsync engine.ranks engine.nodes engine.calibrate "
+    "engine.bandwidth.read engine.bandwidth.exchange engine.bandwidth.write engine.bandwidth.sum json quiet nproc "
     "source.step keep"
 )
 

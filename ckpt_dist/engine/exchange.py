@@ -51,7 +51,7 @@ class Readers:
             parts = max(len(ranks), 1)
             self.ends.append(int(line[-1] if len(line) else 0) * np.arange(1, parts) // parts)
 
-    def of(self, file: Ints, at: Ints, owner: int) -> Ints:
+    def of(self, file: Ints, at: Ints, owner: int | Ints) -> Ints:
         """Who reads for `owner` what begins at byte `at` of each file."""
         found = np.zeros(len(file), np.int64)
         for kind, (ranks, ends) in enumerate(zip(self.ranks, self.ends, strict=True)):
@@ -158,7 +158,7 @@ def run(
         part.reshape(-1, HEAD + 2 * width) for part in group.swap([asked[who[order] == r] for r in range(group.world)])
     ]
     outbox = _Outbox(served, waves, width, files, crew.size)
-    total = Done()
+    total, passed_on = Done(), 0
 
     def make(wave: int) -> None:
         lo = min(job.first + wave * per, job.last)
@@ -177,10 +177,12 @@ def run(
                 serving = pool.submit(outbox.serve, wave + 1)
             arrived = room[wave % 2][: arriving[wave].sum()]
             group.all_to_all(sent, sizes, arrived, arriving[wave])
+            passed_on += int(sizes.sum() - sizes[group.rank])
             inbox.waves[wave] = arrived
             if making is None or making.exception() is None:  # waits: no more than two waves are held
                 making = pool.submit(make, wave)
         group.all_well(making.exception() if making else None, False)
+    total.bytes_sent = passed_on
     return total
 
 

@@ -87,12 +87,9 @@ def gather(tile: Array, moves: list[Move], read: Callable[[int, int, memoryview]
 def _gather_strided(
     tile: Array, file: int, at: int, tile_at: int, dims: tuple[Dim, ...], read: Callable[[int, int, memoryview], None]
 ) -> None:
-    item = tile.itemsize
-    span = sum((n - 1) * s for n, s, _ in dims) + 1
-    if (span * item > SPAN and len(dims) > 1) or (span * item > SPAN and dims[0][1] * item > SPAN):
-        outer = max(range(len(dims)), key=lambda k: dims[k][1])
-        n, s, t = dims[outer]
-        rest = dims[:outer] + dims[outer + 1 :] or ((1, 1, 1),)
+    item, span = tile.itemsize, _span(dims)
+    if _too_long(dims, item):
+        (n, s, t), rest = _outermost(dims)
         for i in range(n):
             _gather_strided(tile, file, at + i * s * item, tile_at + i * t, rest, read)
         return
@@ -102,6 +99,30 @@ def _gather_strided(
     source: Array = np.ndarray(shape, tile.dtype, scratch, 0, tuple(s * item for _, s, _ in dims))
     target: Array = np.ndarray(shape, tile.dtype, tile, tile_at * item, tuple(t * item for _, _, t in dims))
     target[...] = source
+
+
+def _span(dims: tuple[Dim, ...]) -> int:
+    """Elements of the file from a box's first to its last."""
+    return sum((n - 1) * s for n, s, _ in dims) + 1
+
+
+def _too_long(dims: tuple[Dim, ...], item: int) -> bool:
+    """Whether a box is read step by step instead of at once."""
+    return _span(dims) * item > SPAN and (len(dims) > 1 or dims[0][1] * item > SPAN)
+
+
+def _outermost(dims: tuple[Dim, ...]) -> tuple[Dim, tuple[Dim, ...]]:
+    """The dim with the longest stride in the file, and the others."""
+    outer = max(range(len(dims)), key=lambda k: dims[k][1])
+    return dims[outer], dims[:outer] + dims[outer + 1 :] or ((1, 1, 1),)
+
+
+def read_bytes(dims: tuple[Dim, ...], item: int) -> int:
+    """Bytes that `gather` reads for a box: `read_bytes(((3, 100, 1),), 2)` -> 402, of which 6 are wanted."""
+    if _too_long(dims, item):
+        (n, _, _), rest = _outermost(dims)
+        return n * read_bytes(rest, item)
+    return _span(dims) * item
 
 
 def scatter(tile: Array, moves: list[Move], write: Callable[[int, int, memoryview], None]) -> None:

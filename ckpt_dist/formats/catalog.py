@@ -34,8 +34,8 @@ MOST_ELEMENTS = 1 << 43  # of all tensors together: plans cut them into tiles, a
 MOST_BYTES = 1 << 60
 MOST_DIMS = 32
 MEMBER = struct.Struct("<4s22xHH")  # a zip's local header: signature, lengths of name and extra field
-DAMAGED = (zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-DAMAGED += (RuntimeError, NotImplementedError, RecursionError, OverflowError, MemoryError, struct.error)
+DAMAGED: tuple[type[Exception], ...] = (zipfile.BadZipFile, OSError, EOFError, LookupError, ValueError, TypeError)
+DAMAGED += (AttributeError, RuntimeError, OverflowError, MemoryError, struct.error)
 
 
 def claims(path: Path) -> bool:
