@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __version__ = "0.1.0"
-__all__ = ["average", "convert", "fingerprint", "inspect", "merge", "verify"]
+__all__ = ["average", "convert", "fingerprint", "inspect", "merge", "seed", "verify"]
 
 
 def __getattr__(name: str) -> object:

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["average", "convert", "fingerprint", "inspect", "merge", "verify"]
+__all__ = ["average", "convert", "fingerprint", "inspect", "merge", "seed", "verify"]
 
 PathLike = str | os.PathLike[str]
-TARGET = ("format", "dtype", "dialect", "key", "max_shard_size", "safetensors")
+TARGET = ("format", "dtype", "dialect", "key", "max_shard_size", "safetensors", "vocab_size", "tp", "embedding")
 
 
 def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +53,13 @@ def merge(path: PathLike, output: PathLike | None = None, weights: str = "param"
 
     cfg = _config("merge", {"source": path, "target": output}, {"source.weights": weights, **options})
     return Path(run.merge(cfg)["target"])
+
+
+def seed(config: PathLike, target: PathLike, seed: int = 0, **options: Any) -> dict[str, Any]:
+    """Make a checkpoint of first values from a config.json (or its folder); returns the report."""
+    from ckpt_dist import run
+
+    return run.seed(_config("seed", {"target": target}, {"model.config": os.fspath(config), "seed": seed, **options}))
 
 
 def inspect(path: PathLike, **options: Any) -> dict[str, Any]:

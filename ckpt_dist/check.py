@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ckpt_dist.errors import CheckpointError, Difference
 from ckpt_dist.files.dtypes import is_floating, itemsize
 from ckpt_dist.formats import catalog as saving
 from ckpt_dist.model import Bound, Model
+from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report, size, table
 from ckpt_dist.run import _drain, engine_of, job
 from ckpt_dist.task import Design
@@ -55,8 +56,7 @@ def inspect(cfg: Config) -> dict[str, Any]:
 def _save(m: Model, path: Path) -> str:
     """The catalog as a file of its own; what that is."""
     s = m.source
-    where = {"asked": str(s.asked.absolute()), "folder": str(s.folder.absolute()), "step": s.step, "notes": s.notes}
-    nbytes = saving.save(path, replace(s.catalog, config=s.config), where)
+    nbytes = saving.save(path, replace(s.catalog, config=s.config), s.asked, s.folder, s.step)
     return f"{path} ({size(nbytes)}): plan with source.path={path} dry_run=true"
 
 
@@ -175,7 +175,7 @@ def _read(
     report: Report,
     what: str,
     canon: Bound,
-    sides: Sequence[tuple[Model, Bound, Any]],
+    sides: Sequence[tuple[Model, Bound]],
     combine: Any,
     cfg: Config,
     digests: bool = False,
@@ -185,11 +185,14 @@ def _read(
     )
 
 
+def _tile_names(canon: Bound) -> Callable[[int], str]:
+    ends = np.cumsum(plan.tile_counts(canon.entries))
+    return lambda tile: canon.entries[int(np.searchsorted(ends, tile, "right"))].name
+
+
 def _statistics(group: Group, report: Report, m: Model, cfg: Config) -> dict[str, Sums]:
     bound, canon = _own_design(m)
-    views = bound.views(m.catalog.chunks)
-    tiles = plan.tiles(canon.entries)
-    plan.prove(views, canon.views(tiles))
+    names = _tile_names(canon)
     mine: dict[int, Sums] = {}
 
     def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
@@ -199,11 +202,11 @@ def _statistics(group: Group, report: Report, m: Model, cfg: Config) -> dict[str
         sums.add(tensor(next(values), dtypes[0]))
         mine[tile] = sums
 
-    _read(group, report, "read", canon, [(m, bound, views)], combine, cfg)
+    _read(group, report, "read", canon, [(m, bound)], combine, cfg)
     found: dict[str, Sums] = {}
     for part in group.gather(mine):
         for tile, sums in part.items():
-            found.setdefault(canon.entries[tiles.entry[tile]].name, Sums()).merge(sums)
+            found.setdefault(names(tile), Sums()).merge(sums)
     return found
 
 
@@ -238,7 +241,8 @@ def verify(cfg: Config) -> dict[str, Any]:
 
 def _open(group: Group, report: Report, keys: Config, cfg: Config) -> Model:
     with report.phase("scan"):
-        m = group.on_first(lambda: task.open_model(keys, {**cfg, "keep": ["weights"], "unmatched": "error"}))
+        settings = {**cfg, "keep": ["weights"], "unmatched": "error"}
+        m = scanned(group, lambda more: task.open_model({**keys, **more}, settings))
         m = task.settle_ties(group, report, m, engine_of(cfg))
     match = cfg.get("match")
     if match:
@@ -314,15 +318,9 @@ def _pair(a: Model, b: Model) -> Design:
 def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> dict[str, Any]:
     d = _pair(a, b)
     rtol, atol = float(cfg.get("rtol") or 0), float(cfg.get("atol") or 0)
-    va, vb = (bound.views(m.catalog.chunks) for m, bound in zip((a, b), d.sources, strict=True))
+    va, vb = (wholly(bound) for bound in d.sources)
     _same_names(a, b, va, vb, d)
-    tiles = plan.tiles(d.canon.entries)
-    wanted = d.canon.views(tiles)
-    for m, views in ((a, va), (b, vb)):
-        try:
-            plan.prove(views, wanted)
-        except CheckpointError as error:
-            raise type(error)(f"{m.source.folder}: {error}") from None
+    names = _tile_names(d.canon)
     mine: dict[int, Gap] = {}
 
     def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
@@ -340,12 +338,12 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
         mine[tile] = gap
 
     with report.phase("compare"):
-        triples = [(a, d.sources[0], va), (b, d.sources[1], vb)]
-        done = _read(group, report, "compare", d.canon, triples, combine, cfg, digests=True)
+        sides = [(a, d.sources[0]), (b, d.sources[1])]
+        done = _read(group, report, "compare", d.canon, sides, combine, cfg, digests=True)
     found: dict[str, Gap] = {}
     for part in group.gather(mine):
         for tile, gap in part.items():
-            found.setdefault(d.canon.entries[tiles.entry[tile]].name, Gap()).merge(gap)
+            found.setdefault(names(tile), Gap()).merge(gap)
     return _verdict(a, b, d, found, done, rtol, atol)
 
 
@@ -410,7 +408,5 @@ def fingerprint(cfg: Config) -> str:
         bare = model.canonical(m.dialect)
         d = task.design([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else _own_design(m)
-        views = bound.views(m.catalog.chunks)
-        plan.prove(views, canon.views(plan.tiles(canon.entries)))
-        done = _read(group, report, "fingerprint", canon, [(m, bound, views)], _drain, cfg, digests=True)
+        done = _read(group, report, "fingerprint", canon, [(m, bound)], _drain, cfg, digests=True)
         return task.fingerprint_of(task.weight_digests(canon, done, 0))

@@ -21,13 +21,14 @@ from typing import Any
 from ckpt_dist import keys
 from ckpt_dist.errors import UsageError, nearest
 
-VERBS = ("convert", "average", "merge", "inspect", "verify")
+VERBS = ("convert", "average", "merge", "inspect", "verify", "seed")
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
 SHORT = {"model": "model.family"}  # model=NAME
 EXAMPLES = {
     "source.path": "source.path=run/step-1000",
     "target.path": "target.path=model",
     "a.path": "a.path=run/step-1000",
+    "model.config": "model.config=config.json",
 }
 EXCLUSIVE = (("steps", "last"),)
 WORD = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*)(?P<given>=(?P<value>.*))?", re.DOTALL)

@@ -9,32 +9,34 @@ Invariant: nothing is read or written, except by a calibration that was asked fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ckpt_dist import plan, task
-from ckpt_dist.box import Ints, ints, row_major, volume
-from ckpt_dist.catalog import Chunks, Views
-from ckpt_dist.engine import calibrate, exchange
+from ckpt_dist import part, plan, task
+from ckpt_dist.box import Ints
+from ckpt_dist.catalog import Views
+from ckpt_dist.engine import calibrate, exchange, traffic
+from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, digest, keep
 from ckpt_dist.engine.group import Group
-from ckpt_dist.engine.moves import Array, read_bytes, simplify
+from ckpt_dist.engine.moves import Array
+from ckpt_dist.engine.traffic import Traffic, by_node
 from ckpt_dist.errors import UsageError
 from ckpt_dist.files.dtypes import is_floating, itemsize
 from ckpt_dist.files.zips import crc32
 from ckpt_dist.formats import Layout
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
-from ckpt_dist.report import size, table
+from ckpt_dist.report import Report, size, table
 
 BLOCK = 1 << 17  # tiles looked at together, to bound the memory of a count
 ASSUMED = {"read": 2e9, "exchange": 1e9, "write": 1e9, "sum": 4e9}  # bytes/s of a node: one NVMe disk, one 10G port
 START_S = 0.05  # of a job's work: threads, files, the journal
 HOW = ("direct", "collective")
+Given = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,222 +47,201 @@ class World:
     nodes: int
     imagined: bool
 
-    def by_node(self, of_ranks: Ints) -> Ints:
-        """The sums of each node's ranks."""
-        return ints(of_ranks.reshape(self.nodes, -1).sum(axis=1))
-
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a prepared job that its cost depends on."""
+    """The parts of a prepared job that its cost depends on; `checked` is the target, if it is to be read again."""
 
-    models: Sequence[Model]
-    design: task.Design
-    views: Sequence[Views]
-    target_views: Views
-    layout: Layout
+    sources: Sequence[tuple[Model, Bound]]
+    canon: Bound
+    target: tuple[Bound, Layout, Files, Views]
+    checked: tuple[Model, Bound] | None
     combine: Combine
     digests: bool
-    verify: bool
+
+    @property
+    def all_worked(self) -> bool:
+        """Whether every tile is worked on, or only those that change their dtype."""
+        return self.combine is not keep or self.digests or bool(self.target[1].crcs)
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes of one transport, one number for each rank. `wanted` is what its tiles are made of, `summed` the part of it
-    that is cast, summed or digested, `checked` what engine.verify reads again."""
+class Work:
+    """Bytes of each rank: `wanted` is what its tiles are made of, `worked` the part of it that is cast, summed or
+    digested; then the traffic of the job in both ways, and of engine.verify in both."""
 
-    read: Ints
     wanted: Ints
-    summed: Ints
-    sent: Ints
+    worked: Ints
     written: Ints
-    checked: Ints
+    direct: Traffic
+    collective: Traffic
+    direct_check: Traffic
+    collective_check: Traffic
+
+    def __add__(self, more: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(Work)))
 
 
-def world_of(group: Group, engine: Mapping[str, Any]) -> World:
+def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path) -> tuple[dict[str, Any], list[str]]:
+    """The cost as data and as lines; `target` is where a calibration may write, `report` has what planning took."""
+    world = _world(group, engine)
+    readers = [_readers(group, m, world, engine) for m, _ in job.sources]
+    everywhere = all(r.everywhere for r in readers)
+    work = _counted(group, job, world, readers)
+    speed, origin = _speed(group, job, engine, target)
+    threads = task.worker_count(engine, world.ranks // world.nodes)
+    found = {}
+    for how in HOW:
+        moved: Traffic = getattr(work, how)
+        again: Traffic = getattr(work, f"{how}_check")
+        seconds = sum(report.phases.values()) + START_S + _seconds(how, work, moved, again, world, speed)
+        found[how] = {
+            "bytes_read": int((moved.read + again.read).sum()) + report.bytes_read,
+            "bytes_read_node": int(by_node(moved.read + again.read, world.nodes).max()),
+            "amplification": float(f"{moved.read.sum() / max(work.wanted.sum(), 1):.4g}"),
+            "bytes_exchanged": int((moved.sent + again.sent).sum()),
+            "bytes_written": int(work.written.sum()),
+            "memory": _memory(how, threads, int(engine["memory"])),
+            "seconds": float(f"{seconds:.3g}"),
+        }
+    chosen, why = _choice(str(engine.get("transport", "auto")), everywhere, work, world)
+    facts = {
+        "ranks": world.ranks,
+        "nodes": world.nodes,
+        "threads": threads,
+        "transport": chosen,
+        "why": why,
+        "transports": found if everywhere else {HOW[1]: found[HOW[1]]},
+        "bandwidth": {k: {"bytes_s": int(v), "from": origin[k]} for k, v in speed.items()},
+    }
+    return facts, _lines(facts)
+
+
+def _lines(facts: Given) -> list[str]:
+    head = ("transport", "read", "by a node", "amplified", "exchanged", "written", "memory a rank", "seconds")
+    rows = [
+        (
+            how,
+            *(size(t[k]) for k in ("bytes_read", "bytes_read_node")),
+            f"{t['amplification']:.2f}x",
+            *(size(t[k]) for k in ("bytes_exchanged", "bytes_written", "memory")),
+            f"{t['seconds']:.3g}",
+        )
+        for how, t in facts["transports"].items()
+    ]
+    speeds = [f"{k} {v['bytes_s'] / 1e9:.2f} GB/s ({v['from']})" for k, v in facts["bandwidth"].items()]
+    choice = f"transport {facts['transport']}: {facts['why']}"
+    return [*table(head, rows), choice, f"bandwidth of a node: {', '.join(speeds)}"]
+
+
+def _choice(asked: str, everywhere: bool, work: Work, world: World) -> tuple[str, str]:
+    """(transport, reason): the rules that `task.run_tiles` goes by."""
+    collective, numbers = traffic.cheaper(work.direct, work.collective, world.nodes)
+    if not everywhere:
+        return "collective", "not every node sees all files, so what one lacks is sent to it"
+    if asked != "auto":
+        return asked, f"engine.transport={asked}; {numbers}"
+    return "collective" if collective and world.nodes > 1 else "direct", numbers
+
+
+def _memory(how: str, threads: int, memory: int) -> int:
+    """Most bytes of data that a rank holds: its threads' tiles, and for an exchange two waves each way."""
+    waves = 4 * min(memory // 4, exchange.WAVE_BYTES) if how == "collective" else 0
+    return threads * task.WORKER_BYTES + waves
+
+
+# ---- bytes
+
+
+def _world(group: Group, engine: Given) -> World:
     """The ranks there are, or those that engine.ranks and engine.nodes ask to plan for."""
     ranks, nodes = engine.get("ranks"), engine.get("nodes")
     if ranks is None and nodes is None:
-        return World(group.world, max(group.world // group.local_world, 1), False)
+        return World(group.world, group.nodes, False)
     ranks, nodes = int(ranks or nodes or 1), int(nodes or 1)
     if ranks % nodes:
         raise UsageError(f"engine.ranks={ranks} cannot be spread evenly over engine.nodes={nodes}.")
     return World(ranks, nodes, True)
 
 
-def estimate(group: Group, job: Job, engine: Mapping[str, Any], target: Path) -> tuple[dict[str, Any], list[str]]:
-    """The cost as data and as lines; `target` is where a calibration may write."""
-    world = world_of(group, engine)
-    readers = [_readers(group, m, world) for m in job.models]
-    everywhere = all(r.everywhere for r in readers)
-    for reader in readers:  # as task.run_tiles has them: what is not asked for is done only as far as needed
-        reader.balanced = everywhere or engine.get("transport") == "collective"
-    traffic = dict(zip(HOW, _traffic(job, world, readers), strict=True))
-    speed, origin = _speed(group, job, engine, target)
-    local = world.ranks // world.nodes
-    workers = task.worker_count(engine, local)
-    found = {}
-    for how in HOW if everywhere else HOW[1:]:
-        t = traffic[how]
-        found[how] = {
-            "bytes_read": int((t.read + t.checked).sum()),
-            "bytes_read_node": int(world.by_node(t.read + t.checked).max()),
-            "amplification": float(f"{t.read.sum() / max(t.wanted.sum(), 1):.4g}"),
-            "bytes_exchanged": int(t.sent.sum()),
-            "bytes_written": int(t.written.sum()),
-            "memory": _memory(how, workers, int(engine["memory"])),
-            "seconds": float(f"{_seconds(how, t, world, speed):.3g}"),
-        }
-    auto, why = _choice(str(engine.get("transport", "auto")), everywhere)
-    facts = {
-        "ranks": world.ranks,
-        "nodes": world.nodes,
-        "transport": auto,
-        "why": why,
-        "transports": found,
-        "bandwidth": {k: {"bytes_s": int(v), "from": origin[k]} for k, v in speed.items()},
-    }
-    return facts, _lines(facts)
-
-
-def _lines(facts: Mapping[str, Any]) -> list[str]:
-    head = ("transport", "read", "by a node", "amplified", "exchanged", "written", "memory a rank", "seconds")
-    rows = [
-        (
-            how,
-            size(t["bytes_read"]),
-            size(t["bytes_read_node"]),
-            f"{t['amplification']:.2f}x",
-            size(t["bytes_exchanged"]),
-            size(t["bytes_written"]),
-            size(t["memory"]),
-            f"{t['seconds']:.3g}",
-        )
-        for how, t in facts["transports"].items()
-    ]
-    speeds = [f"{k} {v['bytes_s'] / 1e9:.2f} GB/s ({v['from']})" for k, v in facts["bandwidth"].items()]
-    return [
-        *table(head, rows),
-        f"{facts['transport']}: {facts['why']}",
-        f"bandwidth of a node: {', '.join(speeds)}",
-    ]
-
-
-def _choice(asked: str, everywhere: bool) -> tuple[str, str]:
-    """(transport, reason): the rule that the job itself goes by."""
-    if not everywhere:
-        return "collective", "not every node sees all files, so what one lacks is sent to it"
-    if asked != "auto":
-        return asked, f"engine.transport={asked}"
-    return (
-        "direct",
-        "auto: every node sees all files, so each byte is read once without an exchange, which saves nothing",
-    )
-
-
-def _memory(how: str, workers: int, memory: int) -> int:
-    """Most bytes of data that a rank holds: its threads' tiles, and for an exchange two waves each way."""
-    waves = 4 * min(memory // 4, exchange.WAVE_BYTES) if how == "collective" else 0
-    return workers * task.WORKER_BYTES + waves
-
-
-# ---- bytes
-
-
-def _readers(group: Group, m: Model, world: World) -> exchange.Readers:
+def _readers(group: Group, m: Model, world: World, engine: Given) -> exchange.Readers:
+    """Who reads in a collective job: everyone evenly, unless that was not asked for and some files are not seen."""
     if world.imagined or "saved" in m.catalog.about:
-        seen = np.ones((world.ranks, len(m.catalog.files)), bool)
-        return exchange.Readers(seen, task.file_lengths(m.catalog), True)
-    return task._readers(group, m, True)
+        length = part.ends(group, m)
+        return exchange.Readers(np.ones((world.ranks, len(length)), bool), length, True)
+    found = part.readers(group, m, engine.get("transport") == "collective")
+    return found.evenly() if found.everywhere else found
 
 
-def _traffic(job: Job, world: World, readers: Sequence[exchange.Readers]) -> tuple[Traffic, Traffic]:
-    """What each rank does in a direct and in a collective job."""
-    canon = job.design.canon
-    tiles = plan.tiles(canon.entries)
-    numel = volume(tiles.start, tiles.stop)
-    runs = plan.share(numel * task.item_bytes(canon.entries, tiles), world.ranks)
+def _counted(group: Group, job: Job, world: World, readers: Sequence[exchange.Readers]) -> Work:
+    """What the ranks of `world` do, from the tiles of this rank, and then of all."""
+    runs = plan.share(part.tile_bytes(job.canon), world.ranks)
     owner = np.repeat(np.arange(world.ranks), [last - first for first, last in runs])
-    direct, collective = _nothing(world.ranks), _nothing(world.ranks)
-    for first in range(0, len(tiles), BLOCK):
-        rows = np.arange(first, min(first + BLOCK, len(tiles)))
-        tiled, mine = canon.views(tiles.take(rows)), owner[rows]
-        out = _Moves(job.target_views, job.layout.catalog.chunks, job.design.target, tiled)
-        for t in (direct, collective):
-            np.add.at(t.written, mine[out.moves.tile], out.nbytes)
-        out_dtype = out.dtype(len(rows))
-        for m, bound, views, reader in zip(job.models, job.design.sources, job.views, readers, strict=True):
-            got = _Moves(plan.unique(views), m.catalog.chunks, bound, tiled)
-            of, tile = mine[got.moves.tile], got.moves.tile
-            at_work = (got.dtype(len(rows)) != out_dtype)[tile] | _all_tiles(job)
-            who = reader.of(got.file, got.moves.at, of)
-            moves = got.moves
-            np.add.at(direct.read, of, _read(moves.extent, moves.stride, moves.tile_stride, got.item))
-            np.add.at(collective.read, who, _read(moves.extent, moves.stride, row_major(moves.extent), got.item))
-            np.add.at(collective.sent, who[who != of], exchange._padded(got.nbytes)[who != of])
-            for t in (direct, collective):
-                np.add.at(t.wanted, of, got.nbytes)
-                np.add.at(t.summed, of, got.nbytes * at_work)
-    for t in (direct, collective) if job.verify else ():
-        t.checked[:] = t.written
-    return direct, collective
+    first, last = part.share(job.canon, np.zeros(len(owner), bool), group)
+    found = _nothing(world.ranks)
+    for _ in range(max(group.gather(-(-(last - first) // BLOCK)))):  # all ranks ask for their parts together
+        stop = min(first + BLOCK, last)
+        mine = job.canon.views(plan.tiles(job.canon.entries, first=first, last=stop))
+        found += _block(group, job, world, readers, mine, owner[first:stop])
+        first = stop
+    return sum(group.gather(found), _nothing(world.ranks))
 
 
-def _nothing(ranks: int) -> Traffic:
-    return Traffic(*(np.zeros(ranks, np.int64) for _ in range(6)))
+def _block(group: Group, job: Job, world: World, readers: Sequence[exchange.Readers], mine: Views, owner: Ints) -> Work:
+    """The same of some tiles; `owner` is the rank of each."""
+    found, none = _nothing(world.ranks), _nothing(world.ranks)
+    out = task.target_side(*job.target, mine, len(owner))
+    items = np.array([itemsize(d) for d in out.dtypes], np.int64)[out.moves.tile]
+    np.add.at(found.written, owner[out.moves.tile], np.prod(out.moves.extent, axis=1, dtype=np.int64) * items)
 
+    def wanted(m: Model, bound: Bound, who: exchange.Readers) -> exchange.Wanted:
+        needed = part.part(group, m, bound, mine)
+        return part.wanted(who, needed, mine, np.zeros(len(owner), bool))
 
-def _all_tiles(job: Job) -> bool:
-    """Whether every tile is worked on, or only those that change their dtype."""
-    return job.combine is not keep or job.digests or bool(job.layout.crcs)
-
-
-class _Moves:
-    """The moves between some tiles and one side, with the file, the bytes of an element and all bytes of each."""
-
-    def __init__(self, views: Views, chunks: Chunks, bound: Bound, tiled: Views) -> None:
-        items = task.item_bytes(bound.entries, chunks)
-        self.moves = plan.moves(views, chunks, items, tiled, alternatives=False)
-        self.file, self.item = chunks.file[self.moves.chunk], items[self.moves.chunk]
-        self.nbytes: Ints = np.prod(self.moves.extent, axis=1, dtype=np.int64) * self.item
-        self.entry, self.names = chunks.entry[self.moves.chunk], [e.dtype for e in bound.entries]
-
-    def dtype(self, count: int) -> NDArray[Any]:
-        """The dtype of each of `count` tiles."""
-        found = np.full(count, "", "<U16")
-        found[self.moves.tile] = np.array(self.names, "<U16")[self.entry]
-        return found
-
-
-def _read(extent: Ints, stride: Ints, tile_stride: Ints, item: Ints) -> Ints:
-    """Bytes that are read for each move. What is dense in its file is read as it is; of other shapes there are few."""
-    found: Ints = np.prod(extent, axis=1, dtype=np.int64) * item
-    odd = np.flatnonzero(((extent != 1) & (stride != row_major(extent))).any(axis=1))
-    if len(odd):
-        width = extent.shape[1]
-        rows = np.hstack([extent[odd], stride[odd], tile_stride[odd], item[odd, None]])
-        kinds, which = np.unique(rows, axis=0, return_inverse=True)
-        each = [
-            read_bytes(simplify(k[:width], k[width : 2 * width], k[2 * width : 3 * width]), k[-1])
-            for k in kinds.tolist()
-        ]
-        found[odd] = np.array(each, np.int64)[which.reshape(-1)]
+    for (m, bound), who in zip(job.sources, readers, strict=True):
+        w = wanted(m, bound, who)
+        of, tile = owner[w.moves.tile], w.moves.tile
+        changed = np.array([a != b for a, b in zip(w.dtypes, out.dtypes, strict=True)], bool) | job.all_worked
+        np.add.at(found.wanted, of, w.nbytes)
+        np.add.at(found.worked, of, w.nbytes * changed[tile])
+        stored = m.source.reader is None  # what is computed is not read
+        one, two = _both(w, of, world)
+        found += replace(none, direct=one.stored(stored), collective=two.stored(stored))
+    if job.checked:
+        m, bound = job.checked
+        seen = exchange.Readers(np.ones((world.ranks, len(m.catalog.files)), bool), part.ends(group, m), True)
+        w = wanted(m, bound, seen)
+        one, two = _both(w, owner[w.moves.tile], world)
+        found += replace(none, direct_check=one, collective_check=two)
     return found
+
+
+def _both(w: exchange.Wanted, owner: Ints, world: World) -> tuple[Traffic, Traffic]:
+    return traffic.direct(w, owner, world.ranks), traffic.exchanged(w, owner, world.ranks, world.nodes)
+
+
+def _nothing(ranks: int) -> Work:
+    zeros, none = np.zeros((3, ranks), np.int64), traffic.none(ranks)
+    return Work(zeros[0], zeros[1], zeros[2], none, none, none, none)
 
 
 # ---- seconds
 
 
-def _seconds(how: str, t: Traffic, world: World, speed: Mapping[str, float]) -> float:
+def _seconds(how: str, work: Work, moved: Traffic, again: Traffic, world: World, speed: Mapping[str, float]) -> float:
     """A thread reads, combines and writes one after the other; in an exchange, waves are read, sent and made at once."""
-    read, sent = world.by_node(t.read) / speed["read"], world.by_node(t.sent) / speed["exchange"]
-    made = world.by_node(t.summed) / speed["sum"] + world.by_node(t.written) / speed["write"]
-    each = read + made if how == "direct" else np.maximum(np.maximum(read, sent), made)
-    again = world.by_node(t.checked) * (1 / speed["read"] + 1 / speed["sum"])
-    return START_S + float((each + again).max())
+
+    def node(of_ranks: Ints) -> Any:
+        return by_node(of_ranks, world.nodes)
+
+    read, sent = node(moved.read) / speed["read"], node(moved.sent) / speed["exchange"]
+    made = node(work.worked) / speed["sum"] + node(work.written) / speed["write"]
+    each = read + sent + made if how == "direct" else np.maximum(np.maximum(read, sent), made)
+    check = node(again.read) * (1 / speed["read"] + 1 / speed["sum"]) + node(again.sent) / speed["exchange"]
+    return float((each + check).max())
 
 
-def _speed(group: Group, job: Job, engine: Mapping[str, Any], target: Path) -> tuple[dict[str, float], dict[str, str]]:
+def _speed(group: Group, job: Job, engine: Given, target: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Bytes/s of each kind of work by one node, and where each number is from."""
     given = {k: float(v) for k, v in (engine.get("bandwidth") or {}).items() if v is not None}
     measured = _measured(group, job, engine, target) if engine.get("calibrate") else {}
@@ -268,18 +249,18 @@ def _speed(group: Group, job: Job, engine: Mapping[str, Any], target: Path) -> t
     return speed, {k: "given" if k in given else "measured" if k in measured else "assumed" for k in speed}
 
 
-def _measured(group: Group, job: Job, engine: Mapping[str, Any], target: Path) -> dict[str, float]:
-    for m in job.models:
+def _measured(group: Group, job: Job, engine: Given, target: Path) -> dict[str, float]:
+    for m, _ in job.sources:
         needs_data(m.catalog)
     workers = task.worker_count(engine, group.local_world) * group.local_world
-    dtypes, want = [_main_dtype(bound) for bound in job.design.sources], _main_dtype(job.design.target)
+    dtypes, want = [_main_dtype(bound) for _, bound in job.sources], _main_dtype(job.target[0])
     kernel = _kernel(job, dtypes, want)
     block, made = (plan.TILE * item for item in (max(map(itemsize, dtypes)), itemsize(want)))
 
     def measure() -> dict[str, float]:
         samples = [
             calibrate.sample(m.catalog.root, m.catalog.files, itemsize(d), block)
-            for m, d in zip(job.models, dtypes, strict=True)
+            for (m, _), d in zip(job.sources, dtypes, strict=True)
         ]
         return calibrate.rates(samples, target, workers, block, made, kernel, bool(engine.get("fsync", True)))
 
@@ -292,26 +273,25 @@ def _main_dtype(bound: Bound) -> str:
     held: dict[str, int] = {}
     for entry, rule in zip(bound.entries, bound.rules, strict=True):
         if rule is not None:
-            held[entry.dtype] = held.get(entry.dtype, 0) + int(np.prod(entry.shape, dtype=np.int64)) * itemsize(
-                entry.dtype
-            )
+            nbytes = int(np.prod(entry.shape, dtype=np.int64)) * itemsize(entry.dtype)
+            held[entry.dtype] = held.get(entry.dtype, 0) + nbytes
     return max(sorted(held), key=lambda d: held[d]) if held else "uint8"
 
 
 def _kernel(job: Job, dtypes: Sequence[str], want: str) -> Callable[[list[Array]], Array] | None:
     """What is done to a tile between reading and writing; None if its bytes only pass."""
     floats = all(is_floating(d) for d in (*dtypes, want))
-    if not _all_tiles(job) and (dtypes[0] == want or not floats):
+    if not job.all_worked and (dtypes[0] == want or not floats):
         return None
-    largest = max(range(len(job.design.canon.entries)), key=lambda e: np.prod(job.design.canon.entries[e].shape))
-    tile = int(np.searchsorted(plan.tiles(job.design.canon.entries).entry, largest))
+    largest = max(range(len(job.canon.entries)), key=lambda e: np.prod(job.canon.entries[e].shape))
+    tile = int(plan.tile_counts(job.canon.entries)[:largest].sum())
 
     def kernel(values: list[Array]) -> Array:
         result = job.combine(tile, iter(values), dtypes, want)
         assert result is not None
         for value in (*values, result) if job.digests else ():
             digest(value)
-        if job.layout.crcs:
+        if job.target[1].crcs:
             crc32(memoryview(result.view(np.uint8)))
         return result
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -28,7 +28,11 @@ CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are tak
 
 @dataclass(frozen=True)
 class Family:
-    """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers."""
+    """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers.
+
+    What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> who has it;
+    `defaults`: model type -> what transformers takes where a config does not say it.
+    """
 
     name: str
     weights: Mapping[str, str]
@@ -37,6 +41,9 @@ class Family:
     model_types: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
+    init: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def axes(self, weight: str) -> tuple[str, ...]:
         return tuple(self.weights[weight].split())
@@ -89,6 +96,11 @@ def match(family: Family, dialect: str, name: str) -> Rule | None:
         return None
     pattern, axes = hit
     return Rule(pattern, pattern.weights, tuple(zip(axes, map(int, numbers), strict=True)))
+
+
+def counted(family: Family) -> set[str]:
+    """The axes that stand in stored names, in whatever dialect: layers and experts."""
+    return {a for rules in family.dialects.values() for name in rules for a in re.findall(r"\{(\w+)\}", name)}
 
 
 def dropped(family: Family, name: str) -> bool:
@@ -176,7 +188,16 @@ def bind(
         none = np.zeros(0, np.int64)
         return Views(tuple(keys), padded(lengths, width, 1), none, none, *(np.zeros((0, width), np.int64),) * 3, none)
     columns = (np.concatenate(c) for c in zip(*parts, strict=True))
-    return Views(tuple(keys), padded(lengths, width, 1), *columns)
+    return _clipped(Views(tuple(keys), padded(lengths, width, 1), *columns))
+
+
+def _clipped(views: Views) -> Views:
+    """Without what lies beyond a weight's sizes: the end of a vocabulary that is to be shorter."""
+    end = views.sizes[views.weight]
+    if (views.stop <= end).all():
+        return views
+    views = replace(views, stop=np.minimum(views.stop, end))
+    return views.take(np.flatnonzero((views.stop > views.start).all(axis=1)))
 
 
 def _group(

@@ -5,23 +5,31 @@ Invariant: each stored name is selected, carried or dropped by a named rule, or 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
 from ckpt_dist import family as families
-from ckpt_dist.box import Ints
-from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, unwrap
+from ckpt_dist.box import Ints, expand
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import CANONICAL, Family, Rule
 from ckpt_dist.sources import Source
 
+ZEROS = "/dev/zero"
 NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected."""
+    """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected.
+
+    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs.
+    """
 
     source: Source
     names: tuple[str | None, ...]
@@ -32,6 +40,7 @@ class Model:
     unresolved: str = ""
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guesses: tuple[str, ...] = ()
+    apart: bool = False
 
     @property
     def catalog(self) -> Catalog:
@@ -136,6 +145,7 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
     if family != "auto":
         known = [families.load(family)]
     typed = [f for f in known if config.get("model_type") in f.model_types]
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "0", n) for n in names)  # layers and experts differ by a number only
     best: tuple[float, Family | None, str, str] = (0.0, None, "", "")
     for candidate in typed or known:
         if dialect not in ("auto", *candidate.dialects):
@@ -144,23 +154,35 @@ def _best(names: Sequence[str], config: Mapping[str, Any], family: str, dialect:
             )
         for spoken in candidate.dialects if dialect == "auto" else (dialect,):
             for prefix in ("", "model.", "module."):
-                score = _score(candidate, spoken, prefix, names)
+                score = _score(candidate, spoken, prefix, counts, bool(typed) or family != "auto")
                 if score > best[0]:
                     best = (score, candidate, spoken, prefix)
     score, chosen, spoken, prefix = best
     enough = (
         0.5 if typed or family != "auto" or dialect != "auto" else 0.9
     )  # a config that names the family speaks for it
+    if (chosen is None or score < enough) and family != "auto" and names:
+        raise CheckpointError(
+            f"model={family}: {score:.0%} of the {len(names)} stored names are of that family, the first is {names[0]!r}. "
+            "Leave model= out to have the family found, or give model=identity to keep names as they are."
+        )
     if chosen is None or score < enough:
         return None, "", ""
     return chosen, spoken, prefix
 
 
-def _score(family: Family, dialect: str, prefix: str, names: Sequence[str]) -> float:
-    """The part of the names that a dialect knows; names it only drops do not speak for it."""
-    hits = sum(n.startswith(prefix) and families.match(family, dialect, n[len(prefix) :]) is not None for n in names)
-    drops = sum(families.dropped(family, n) for n in names)
-    return hits / max(len(names) - drops, 1)
+def _score(family: Family, dialect: str, prefix: str, names: Mapping[str, int], known: bool) -> float:
+    """The part of the names that a dialect knows; names it only drops do not speak for it.
+
+    Families share many names: one that is not known to be the right one has to have all its weights there.
+    """
+    rules = {n: families.match(family, dialect, n[len(prefix) :]) for n in names if n.startswith(prefix)}
+    hits = sum(names[n] for n, rule in rules.items() if rule is not None)
+    drops = sum(count for n, count in names.items() if families.dropped(family, n))
+    found = {w for rule in rules.values() if rule is not None for w in rule.weights}
+    if not known and not set(family.weights) - set(family.optional) - set(family.ties) <= found:
+        return 0.0
+    return hits / max(sum(names.values()) - drops, 1)
 
 
 def _unambiguous(names: Sequence[str | None], source: Source) -> None:
@@ -184,7 +206,7 @@ def _sizes(
         try:
             known = dict(read(source.config))
             break
-        except (KeyError, TypeError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
             continue
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
@@ -231,11 +253,20 @@ def axes_of(family: Family) -> dict[str, tuple[str, ...]]:
     return {w: family.axes(w) for w in family.weights}
 
 
-def corners(bound: Bound, views: Views) -> dict[str, Ints]:
-    """For each weight the lower corners of its boxes: which layers there are."""
-    import numpy as np
-
-    return {key: np.unique(views.start[views.weight == w], axis=0) for w, key in enumerate(views.keys)}
+def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
+    """For each weight the lower corners of its boxes, which tell its layers and experts apart: each is in a box of its own."""
+    named = families.counted(family)
+    found = {}
+    for w, key in enumerate(views.keys):
+        boxes = np.unique(np.stack([views.start, views.stop], 1)[views.weight == w], axis=0)
+        start, stop = boxes[:, 0], boxes[:, 1]
+        for place, axis in enumerate(bound.axes[key]):
+            if axis in named:
+                rows, index = expand(start[:, place], stop[:, place] - start[:, place])
+                start, stop = start[rows], stop[rows]
+                start[:, place] = index
+        found[key] = np.unique(start, axis=0)
+    return found
 
 
 def spelled(
@@ -256,3 +287,41 @@ def spelled(
 def canonical(dialect: str) -> bool:
     """Whether names in this dialect are the ones that fingerprints are taken of."""
     return dialect in ("", CANONICAL)
+
+
+def resized(m: Model, axis: str, length: int) -> Model:
+    """The same model with another length of one axis: what is more are zeros, what is less is left out.
+
+    Zeros are one more chunk of each tensor, at an address where only zeros are.
+    """
+    if m.family is None or m.unresolved or axis not in m.sizes:
+        raise UsageError(
+            f"{m.source.folder}: its vocabulary is not known, so it cannot become {length}. Give model.config=PATH."
+        )
+    rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
+    dims = {e: r.pattern.dims.index((axis,)) for e, r in enumerate(rules) if r and (axis,) in r.pattern.dims}
+    catalog, have = m.catalog, m.sizes[axis]
+    entries = tuple(
+        replace(e, shape=tuple(length if d == dims.get(i) else n for d, n in enumerate(e.shape)))
+        for i, e in enumerate(catalog.entries)
+    )
+    if length > have:
+        catalog = _with_zeros(replace(catalog, entries=entries), dims, have)
+    source = replace(m.source, catalog=replace(catalog, entries=entries))
+    return replace(m, source=source, sizes={**m.sizes, axis: length})
+
+
+def _with_zeros(catalog: Catalog, dims: Mapping[int, int], have: int) -> Catalog:
+    """One chunk more for each of these entries: from `have` to the end of one dim, read from a file of zeros."""
+    width = catalog.chunks.start.shape[1]
+    start = padded(
+        [[have if d == dim else 0 for d in range(len(catalog.entries[e].shape))] for e, dim in dims.items()], width, 0
+    )
+    stop = padded([catalog.entries[e].shape for e in dims], width, 1)
+    number = np.full(len(dims), len(catalog.files))
+    more = Chunks.dense(list(dims), start, stop, number, number * 0)
+    chunks = Chunks(*(np.concatenate([getattr(c, f.name) for c in (catalog.chunks, more)]) for f in fields(Chunks)))
+    about = dict(catalog.about)
+    if "length" in about:  # of dcp: -1 says that there is no blob around the bytes
+        about["length"] = np.concatenate([about["length"], number * 0 - 1])
+    return replace(catalog, files=(*catalog.files, ZEROS), chunks=chunks, about=about)

@@ -182,38 +182,78 @@ def _clash(views: Views) -> str:
     )
 
 
-def tiles(entries: Sequence[Entry], elements: int = TILE) -> Chunks:
-    """Row-major blocks of at most `elements` elements, in the order of the entries; `file` is unused.
+@dataclass(frozen=True)
+class Cuts:
+    """How each entry is cut into tiles: along its dim `depth`, every `step`, `counts` tiles in all."""
 
-    `tiles([Entry("w", "float32", (5, 4))], 8)` -> rows 0:2, 2:4 and 4:5; `offset` counts elements from the start.
-    """
+    shape: Ints
+    inner: Ints
+    depth: Ints
+    step: Ints
+    per: Ints  # blocks along the dim that is cut
+    outer: Ints
+    counts: Ints
+
+
+def _cuts(entries: Sequence[Entry], elements: int) -> Cuts:
     width = max((len(e.shape) for e in entries), default=0)
     shape = padded([e.shape for e in entries], width, 1)
     inner = row_major(shape)
-    depth = np.argmax(np.hstack([inner, np.ones((len(shape), 1), np.int64)]) <= elements, axis=1)  # the dim that is cut
+    depth = np.argmax(np.hstack([inner, np.ones((len(shape), 1), np.int64)]) <= elements, axis=1)
     depth = np.minimum(depth, max(width - 1, 0))
     rows = np.arange(len(shape))
     if width == 0:
-        return Chunks.dense(rows, shape[:, :0], shape[:, :0], rows * 0, rows * 0)
+        one = rows * 0 + 1
+        return Cuts(shape, inner, depth, one, one, shape, one)
     step = np.maximum(elements // np.maximum(inner[rows, depth], 1), 1)
-    per = -(-shape[rows, depth] // step)  # blocks along the cut dim
+    per = -(-shape[rows, depth] // step)
     outer = np.where(np.arange(width)[None, :] < depth[:, None], shape, 1)
-    counts = np.prod(outer, axis=1, dtype=np.int64) * per
-    entry, index = expand(np.zeros_like(counts), counts)
-    start, stop = np.zeros((len(entry), width), np.int64), shape[entry].copy()
-    block = index % np.maximum(per[entry], 1)
-    rest = index // np.maximum(per[entry], 1)
-    outer_steps = row_major(outer)[entry]
-    position = rest[:, None] // outer_steps % outer[entry]
-    cut = depth[entry][:, None]
-    column = np.arange(width)[None, :]
-    first = (block * step[entry])[:, None]
-    start = np.where(column < cut, position, np.where(column == cut, first, start))
-    stop = np.where(
-        column < cut, position + 1, np.where(column == cut, np.minimum(first + step[entry][:, None], stop), stop)
-    )
-    offset = np.sum(start * inner[entry], axis=1, dtype=np.int64)
-    return Chunks.dense(entry, start, stop, entry * 0, offset)
+    return Cuts(shape, inner, depth, step, per, outer, np.prod(outer, axis=1, dtype=np.int64) * per)
+
+
+def tile_counts(entries: Sequence[Entry]) -> Ints:
+    """How many tiles each entry has."""
+    return _cuts(entries, TILE).counts
+
+
+def tile_numel(entries: Sequence[Entry]) -> Ints:
+    """Elements of every tile: `step` rows each, and what is left at the end of a dim."""
+    cuts = _cuts(entries, TILE)
+    if cuts.shape.shape[1] == 0:
+        return cuts.counts
+    rows = np.arange(len(cuts.counts))
+    inner, length = cuts.inner[rows, cuts.depth], cuts.shape[rows, cuts.depth]
+    entry, index = expand(np.zeros_like(cuts.counts), cuts.counts)
+    numel = (cuts.step * inner)[entry]
+    at_end = index % np.maximum(cuts.per, 1)[entry] == (cuts.per - 1)[entry]
+    left = (length - (cuts.per - 1) * cuts.step) * inner
+    numel[at_end] = left[entry[at_end]]
+    return ints(numel)
+
+
+def tiles(entries: Sequence[Entry], elements: int = TILE, first: int = 0, last: int | None = None) -> Chunks:
+    """Row-major blocks of at most `elements` elements, in the order of the entries, or a run of them; `file` is unused.
+
+    `tiles([Entry("w", "float32", (5, 4))], 8)` -> rows 0:2, 2:4 and 4:5; `offset` counts elements from the start.
+    """
+    cuts = _cuts(entries, elements)
+    ends = np.cumsum(cuts.counts)
+    number = np.arange(first, (ends[-1] if len(ends) else 0) if last is None else last)
+    entry = np.searchsorted(ends, number, side="right")
+    index = number - (ends - cuts.counts)[entry]
+    shape, width = cuts.shape, cuts.shape.shape[1]
+    if width == 0:
+        return Chunks.dense(entry, shape[entry], shape[entry], entry * 0, entry * 0)
+    block = index % np.maximum(cuts.per[entry], 1)
+    rest = index // np.maximum(cuts.per[entry], 1)
+    position = rest[:, None] // row_major(cuts.outer)[entry] % cuts.outer[entry]
+    cut, column = cuts.depth[entry][:, None], np.arange(width)[None, :]
+    low = (block * cuts.step[entry])[:, None]
+    stop = shape[entry]
+    high = np.minimum(low + cuts.step[entry][:, None], stop)
+    start = np.where(column < cut, position, np.where(column == cut, low, 0))
+    stop = np.where(column < cut, position + 1, np.where(column == cut, high, stop))
+    return Chunks.dense(entry, start, stop, entry * 0, np.sum(start * cuts.inner[entry], axis=1, dtype=np.int64))
 
 
 def share(nbytes: Ints, world: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The verbs that write: convert, average, merge. Each is one straight line over the steps of `task`.
+"""The verbs that write: convert, average, merge, seed. Each is one straight line over the steps of `task`.
 
 Invariant: a verb either publishes a whole target and a report, or raises and leaves no trace of the target.
 """
@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import __version__, cost, formats, plan, sources, task
-from ckpt_dist.catalog import Extra, Views
+import numpy as np
+
+from ckpt_dist import __version__, configs, cost, formats, initial, part, plan, sources, task
+from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
@@ -24,7 +26,7 @@ from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import Bound, Model, bind_plain, canonical
+from ckpt_dist.model import Bound, Model, bind_plain, canonical, resized
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
@@ -50,7 +52,7 @@ def convert(cfg: Config) -> dict[str, Any]:
     """One checkpoint into another format, dialect or dtype."""
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
-            m = task.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
         return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
 
 
@@ -58,7 +60,7 @@ def merge(cfg: Config) -> dict[str, Any]:
     """The shards of a training checkpoint into one Hugging Face model, by default inside the checkpoint itself."""
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
-            m = task.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
         given = cfg["target"].get("path")
         into = None if given else _checkpoint_of(m)
         return _write(
@@ -84,7 +86,7 @@ def average(cfg: Config) -> dict[str, Any]:
     """The weighted mean of several checkpoints of one model, summed in fp32 and rounded once."""
     with job("average", cfg) as (group, report):
         with report.phase("scan"):
-            models = task.scanned(group, lambda more: _open_all(cfg, more))
+            models = part.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
         target = _average_target(cfg, label)
@@ -93,6 +95,20 @@ def average(cfg: Config) -> dict[str, Any]:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
         return _write(group, report, models, cfg, target, lambda d: _mean(d, given), about, given=given)
+
+
+def seed(cfg: Config) -> dict[str, Any]:
+    """A checkpoint of first values, from a config alone: a conversion whose source is computed."""
+    with job("seed", cfg) as (group, report):
+        with report.phase("scan"):
+            m = group.on_first(lambda: initial.checkpoint(cfg))
+        about = {"verb": "seed", "seed": cfg["seed"], "init": initial.described(m)}
+        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: _drawn, about)
+
+
+def _drawn(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+    """What `keep` does; being another function it has every tile made and digested, none copied."""
+    return keep(tile, values, dtypes, want)
 
 
 def _paths(cfg: Config) -> list[str]:
@@ -152,11 +168,11 @@ def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
     """The combination of an average: the mean, except where training sets a value without gradients."""
     from ckpt_dist.averages.tensors import COPIED, last, mean
 
-    tiles = plan.tiles(d.canon.entries).entry
-    copied = [any(fnmatch.fnmatch(e.name, pattern) for pattern in COPIED) for e in d.canon.entries]
+    each = [any(fnmatch.fnmatch(e.name, pattern) for pattern in COPIED) for e in d.canon.entries]
+    copied = np.repeat(np.array(each, bool), plan.tile_counts(d.canon.entries))
 
     def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
-        if copied[tiles[tile]]:
+        if copied[tile]:
             return keep(tile, iter([last(values)]), dtypes[-1:], want)
         return mean(values, dtypes, coefficients, want)
 
@@ -201,8 +217,7 @@ class Prepared:
     design: task.Design
     combine: Combine
     layout: Layout
-    views: Sequence[Views]
-    target_views: Views
+    proof: task.Proof
     staging: stage.Staging
     small: Mapping[str, bytes | Path]
 
@@ -286,22 +301,24 @@ def _prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
-    if target["format"] == "hf" and set(cfg.get("keep") or ()) - {"weights"}:
+    if target["format"] in formats.DIALECTS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
-            f"keep={','.join(cfg['keep'])}: a Hugging Face folder holds weights only. Use keep=weights, or target.format=dcp or torch."
+            f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
     models = [task.settle_ties(group, report, m, engine_of(cfg)) for m in models]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += models[0].guesses
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
+    models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = task.design(models, target)
     _same_tensors(models, d.sources)
     extras, lost = _extras(models[0], cfg)
     layout = _lay_out(d, models[0], extras, cfg, path)
-    views, target_views = task.prove_all(d, models, layout.catalog.chunks)
+    report.guesses += layout.catalog.about.get("guesses", ())
+    proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
-    carries = target["format"] == "hf" and not staging.single
+    carries = target["format"] in formats.DIALECTS and not staging.single
     small = _small_files(models[0], d, layout, cfg, report) if carries else {}
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
@@ -309,7 +326,21 @@ def _prepare(
     if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
         group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost)
-    return Prepared(models, d, combination(d), layout, views, target_views, staging, small)
+    return Prepared(models, d, combination(d), layout, proof, staging, small)
+
+
+def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
+    have = m.sizes.get("v")
+    if asked is None or asked == have:
+        return m
+    if m.source.reader:
+        raise UsageError(
+            f"target.vocab_size={asked}: a seed has the vocabulary of its config; change vocab_size there."
+        )
+    found = resized(m, "v", asked)
+    what = "the rest are zeros" if have and asked > have else "the last ones are left out"
+    report.notes.append(f"vocabulary of {asked} instead of {have} rows: {what}; all fingerprints are of {asked}")
+    return found
 
 
 def _fill(
@@ -325,9 +356,9 @@ def _fill(
     """Make the tiles, read them again if asked, publish; the fingerprints that were taken on the way."""
     digests, quiet = p.combine is not keep or bool(engine.get("verify")), bool(cfg.get("quiet"))
     files = Files(p.staging.folder, p.layout.catalog.files, writable=True)
-    sides = list(zip(p.models, p.design.sources, p.views, strict=True))
-    target = (p.design.target, p.layout, files, p.target_views)
-    with report.phase("copy" if p.combine is keep else "average"):
+    sides = list(zip(p.models, p.design.sources, strict=True))
+    target = (p.design.target, p.layout, files, p.proof.target)
+    with report.phase("copy" if p.combine is keep else about["verb"]):
         done = task.run_tiles(
             group,
             report,
@@ -340,6 +371,7 @@ def _fill(
             digests=digests,
             quiet=quiet,
             staged=staged,
+            proof=p.proof,
         )
     if engine.get("verify"):
         with report.phase("verify"):
@@ -383,10 +415,15 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
     options = {
         **target,
         "max_shard_size": parse_size(target["max_shard_size"]),
+        "sizes": m.sizes,
         "file": path.name if _is_file_name(path, target["format"]) else None,
     }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
+    if target["tp"] != 1 and target["format"] != "meta":
+        raise UsageError(
+            f"target.tp={target['tp']}: {target['format']} has no files of model-parallel ranks. Leave it out."
+        )
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
 
@@ -426,30 +463,68 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
     """Each stored name is mapped, carried or dropped, and the report says by which rule."""
     m = models[0]
     mapped = sum(n is not None for n in m.names)
-    report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
+    if m.source.reader is None:
+        report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
     for rule, names in {**m.dropped, **{k: tuple(v) for k, v in lost.items()}}.items():
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         report.notes.append(f"dropped, {rule}: {some}")
 
 
 def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
-    """Config, tokenizer and processor files of a Hugging Face target."""
-    small: dict[str, bytes | Path] = dict(sources.assets(m.source))
-    made = {*layout.catalog.files, *layout.late}
-    small = {n: p for n, p in small.items() if n not in made}
+    """Config, tokenizer and processor files of a target that is a model's folder."""
+    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late}
+    small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
+    if cfg["target"]["format"] == "meta":
+        small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
+        params = _params_json(m, report)
+        return {**small, "params.json": _text(_sized(params, cfg, m))} if params else small
+    config = _config_json(m, d, report)
+    return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small
+
+
+def _sized(config: Config, cfg: Config, m: Model) -> Config:
+    """Both files call the vocabulary the same; one that was asked for replaces the source's."""
+    return config if cfg["target"]["vocab_size"] is None else {**config, "vocab_size": m.sizes["v"]}
+
+
+def _text(config: Config) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
     config = dict(m.source.config)
-    if "model_type" not in config and "architectures" not in config:
-        report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
-        return small
     floats = [e.dtype for e in d.target.entries if "float" in e.dtype]
     main = max(sorted(set(floats)), key=floats.count) if floats else None
+    if configs.is_params(config) and m.family and {"v", "f"} <= set(m.sizes):
+        head = any("head" in r.weights for r in d.target.rules if r)
+        config = _translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
+        config["torch_dtype"] = main  # the word that every version of transformers reads
+    if not configs.is_hf(config):
+        report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
+        return {}
     for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
         if main and config.get(key) != main:
             config[key] = main
     if config.get("tie_word_embeddings") and any("both are kept" in w for w in report.warnings):
         config["tie_word_embeddings"] = False
-    small["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    return small
+    return config
+
+
+def _params_json(m: Model, report: Report) -> dict[str, Any]:
+    config = dict(m.source.config)
+    if configs.is_hf(config) and {"v", "f"} <= set(m.sizes):
+        return _translated(configs.to_meta(config, m.sizes), "config.json", report)
+    if not configs.is_params(config):
+        report.warnings.append("no params.json or config.json was found, so none is written: give model.config=PATH")
+        return {}
+    return config
+
+
+def _translated(t: configs.Translation, where: str, report: Report) -> dict[str, Any]:
+    report.guesses += t.guesses
+    if t.lost:
+        report.warnings.append(f"{where}: not translated: {', '.join(t.lost)}")
+    return t.config
 
 
 def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Report) -> dict[str, Any]:
@@ -476,10 +551,7 @@ def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Re
 
 def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Config, quiet: bool) -> None:
     """Read the staged target again, through its own addresses, and compare with what was meant to be written."""
-    folder, result = p.staging.folder, len(p.models)
-    catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
-    m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
-    sides = [(m, p.design.target, p.target_views)]
+    result, sides = len(p.models), [_as_source(p)]
     again = task.run_tiles(
         group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet
     )
@@ -489,6 +561,14 @@ def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Confi
             f"{len(wrong)} tiles of {p.staging.target} read back differ from what was written; nothing was published. Check the disk."
         )
     report.notes.append("every tile was read back and is equal to what was written")
+
+
+def _as_source(p: Prepared) -> tuple[Model, Bound]:
+    """The staged target, to be read."""
+    folder = p.staging.folder
+    catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
+    m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
+    return m, p.design.target
 
 
 def _drain(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
@@ -528,18 +608,22 @@ def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) 
     """The plan as text: files, bytes, memory, seconds, guesses; nothing was written."""
     verify, layout = bool(engine.get("verify")), p.layout
     job = cost.Job(
-        p.models, p.design, p.views, p.target_views, layout, p.combine, p.combine is not keep or verify, verify
+        list(zip(p.models, p.design.sources, strict=True)),
+        p.design.canon,
+        (p.design.target, layout, Files(path, ()), p.proof.target),
+        _as_source(p) if verify else None,
+        p.combine,
+        p.combine is not keep or verify,
     )
-    facts, said = cost.estimate(group, job, engine, path)
+    facts, said = cost.estimate(group, report, job, engine, path)
     total = sum(layout.sizes)
-    workers = task.worker_count(engine, facts["ranks"] // facts["nodes"])
-    tiles = plan.tiles(p.design.canon.entries)
+    tiles = int(plan.tile_counts(p.design.canon.entries).sum())
     lines = [
         f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"
     ]
     lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
     lines += [f"  {n}  small" for n in layout.late]
-    lines.append(f"{len(tiles)} tiles for {facts['ranks']} ranks of {workers} threads on {facts['nodes']} nodes")
+    lines.append(f"{tiles} tiles for {facts['ranks']} ranks of {facts['threads']} threads on {facts['nodes']} nodes")
     lines += said
     lines += report.remarks()
     report.notes.clear()
@@ -552,6 +636,6 @@ def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) 
         "target": str(path),
         "files": files,
         "bytes": total,
-        "tiles": len(tiles),
+        "tiles": tiles,
         "text": lines,
     }

@@ -6,7 +6,6 @@ passed over is said.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from ckpt_dist import formats
 from ckpt_dist.catalog import Catalog
+from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 
 STEP = re.compile(
@@ -56,6 +56,7 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     config_path: Path | None = None
     notes: tuple[str, ...] = ()
+    reader: Any = None  # gives the bytes where they are computed, not stored
 
 
 def steps(parent: Path) -> dict[int, Path]:
@@ -192,10 +193,11 @@ def _scan(
     catalog: Catalog = formats.load(name).scan(folder, keys)
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
-    saved = catalog.about.get("saved")
-    if saved:  # everything as it was where it was saved
+    about = catalog.about
+    if "saved" in about:  # everything as it was where it was saved
         found = find_config(folder, path, asked, config)[0] if config else dict(catalog.config)
-        return Source(catalog, Path(saved["asked"]), Path(saved["folder"]), saved["step"], found, None, saved["notes"])
+        notes = (*notes, f"{folder} is a saved catalog of {about['folder']}")
+        return Source(catalog, Path(about["asked"]), Path(about["folder"]), about["step"], found, None, notes)
     found, config_path = find_config(folder, path, asked, config)
     match = STEP.fullmatch(path.name)
     return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
@@ -221,18 +223,6 @@ def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tup
                 if {"model_type", "architectures", "hidden_size", "n_layers"} & set(content):
                     return content, candidate
     return {}, None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A model's JSON config; llama's text part of a composed model is not looked for."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not a table of settings.")
-    inner = content.get("model")
-    return inner if isinstance(inner, dict) and "n_layers" in inner else content
 
 
 def assets(source: Source) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """The common course of all jobs: open, understand, lay out, prove, fill, publish.
 
-    open_models   rank 0 scans, every rank gets the catalogs
+    scanned       rank 0 scans, every rank gets the names; then `part` says what each rank needs
     settle_ties   tied copies are compared once and one of them is left
     Design        what is read (source), how tiles are cut (canon), what is written (target), all as bound entries
     run_tiles     each rank makes its share of the tiles
@@ -14,32 +14,34 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan
-from ckpt_dist.box import Ints
-from ckpt_dist.catalog import Catalog, Chunks, Entry, Views
-from ckpt_dist.engine import exchange
+from ckpt_dist.catalog import Chunks, Entry, Views
+from ckpt_dist.configs import is_params
+from ckpt_dist.engine import exchange, traffic
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Crew, Done, Job, Side, fill, keep, tile_dtypes
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.journal import Journal
 from ckpt_dist.engine.moves import Array
-from ckpt_dist.errors import CheckpointError, Missing, UsageError
-from ckpt_dist.files.dtypes import is_floating, itemsize, known
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files.dtypes import is_floating, known
 from ckpt_dist.formats import Layout
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
+from ckpt_dist.part import Part, item_bytes, located, part, readers, share, tile_bytes, wanted, wholly
 from ckpt_dist.report import Progress, Report, size
 from ckpt_dist.sources import Source, open_source
 
 T = TypeVar("T")
+TIED = "tied to "  # the rule by which an equal copy is left out
 WORKER_BYTES = (
     24 << 20
 )  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
@@ -53,30 +55,6 @@ class Design:
     canon: Bound
     target: Bound
     dialect: str
-
-
-def scanned(group: Group, scan: Callable[[Mapping[str, Any]], T]) -> T:
-    """What rank 0 finds, on all ranks. Files that its node lacks are looked for on the others, and it scans again.
-
-    `scan` gets what to add to the keys of a source: the sizes of files `elsewhere`, -1 for one that nobody has.
-    """
-    sizes: dict[str, int] = {}
-
-    def attempt() -> tuple[T | None, tuple[str, ...]]:
-        try:
-            return scan({"elsewhere": sizes} if group.world > 1 else {}), ()
-        except Missing as error:
-            if group.world == 1 or set(error.paths) <= set(sizes):
-                raise
-            return None, error.paths
-
-    while True:
-        found, lost = group.on_first(attempt)
-        if not lost:
-            return found  # type: ignore[return-value]
-        sizes |= dict.fromkeys(lost, -1)
-        for seen in group.gather({p: os.path.getsize(p) for p in lost if os.path.isfile(p)}):
-            sizes |= seen
 
 
 def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
@@ -101,7 +79,8 @@ def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     first = models[0]
     dialect = _target_dialect(first, cfg_target)
     same = all(m.dialect == first.dialect for m in models)
-    if same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved):
+    names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
+    if names_stay and cfg_target.get("vocab_size") is None:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = _plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
@@ -117,7 +96,7 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
             )
         return ""
     if asked == "auto":
-        return families.CANONICAL if cfg_target.get("format") == "hf" else first.dialect
+        asked = formats.DIALECTS.get(str(cfg_target.get("format")), first.dialect)
     if asked not in first.family.dialects:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
     return asked
@@ -146,8 +125,7 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     first = models[0]
     assert first.family is not None
     bounds = tuple(model.bind_family(m) for m in models)
-    views = bounds[0].views(first.catalog.chunks)
-    present = model.corners(bounds[0], views)
+    present = model.corners(first.family, bounds[0], wholly(bounds[0]))
     dtype_of = _dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {
@@ -212,7 +190,8 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
 
 
 def tied(m: Model) -> bool:
-    return bool(m.source.config.get("tie_word_embeddings"))
+    """Whether the config says so, or, where it has no word for it, the values were found equal."""
+    return bool(m.source.config.get("tie_word_embeddings")) or any(rule.startswith(TIED) for rule in m.dropped)
 
 
 @dataclass(frozen=True)
@@ -241,60 +220,74 @@ def run_tiles(
     engine: Mapping[str, Any],
     what: str,
     canon: Bound,
-    sources: Sequence[tuple[Model, Bound, Views]],
+    sources: Sequence[tuple[Model, Bound]],
     target: tuple[Bound, Layout, Files, Views] | None,
     combine: Combine,
     *,
     digests: bool,
     quiet: bool,
     staged: Staged | None = None,
+    proof: Proof | None = None,
 ) -> Done:
-    """Make all tiles; this rank its share. The result holds this rank's runs and everyone's byte counts and digests."""
-    for m, _, _ in sources:
+    """Make all tiles; this rank its share. The result holds this rank's runs and everyone's byte counts and digests.
+
+    `proof` saves a second look at the sources. Raises Uncovered, before any tile, if a source does not hold all of them.
+    """
+    for m, _ in sources:
         needs_data(m.catalog)
-    tiles = plan.tiles(canon.entries)
-    numel = np.prod(tiles.stop - tiles.start, axis=1, dtype=np.int64)
-    finished = np.zeros(len(tiles), bool)
+    nbytes = tile_bytes(canon)
+    finished = np.zeros(len(nbytes), bool)
     for lo, hi in staged.finished if staged else ():
         finished[lo:hi] = True
-    weight = numel * item_bytes(canon.entries, tiles) * ~finished
-    first, last = plan.share(weight, group.world)[group.rank]
+    first, last = share(canon, finished, group)
+    mine = canon.views(plan.tiles(canon.entries, first=first, last=last))
+    parts = (
+        [part(group, m, b, mine) for m, b in sources] if proof is None or finished.any() else proof.parts
+    )  # another share, other parts
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
-    plans = [_readers(group, m, transport == "collective") for m, _, _ in sources]
-    collective = group.together(lambda: _collective(transport, group, report, plans))
+    plans = [readers(group, m, transport == "collective") for m, _ in sources]
+    exchanging = group.together(lambda: _collective(transport, group, report, plans))
 
     def work() -> Done:
-        mine = canon.views(tiles.take(np.arange(first, last)))
-        opened = [Files(m.catalog.root, m.catalog.files) for m, _, _ in sources]
+        opened = [m.source.reader or Files(m.catalog.root, m.catalog.files) for m, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down
             group.patiently(sync)
 
         journal = Journal(staged.folder, flush) if staged else None
-        try:
-            wanted = [
-                _wanted(group, r, m, b, v, mine, finished[first:last])
-                for r, (m, b, v) in zip(plans, sources, strict=True)
-            ]
-            out = group.together(lambda: _target_side(target, mine, last - first) if target else None)
+        with ExitStack() as closing:  # all of them, whatever one of them says
+            for files in [*opened, *([target[2]] if target else [])]:
+                closing.callback(files.close)
+            if journal:
+                closing.callback(journal.close)
+            there = [located(group, r, b, p, mine) for r, (_, b), p in zip(plans, sources, parts, strict=True)]
+            needs = group.together(
+                lambda: [wanted(r, p, mine, finished[first:last]) for r, p in zip(plans, there, strict=True)]
+            )
+            collective = exchanging
+            if transport == "auto" and group.nodes > 1 and not exchanging:
+                collective, said = _cheaper(group, needs)
+                needs = [replace(w, readers=w.readers.evenly()) for w in needs] if collective else needs
+                report.notes += [said] if target else []
+            out = group.together(lambda: target_side(*target, mine, last - first) if target else None)
             job = Job(
                 first,
                 first,
                 last,
-                numel[first:last],
+                plan.tile_numel(canon.entries)[first:last],
                 finished[first:last],
-                [Side(f, w.moves, w.file, w.dtypes) for f, w in zip(opened, wanted, strict=True)],
+                [Side(f, w.moves, w.file, w.dtypes) for f, w in zip(opened, needs, strict=True)],
                 out,
                 target[2] if target else None,
-                _named(combine, canon, tiles),
+                _named(combine, canon),
                 digests,
                 frozenset(c.file for c in target[1].crcs) if target else frozenset(),
                 journal.note if journal else lambda lo, hi, done: None,
             )
-            total = int(weight[first:last].sum()) * len(sources)
+            total = int((nbytes * ~finished)[first:last].sum()) * len(sources)
             with Progress(what, total * group.world, quiet) as progress, group.busy() as moved, Crew(workers) as crew:
 
                 def advance(nbytes: int) -> None:
@@ -303,42 +296,37 @@ def run_tiles(
 
                 if collective:
                     memory = int(engine["memory"])
-                    done = exchange.run(group, job, wanted, opened, crew, memory, advance)
+                    done = exchange.run(group, job, needs, opened, crew, memory, advance)
                 else:
                     done = fill(job, crew, advance)
             flush()
             done.bytes_read = sum(files.bytes_read for files in opened)
             return done
-        finally:
-            if journal:
-                journal.close()
-            for files in opened:
-                files.close()
-            if target:
-                target[2].close()
 
     done = group.together(work)
-    parts = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent))
-    report.bytes_read += sum(p[0] for p in parts)
-    report.bytes_written += sum(p[1] for p in parts)
-    report.bytes_exchanged += sum(p[3] for p in parts)
-    done.digests = {key: d for part in parts for key, d in part[2].items()}
+    all_done = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent))
+    report.bytes_read += sum(p[0] for p in all_done)
+    report.bytes_written += sum(p[1] for p in all_done)
+    report.bytes_exchanged += sum(p[3] for p in all_done)
+    done.digests = {key: d for one in all_done for key, d in one[2].items()}
     if staged:
         done.digests.update(staged.done.digests)
         done.runs += staged.done.runs if group.rank == 0 else []
     return done
 
 
-def _named(combine: Combine, canon: Bound, tiles: Chunks) -> Combine:
+def _named(combine: Combine, canon: Bound) -> Combine:
     """The same combination, with the tensor's name in front of its errors."""
     if combine is keep:
         return keep
+
+    ends = np.cumsum(plan.tile_counts(canon.entries))
 
     def named(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Array | None:
         try:
             return combine(tile, values, dtypes, want)
         except CheckpointError as error:
-            raise type(error)(f"{canon.entries[tiles.entry[tile]].name}: {error}") from None
+            raise type(error)(f"{canon.entries[int(np.searchsorted(ends, tile, 'right'))].name}: {error}") from None
 
     return named
 
@@ -355,40 +343,6 @@ def worker_count(engine: Mapping[str, Any], local_world: int) -> int:
     return min(wanted, memory // WORKER_BYTES)
 
 
-def _readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
-    """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
-    catalog, length = m.catalog, file_lengths(m.catalog)
-    if group.world == 1:
-        return exchange.Readers(np.ones((1, len(length)), bool), length, balanced)
-    looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
-    node = 0
-    for rank, row in enumerate(looked):  # ranks of a node see what its first one sees
-        node = rank if row else node
-        looked[rank] = looked[node]
-    table = np.array(looked, bool)
-    exchange.missing(table, catalog.files, catalog.root)
-    return exchange.Readers(table, length, balanced)
-
-
-def file_lengths(catalog: Catalog) -> Ints:
-    """Of each file, the bytes up to the end of its last chunk."""
-    length = np.zeros(len(catalog.files), np.int64)
-    nbytes = np.prod(catalog.chunks.stop - catalog.chunks.start, axis=1) * item_bytes(catalog.entries, catalog.chunks)
-    np.maximum.at(length, catalog.chunks.file, catalog.chunks.offset + nbytes)
-    return length
-
-
-def _visible(root: str, files: Sequence[str]) -> list[bool]:
-    """Which files are there: one look at each folder, not at each file."""
-    folders: dict[str, set[str]] = {}
-    for folder in {os.path.dirname(f) for f in files}:
-        try:
-            folders[folder] = set(os.listdir(os.path.join(root, folder)))
-        except OSError:
-            folders[folder] = set()
-    return [os.path.basename(f) in folders[os.path.dirname(f)] for f in files]
-
-
 def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchange.Readers]) -> bool:
     """Whether ranks exchange what they read: if asked to, or if some rank does not see some file."""
     blind = not all(readers.everywhere for readers in plans)
@@ -401,55 +355,21 @@ def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchan
     return asked == "collective" or blind
 
 
-def _wanted(
-    group: Group,
-    readers: exchange.Readers,
-    m: Model,
-    bound: Bound,
-    views: Views,
-    mine: Views,
-    finished: NDArray[np.bool_],
-) -> exchange.Wanted:
-    """What this rank's tiles need of a source; exact addresses are looked up only for the chunks they touch."""
-    catalog = m.catalog
-    chunks = catalog.chunks
-    locate = getattr(formats.load(catalog.format), "locate", None)
-    if locate is not None:
-        needed, tiled = plan.align(plan.unique(views), mine)
-        rows = np.unique(needed.chunk[plan.join(needed, tiled).a])
-        chunks = locate(catalog, rows) if readers.everywhere else _located(group, readers, catalog, rows, locate)
-        views = bound.views(chunks)
-
-    def wanted() -> exchange.Wanted:
-        items = item_bytes(catalog.entries, chunks)
-        moves = plan.moves(views, chunks, items, mine)
-        names = [e.name for e in catalog.entries]
-        dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in catalog.entries], 0, len(finished), names)
-        moves = moves.take(np.flatnonzero(~finished[moves.tile]))
-        file, item = chunks.file[moves.chunk], items[moves.chunk]
-        return exchange.Wanted(replace(moves, chunk=np.arange(len(file))), file, item, dtypes, readers)
-
-    return group.together(wanted)
+def _cheaper(group: Group, needs: Sequence[exchange.Wanted]) -> tuple[bool, str]:
+    """Whether an exchange moves less than reading directly, which all nodes could; and what to say of it."""
+    each, once = (traffic.none(group.world) for _ in range(2))
+    for w in needs:
+        owner = np.full(len(w.file), group.rank)
+        each += traffic.direct(w, owner, group.world)
+        once += traffic.exchanged(replace(w, readers=w.readers.evenly()), owner, group.world, group.nodes)
+    every = group.gather((each, once))
+    each, once = (sum((e[k] for e in every), traffic.none(group.world)) for k in range(2))
+    collective, numbers = traffic.cheaper(each, once, group.nodes)
+    return collective, f"transport {'collective' if collective else 'direct'}: {numbers}"
 
 
-def _located(
-    group: Group, readers: exchange.Readers, catalog: Catalog, rows: Ints, locate: Callable[[Catalog, Ints], Chunks]
-) -> Chunks:
-    """`locate`, where each chunk's file is seen: rows are sent there, addresses come back."""
-    chunks = catalog.chunks.take(rows)
-    who = readers.of(chunks.file, chunks.offset, group.rank)
-    asked = group.swap([rows[who == r] for r in range(group.world)])
-    found = group.together(lambda: [locate(catalog, r) for r in asked])
-    answers = group.swap([np.column_stack([c.offset, c.strides]) for c in found])
-    offset, strides = chunks.offset.copy(), chunks.strides.copy()
-    for r, answer in enumerate(answers):
-        table = answer.reshape(-1, 1 + strides.shape[1])
-        offset[who == r], strides[who == r] = table[:, 0], table[:, 1:]
-    return replace(chunks, offset=offset, strides=strides)
-
-
-def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count: int) -> Side:
-    bound, layout, files, views = target
+def target_side(bound: Bound, layout: Layout, files: Files, views: Views, mine: Views, count: int) -> Side:
+    """Where `count` tiles go."""
     chunks, entries = layout.catalog.chunks, bound.entries
     items = item_bytes(entries, chunks)
     moves = plan.moves(views, chunks, items, mine, alternatives=False)
@@ -461,17 +381,11 @@ def _target_side(target: tuple[Bound, Layout, Files, Views], mine: Views, count:
     )
 
 
-def item_bytes(entries: Sequence[Entry], chunks: Chunks) -> Ints:
-    """Bytes of an element, for each chunk."""
-    return np.array([itemsize(e.dtype) for e in entries], np.int64)[chunks.entry]
-
-
 def weight_digests(canon: Bound, done: Done, which: int, dtypes: Mapping[str, str] | None = None) -> dict[str, str]:
     """A digest of each canonical tensor of one source (or of the result), from the digests of its tiles in order."""
     import xxhash
 
-    tiles = plan.tiles(canon.entries)
-    cuts = np.searchsorted(tiles.entry, np.arange(len(canon.entries) + 1)).tolist()
+    cuts = [0, *np.cumsum(plan.tile_counts(canon.entries)).tolist()]
     found = {}
     for e, entry in enumerate(canon.entries):
         if entry.role != "weight":
@@ -490,8 +404,8 @@ def fingerprint_of(digests: Mapping[str, str]) -> str:
 
 
 def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
-    """Where the config ties two weights and both are stored: leave the copy out if it is equal, keep both if not."""
-    if m.family is None or not tied(m):
+    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal."""
+    if m.family is None or not (tied(m) or is_params(m.source.config)):
         return m
     rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
     where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}
@@ -504,10 +418,8 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
             report.guesses.append(f"{m.names[one]} and {m.names[two]} are equal, as the config says")
         if saved or equal_entries(group, report, m, one, two, engine):
             names = tuple(None if e == one else n for e, n in enumerate(m.names))
-            m = replace(
-                m, names=names, dropped={**m.dropped, f"tied to {m.names[two]}": (m.catalog.entries[one].name,)}
-            )
-        else:
+            m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): (m.catalog.entries[one].name,)})
+        elif tied(m):
             report.warnings.append(
                 f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied"
             )
@@ -523,10 +435,7 @@ def equal_entries(group: Group, report: Report, m: Model, one: int, two: int, en
     sides = []
     for e in (one, two):
         rules = tuple(families.plain(a, "tied") if i == e else None for i in range(len(m.names)))
-        bound = Bound(m.catalog.entries, rules, {}, {})
-        views = bound.views(m.catalog.chunks)
-        plan.prove(views, canon.views(plan.tiles(canon.entries)))
-        sides.append((m, bound, views))
+        sides.append((m, Bound(m.catalog.entries, rules, {}, {})))
     different: list[int] = []
 
     def compare(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
@@ -538,15 +447,18 @@ def equal_entries(group: Group, report: Report, m: Model, one: int, two: int, en
     return not any(group.gather(bool(different)))
 
 
-def prove_all(d: Design, models: Sequence[Model], target_chunks: Chunks) -> tuple[list[Views], Views]:
-    """Views of every source and of the target; each source covers all of the target, or the worst holes are named."""
+@dataclass(frozen=True)
+class Proof:
+    """What was looked up to prove a plan: each source's part of this rank, and the views of the target."""
+
+    parts: Sequence[Part]
+    target: Views
+
+
+def prove_all(group: Group, d: Design, models: Sequence[Model], target_chunks: Chunks) -> Proof:
+    """Each source holds all of the tiles, and the tiles all of the target; or the worst holes are named."""
     target = d.target.views(target_chunks)
-    found = []
-    for m, bound in zip(models, d.sources, strict=True):
-        views = bound.views(m.catalog.chunks)
-        try:
-            plan.prove(views, target)
-        except CheckpointError as error:
-            raise type(error)(f"{m.source.folder}: {error}") from None
-        found.append(views)
-    return found, target
+    group.together(lambda: plan.prove(wholly(d.canon), target))
+    first, last = share(d.canon, np.zeros(len(tile_bytes(d.canon)), bool), group)
+    mine = d.canon.views(plan.tiles(d.canon.entries, first=first, last=last))
+    return Proof([part(group, m, b, mine) for m, b in zip(models, d.sources, strict=True)], target)

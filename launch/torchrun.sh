@@ -10,7 +10,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VERB=${1:-}
 if [ -z "$VERB" ] || [ ! -f "$HERE/jobs/$VERB.py" ]; then
-    echo "Give a verb first: $(cd "$HERE/jobs" && echo *.py | sed 's/\.py//g')" >&2
+    echo "Give a verb first: $(cd "$HERE/jobs" && echo [a-z]*.py | sed 's/\.py//g')" >&2
     exit 2
 fi
 shift

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 
 ROOMS = (
-    "errors", "box", "pattern parallel", "catalog files", "families", "family", "plan report", "formats", "sources", "model", "averages", "engine",
-    "task", "cost", "run", "check", "keys", "config", "api cli",
+    "errors", "box configs draw", "pattern parallel", "catalog files", "families", "family", "plan report", "formats", "sources", "model",
+    "averages initial", "engine", "part", "task", "cost", "run", "check", "keys", "config", "api cli",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 

@@ -399,7 +399,9 @@ def test_a_full_disk(tmp_path: Path, refused: Refused, small_disk: Path, monkeyp
     monkeypatch.setattr(
         "ckpt_dist.engine.staging.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
     )  # type: ignore[attr-defined]
-    assert "No space left" in refused(tmp_path / "source", target=small_disk / "out")
+    assert "No space left" in refused(tmp_path / "source", target=small_disk / "out")  # seen when space is reserved
+    monkeypatch.setattr("ckpt_dist.engine.staging.reserve", lambda file, nbytes: None)
+    assert "No space left" in refused(tmp_path / "source", target=small_disk / "out")  # seen on the way
     assert not list(small_disk.iterdir())
 
 

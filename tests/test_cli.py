@@ -25,6 +25,7 @@ NEEDED = {
     "merge": ["source.path=run"],
     "inspect": ["source.path=run"],
     "verify": ["a.path=run"],
+    "seed": ["model.config=config.json", "target.path=model"],
 }
 ODD = [
     "step=100/x",
@@ -43,9 +44,10 @@ ODD = [
 ]
 FROZEN = (
     "source.path source.format source.dialect source.weights target.path target.format target.dialect target.dtype "
-    "target.key target.max_shard_size target.safetensors model.family model.config engine.memory engine.transport engine.timeout engine.device "
+    "target.key target.max_shard_size target.safetensors target.vocab_size target.tp target.embedding model.family model.config "
+    "engine.memory engine.transport engine.timeout engine.device "
     "engine.workers unmatched overwrite resume dry_run engine.verify engine.fsync engine.ranks engine.nodes engine.calibrate "
-    "engine.bandwidth.read engine.bandwidth.exchange engine.bandwidth.write engine.bandwidth.sum json quiet nproc "
+    "engine.bandwidth.read engine.bandwidth.exchange engine.bandwidth.write json quiet nproc "
     "source.step keep"
 )
 

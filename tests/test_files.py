@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import resource
 import shutil
 import subprocess
 import zipfile
@@ -228,3 +230,19 @@ def test_what_is_written_is_what_torch_reads(tmp_path: Path, dtype: str) -> None
     assert (found["w"].dtype, found["w"].shape) == (dtype, (3, 5))
     at = pt.storage_record(storages, found["w"], "theirs")
     assert (tmp_path / "theirs.pt").read_bytes()[at : at + len(raw)] == raw
+
+
+@pytest.mark.parametrize(
+    "bomb", [b"]r\xff\xff\xff\x7f.", b"]r\x00\x00\x00\x10.", b"]p999999999\n.", b"\x80\x02]q\x00r\xff\xff\xff\xff."]
+)
+def test_a_memo_number_beyond_the_pickle_takes_no_memory(bomb: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="damaged"):
+        pickles.loads(bomb, "x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_long_pickles_of_every_protocol_pass() -> None:
+    tree = {f"k{i}": [i, (i, str(i) * 3), {"x": float(i), "b": b"y" * (1 + i % 300)}] for i in range(20_000)}
+    for protocol in range(2, 6):
+        assert pickles.loads(pickle.dumps(tree, protocol), "x") == tree

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import ckpt_dist
 from tests.conftest import ROOT
 from tests.test_resume import checkpoints, noted, same
+from tests.test_resume import wait as until
 
 CONF = """
 ClusterName=t
@@ -122,6 +123,37 @@ def ended(env: dict[str, str], job: str, folder: Path, seconds: float = 120) -> 
 
 
 SCRIPT = str(ROOT / "launch/slurm/convert.sbatch")
+SWEEP = str(ROOT / "launch/slurm/sweep.sbatch")
+
+
+def stand_in(folder: Path, *lines: str) -> str:
+    """In the place of Python, to see the words that reach it without the seconds that torch takes."""
+    path = folder / "stand_in"
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_words_arrive_untouched(slurm: dict[str, str], tmp_path: Path) -> None:
+    """From a checkout with a space in its path, too; our memory comes first, because the last word of a key wins."""
+    shutil.copytree(ROOT / "launch", tmp_path / "my home/launch")
+    shutil.copytree(ROOT / "jobs", tmp_path / "my home/jobs")
+    words = ["x=a b  c", "y='q' \"d\" \\", "z=[1, *]", "++engine.memory=1GiB", "w=$HOME", "empty=", "n=1\n2"]
+    env = {**slurm, "PYTHON": stand_in(tmp_path, "printf '%s\\0' \"$@\" >words")}
+    script = str(tmp_path / "my home/launch/slurm/convert.sbatch")
+    found, log = ended(slurm, submit(env, tmp_path, "--mem-per-cpu=500", script, "convert", *words), tmp_path)
+    assert found == "COMPLETED", log
+    arrived = (tmp_path / "words").read_text().split("\0")[:-1]
+    assert arrived[-len(words) - 2 :] == [str(tmp_path / "my home/jobs/convert.py"), "engine.memory=250MiB", *words]
+
+
+def test_a_convert_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
+    run = checkpoints(tmp_path / "run", 1) / "step-1"
+    words = ["convert", f"source.path={run}", f"target.path={tmp_path / 'out'}", "target.format=dcp"]
+    found, log = ended(slurm, submit(slurm, tmp_path, "--nodes=2", SCRIPT, *words), tmp_path)
+    assert found == "COMPLETED", log
+    ckpt_dist.convert(run, tmp_path / "straight", format="dcp", quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight")
 
 
 def test_an_average_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -149,11 +181,52 @@ def test_a_sweep_is_one_job_for_each_line(slurm: dict[str, str], tmp_path: Path)
         f"convert 'source.path={tmp_path}/a b' target.path={tmp_path}/{t} target.dtype={t}" for t in ("bf16", "fp16")
     ]
     (tmp_path / "jobs.txt").write_text("\n".join(lines) + "\n")
-    job = submit(slurm, tmp_path, "--array=1-2", str(ROOT / "launch/slurm/sweep.sbatch"), str(tmp_path / "jobs.txt"))
+    job = submit(slurm, tmp_path, "--array=1-2", SWEEP, str(tmp_path / "jobs.txt"))
     for task in (f"{job}_1", f"{job}_2"):
         found, log = ended(slurm, task, tmp_path)
         assert found == "COMPLETED", log
     assert (tmp_path / "bf16/model.safetensors").exists() and (tmp_path / "fp16/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "index", "says"),
+    [("average 'steps=1", "1", "not quoted well"), ("convert", "2", "no line 2"), ("convert", "0", "no line 0")],
+)
+def test_a_line_that_cannot_be_read_runs_nothing(
+    slurm: dict[str, str], tmp_path: Path, line: str, index: str, says: str
+) -> None:
+    (tmp_path / "jobs.txt").write_text(line + "\n")
+    env = {**slurm, "PYTHON": stand_in(tmp_path, "touch ran")}
+    job = submit(env, tmp_path, f"--array={index}", SWEEP, "jobs.txt")
+    found, log = ended(slurm, job, tmp_path)
+    assert found == "FAILED" and says in log and not (tmp_path / "ran").exists()
+
+
+def test_one_task_of_an_array_stops_alone(slurm: dict[str, str], tmp_path: Path) -> None:
+    """The last task has the id of the whole array."""
+    (tmp_path / "jobs.txt").write_text("convert\nconvert\n")
+    lines = ["trap 'exit 75' TERM", "touch ran-$SLURM_ARRAY_TASK_ID", "while [ ! -f end ]; do sleep 0.1; done"]
+    job = submit({**slurm, "PYTHON": stand_in(tmp_path, *lines)}, tmp_path, "--array=1-2", SWEEP, "jobs.txt")
+    until(lambda: len(list(tmp_path.glob("ran-*"))) == 2)
+    assert state(slurm, f"{job}_2")["JobId"] == job
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{job}_2"], env=slurm, check=True)
+    until(lambda: state(slurm, f"{job}_2")["JobState"] == "PENDING")
+    assert state(slurm, f"{job}_1")["JobState"] == "RUNNING"
+    (tmp_path / "end").touch()
+    subprocess.run(["scontrol", "update", f"jobid={job}_2", "starttime=now"], env=slurm, check=True)
+    for task, restarts in ((f"{job}_1", "0"), (f"{job}_2", "1")):
+        assert ended(slurm, task, tmp_path)[0] == "COMPLETED"
+        assert state(slurm, task)["Restarts"] == restarts
+
+
+def test_without_requeue_the_job_ends_with_the_code_of_the_ranks(slurm: dict[str, str], tmp_path: Path) -> None:
+    env = {**slurm, "CKPT_DIST_REQUEUE": "0"}
+    env["PYTHON"] = stand_in(tmp_path, "trap 'exit 75' TERM", "touch ran", "while :; do sleep 0.1; done")
+    job = submit(env, tmp_path, SCRIPT, "convert")
+    until((tmp_path / "ran").exists)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=slurm, check=True)
+    found, log = ended(slurm, job, tmp_path)
+    assert found == "FAILED" and state(slurm, job)["ExitCode"] == "75:0" and "Submit the same command again" in log
 
 
 def test_a_job_stops_before_its_limit_and_goes_on_when_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ both numbers; descriptors of one thread are never closed by another.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -17,6 +19,20 @@ from ckpt_dist.errors import CheckpointError
 
 OPEN_FILES = 32  # for each thread
 PIECE = 1 << 16  # bytes written by one call, from one multiple of it to the next: see docs/design/03-engine.md
+
+
+def reserve(file: int, nbytes: int) -> None:
+    """Space for all of a new file at once, where the file system can give it: later writes need half the time, and a
+    full disk is seen before any work. Raises OSError if there is not so much space.
+
+    `os.posix_fallocate` will not do: where the file system cannot, the C library writes a byte into every block.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None or nbytes == 0:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(file, 0, 0, nbytes) and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class Reader(Protocol):

@@ -11,12 +11,13 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist.box import Ints
+from ckpt_dist.box import Ints, ints
 from ckpt_dist.engine.watch import Watch
 from ckpt_dist.errors import STOPPED, CheckpointError, Stopped
 
@@ -37,6 +38,7 @@ class Group:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.nodes = max(self.world // self.local_world, 1)
         self.mine = False
         if self.world > 1:
             import torch.distributed as dist
@@ -118,6 +120,30 @@ class Group:
         got = np.empty(int(coming.sum()) // 8, np.int64)
         self.all_to_all(flat.view(np.uint8), lengths, got.view(np.uint8), coming)
         return np.split(got, np.cumsum(coming // 8)[:-1])
+
+    def deal(self, make: Callable[[int], Ints]) -> Ints:
+        """What rank 0 makes for each rank, one after the other: it never holds more than one of them."""
+        if self.world == 1:
+            return make(0)
+        import torch
+
+        if self.rank == 0:
+            for rank in range(1, self.world):
+                self.collective(partial(self._hand, make(rank), rank))
+            return make(0)
+        length = torch.zeros(1, dtype=torch.int64)
+        self.collective(lambda: self.dist.recv(length, 0))
+        got = torch.empty(int(length), dtype=torch.int64)
+        if len(got):
+            self.collective(lambda: self.dist.recv(got, 0))
+        return ints(got.numpy())
+
+    def _hand(self, values: Ints, rank: int) -> None:
+        import torch
+
+        self.dist.send(torch.tensor([values.size]), rank)
+        if values.size:
+            self.dist.send(torch.from_numpy(values), rank)
 
     def all_well(self, failure: BaseException | None, stop: bool) -> None:
         """Raise on all ranks if one has failed or was asked to stop: each its own reason, or Elsewhere."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist.engine.fill import Done
+from ckpt_dist.errors import CheckpointError
 
 FOLDER = ".ckpt_dist"
 EVERY_BYTES = 256 << 20  # of a rank between two notes: what is lost when a rank is killed
@@ -91,8 +92,13 @@ class Journal:
         if not lines:
             return
         self.flush()
-        with open(self.path, "a") as file:
-            file.write("\n".join(lines) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write {self.path}: {error.strerror}. Nothing was published; free space or choose another target.path."
+            ) from None
 
 
 def plan_key(*facts: Any) -> str:

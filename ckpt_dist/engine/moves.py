@@ -3,8 +3,8 @@
 A tile is a dense run of elements in memory; a move says which box of it lies where in a file. Runs that are
 contiguous on both sides are read or written in place; anything else is one strided copy through a small scratch.
 
-Invariant: every byte of a file that is asked for is read once, and scratch memory stays below SPAN bytes
-plus one tile.
+Invariant: every byte of a file that is asked for is read once, gaps of GAP bytes and more are not read, and scratch
+memory stays below SPAN bytes plus one tile.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ckpt_dist.plan import Moves
 
 SPAN = 4 << 20  # bytes of a file read at once to pick strided elements out of
+GAP = 1 << 10  # bytes between strided elements that are worth a call to leave out
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 Array = NDArray[Any]
@@ -88,7 +89,7 @@ def _gather_strided(
     tile: Array, file: int, at: int, tile_at: int, dims: tuple[Dim, ...], read: Callable[[int, int, memoryview], None]
 ) -> None:
     item, span = tile.itemsize, _span(dims)
-    if _too_long(dims, item):
+    if _in_steps(dims, item):
         (n, s, t), rest = _outermost(dims)
         for i in range(n):
             _gather_strided(tile, file, at + i * s * item, tile_at + i * t, rest, read)
@@ -106,9 +107,11 @@ def _span(dims: tuple[Dim, ...]) -> int:
     return sum((n - 1) * s for n, s, _ in dims) + 1
 
 
-def _too_long(dims: tuple[Dim, ...], item: int) -> bool:
-    """Whether a box is read step by step instead of at once."""
-    return _span(dims) * item > SPAN and (len(dims) > 1 or dims[0][1] * item > SPAN)
+def _in_steps(dims: tuple[Dim, ...], item: int) -> bool:
+    """Whether a box is read step by step instead of at once: it is too long, or the gaps are wide."""
+    (n, step, _), rest = _outermost(dims)
+    wide = n > 1 and (step - _span(rest)) * item >= GAP
+    return wide or (_span(dims) * item > SPAN and (len(dims) > 1 or step * item > SPAN))
 
 
 def _outermost(dims: tuple[Dim, ...]) -> tuple[Dim, tuple[Dim, ...]]:
@@ -119,7 +122,7 @@ def _outermost(dims: tuple[Dim, ...]) -> tuple[Dim, tuple[Dim, ...]]:
 
 def read_bytes(dims: tuple[Dim, ...], item: int) -> int:
     """Bytes that `gather` reads for a box: `read_bytes(((3, 100, 1),), 2)` -> 402, of which 6 are wanted."""
-    if _too_long(dims, item):
+    if _in_steps(dims, item):
         (n, _, _), rest = _outermost(dims)
         return n * read_bytes(rest, item)
     return _span(dims) * item

@@ -1,6 +1,6 @@
 """Skeleton, fill, publish: a target appears whole or not at all.
 
-Files are made sparse in a hidden folder beside the target; any rank fills any address; one rename publishes.
+Files are made at their full size in a hidden folder beside the target; any rank fills any address; one rename publishes.
 Calls, in order: `check` and `create` and `finish` and `publish` by rank 0 only, filling by all ranks in between.
 
 Invariant: nothing under the target's name is touched before `publish`; sources are never written.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_dist.engine import journal
+from ckpt_dist.engine.files import reserve
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.zips import combine_runs
 from ckpt_dist.formats import Layout
@@ -84,6 +85,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open(folder / name, "xb") as file:
                 file.truncate(size)
+                reserve(file.fileno(), size)
         _write_pieces(folder, layout)
         journal.begin(folder, plan)
         _claim(staging)

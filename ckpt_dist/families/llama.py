@@ -35,6 +35,23 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = {  # as transformers: the first pattern that fits a weight
+    "*norm": "ones",
+    "*_bias": "zeros",
+    "embed": "normal initializer_range or 0.02, zero row pad_token_id",
+    "*": "normal initializer_range or 0.02",
+}
+optional = {  # the model types that have a weight, with the key of the config that asks for it
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), "llama:attention_bias qwen2 qwen3:attention_bias"),
+    "o_bias": "llama:attention_bias qwen3:attention_bias",
+    **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), "llama:mlp_bias"),
+    **dict.fromkeys(("q_norm", "k_norm"), "qwen3"),
+}
+defaults = dict(  # what transformers takes where a config.json does not say it
+    mistral=dict(num_key_value_heads=8),
+    qwen2=dict(num_key_value_heads=32),
+    qwen3=dict(num_key_value_heads=32, head_dim=128),
+)
 drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
 
 _hf = "model.layers.{l}."
@@ -95,10 +112,13 @@ dialects = dict(
 )
 
 
-def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
+def from_hf(c: Mapping[str, Any]) -> dict[str, int]:
+    """Axis lengths from a config.json in Llama's words, which many families use; what it lacks comes from shapes."""
     heads = c["num_attention_heads"]
     groups = c.get("num_key_value_heads") or heads
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    if heads % groups or head_dim % 2 or (not c.get("head_dim") and c["hidden_size"] % heads):
+        raise ValueError(f"{heads} heads in {groups} groups, of {head_dim} elements, hidden size {c['hidden_size']}")
     return dict(
         l=c["num_hidden_layers"],
         v=c["vocab_size"],
@@ -114,7 +134,8 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
 def _from_params(p: Mapping[str, Any]) -> dict[str, int]:
     heads = p["n_heads"]
     groups = p.get("n_kv_heads") or heads
-    return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=p["dim"] // heads // 2)
+    head_dim = p.get("head_dim") or p["dim"] // heads
+    return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=head_dim // 2)
 
 
-sizes = dict(hf=_from_hf, meta=_from_params)
+sizes = dict(hf=from_hf, meta=_from_params)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -401,20 +402,27 @@ class _Unpickler(pickle.Unpickler):
             return _join
         raise _Refused(path)
 
-    def persistent_load(self, pid: Any) -> Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"a reference of an unknown kind: {pid!r:.60}")
-        kind, key, numel = pid[1], pid[2], pid[4]
-        dtype = (
-            str(kind)
-            if isinstance(kind, Dtype)
-            else "uint8"
-            if isinstance(kind, type) and kind.__name__ == "UntypedStorage"
-            else None
-        )
-        if dtype is None or type(key) is not str or type(numel) is not int or not 0 <= numel < DEEP:
-            raise pickle.UnpicklingError(f"a storage of an unknown kind: {pid!r:.60}")
-        return Storage(key, dtype, numel)
+    persistent: Callable[[Any], Any]
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self.persistent(pid)
+
+
+def _storage(pid: Any) -> Storage:
+    """What a persistent id of torch.save stands for."""
+    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+        raise pickle.UnpicklingError(f"a reference of an unknown kind: {pid!r:.60}")
+    kind, key, numel = pid[1], pid[2], pid[4]
+    dtype = (
+        str(kind)
+        if isinstance(kind, Dtype)
+        else "uint8"
+        if isinstance(kind, type) and kind.__name__ == "UntypedStorage"
+        else None
+    )
+    if dtype is None or type(key) is not str or type(numel) is not int or not 0 <= numel < DEEP:
+        raise pickle.UnpicklingError(f"a storage of an unknown kind: {pid!r:.60}")
+    return Storage(key, dtype, numel)
 
 
 class _Refused(Exception):
@@ -436,10 +444,44 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def loads(data: bytes, where: str) -> Any:
-    """Unpickle by the allow-list. What is not on it, and what is damaged, is a CheckpointError that names `where`."""
+# Opcodes by how long they are. A memo number that is put (r, p) may not be larger than the pickle is long: the C unpickler
+# makes room for all smaller ones, which would be 64 GB for two opcodes of a stranger.
+_TOKENS = (
+    rb"[(012NOQR)\]}abdelostu\x81\x85-\x89\x8f-\x91\x93\x94\x97\x98]|[hqK\x80\x82].|[M\x83]..|[Jj\x84]....|[G\x95].{8}"
+    rb"|c[^\n]*\n[^\n]*\n|[FILPSVg][^\n]*\n|p[0-9]{1,%d}\n|r..[\x00-\x%02x]%s"
+)
+_COUNTED = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x8B: 4, 0x54: 4, 0x55: 1, 0x96: 8}
+
+
+def _bounded(data: bytes) -> None:
+    """Walk over the opcodes; raises UnpicklingError where one could take more memory than the pickle is long."""
+    wide = len(data) >> 24
+    last = rb"[\x00-\x%02x]" % min(wide, 255) if wide else rb"\x00"
+    tokens = _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last)
+    step, at = re.compile(rb"(?:" + tokens + rb"){1,4000}", re.DOTALL), 0
+    while True:
+        if run := step.match(data, at):
+            at = run.end()
+            continue
+        op = data[at : at + 1]
+        if op == b".":
+            return
+        width = _COUNTED.get(op[0]) if op else None
+        if width is None:
+            raise pickle.UnpicklingError(f"{op!r} at byte {at}, which is no opcode that fits there")
+        at += 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little")
+
+
+def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """Unpickle by the allow-list. What is not on it, and what is damaged, is a CheckpointError that names `where`.
+
+    `persistent` says what a persistent id stands for; by default those of torch.save, which are storages.
+    """
+    unpickler = _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER))
+    unpickler.persistent = persistent or _storage
     try:
-        return _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER)).load()
+        _bounded(data)
+        return unpickler.load()
     except _Refused as refused:
         raise CheckpointError(
             f"{where} asks for {refused}, which no checkpoint needs and which could run code; nothing was run. "

@@ -20,7 +20,8 @@ from typing import Any
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
-FORMATS = ("catalog", "fsdp", "dcp", "hf", "torch")  # the order in which a folder's content is tried
+FORMATS = ("catalog", "fsdp", "dcp", "hf", "meta", "torch")  # the order in which a folder's content is tried
+DIALECTS = {"hf": "hf", "meta": "meta"}  # formats whose files have names of one dialect only
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,16 @@
 """Saved catalogs: one file that says what a checkpoint holds, without its data; made by `inspect`, for planning only.
 
-Facts: version 1 is a zip archive. Its first member is `ckpt_dist.json` (names, dtypes, shapes, files and their sizes, the
-model's config); the others are one `.npy` for each column of the chunks, in the narrowest integers that hold it.
+Facts: version 1 is a safetensors file. Its metadata is one JSON text (names, dtypes, shapes, files, the model's
+config); its tensors are the columns of the chunks, in the narrowest integers that hold them.
 
-Invariant: opening one runs no code and takes memory in proportion to its length: nothing in it is compressed, and
-every number is checked against the others before it is used.
+Invariant: opening one runs no code and takes memory in proportion to its length; every number is checked before it is
+used to count or to allocate.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import struct
-import zipfile
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -21,110 +18,88 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist.box import Ints, row_major
+from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Key, padded
 from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files import safetensors
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import FORMATS, inside
 
 VERSION = 1
-HEAD = "ckpt_dist.json"
-COLUMNS = ("entry", "start", "size", "file", "offset")
+HEAD = "ckpt_dist_catalog"
+COLUMNS = ("entry", "start", "size", "strides", "file", "offset")
+WIDTHS = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4", "int64": "<i8"}
 MOST_ELEMENTS = 1 << 43  # of all tensors together: plans cut them into tiles, and need memory for each tile
 MOST_BYTES = 1 << 60
 MOST_DIMS = 32
-MEMBER = struct.Struct("<4s22xHH")  # a zip's local header: signature, lengths of name and extra field
-DAMAGED: tuple[type[Exception], ...] = (zipfile.BadZipFile, OSError, EOFError, LookupError, ValueError, TypeError)
-DAMAGED += (AttributeError, RuntimeError, OverflowError, MemoryError, struct.error)
 
 
 def claims(path: Path) -> bool:
     if not path.is_file():
         return False
+    mark = b'{"__metadata__":{"' + HEAD.encode()
     with open(path, "rb") as file:
-        head = file.read(MEMBER.size + len(HEAD))
-    return head[:4] == b"PK\3\4" and head[MEMBER.size :] == HEAD.encode()
+        return file.read(8 + len(mark))[8:] == mark
 
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
-    """The catalog as it was saved; `about["saved"]` tells that the data is not here."""
+    """The catalog as it was saved; `about["saved"]` is the file, which tells that the data is not here."""
+    stored, metadata = safetensors.read_header(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check_members(archive, path.stat().st_size)
-            head = json.loads(archive.read(HEAD))
-            if head["version"] != VERSION:
-                raise CheckpointError(
-                    f"it is of version {head['version']}, this program reads {VERSION}. Save it again"
-                )
-            columns = {n[:-4]: _column(archive.read(n), n) for n in archive.namelist() if n != HEAD}
-        return _catalog(path, head, columns)
+        head = json.loads(metadata[HEAD])
+        if head["version"] != VERSION:
+            raise CheckpointError(f"it is of version {head['version']!r}, this program reads {VERSION}; save it again")
+        return _catalog(path, head, {t.name: _column(path, t) for t in stored})
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {str(error).rstrip('.')}.") from None
-    except DAMAGED as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(
-            f"{path} is damaged: {type(error).__name__}: {error}. Make it again: ckpt-dist inspect save_catalog=FILE."
+            f"{path} is damaged: {type(error).__name__}: {error!s:.200}. Make it again: ckpt-dist inspect save_catalog=FILE."
         ) from None
 
 
-def save(path: Path, catalog: Catalog, where: Mapping[str, Any]) -> int:
-    """Write a catalog to a new file; `where` is what a person is told of its place. The bytes that it has."""
+def save(path: Path, catalog: Catalog, asked: Path, folder: Path, step: int | None) -> int:
+    """Write a catalog to a new file: the bytes that it has. The rest is what a plan says of the checkpoint's place."""
     if path.exists():
         raise UsageError(f"save_catalog={path} exists; nothing was written. Choose another file.")
     head = {
         "version": VERSION,
         "format": catalog.format,
         "root": catalog.root,
-        "where": dict(where),
-        "files": list(zip(catalog.files, file_sizes(catalog), strict=True)),
+        "asked": str(asked.absolute()),
+        "folder": str(folder.absolute()),
+        "step": step,
+        "files": catalog.files,
         "entries": [[e.name, e.dtype, e.shape, e.role, _plain(e.path), e.frame] for e in catalog.entries],
-        "extras": [[x.name, x.role, _plain(x.path), x.address] for x in catalog.extras],
+        "extras": [[x.name, x.role] for x in catalog.extras],
         "config": catalog.config,
-        "about": {k: v for k, v in catalog.about.items() if isinstance(v, (bool, int, str))},
+        "about": {k: v for k, v in catalog.about.items() if isinstance(v, str)},
     }
+    c = catalog.chunks
+    columns = [_narrow(v) for v in (c.entry, c.start, c.stop - c.start, c.strides, c.file, c.offset)]
+    tensors = [(n, v.dtype.name, v.shape) for n, v in zip(COLUMNS, columns, strict=True)]
+    header, places = safetensors.lay_out(tensors, {HEAD: json.dumps(head, separators=(",", ":"), default=str)})
+    part = path.with_name(path.name + ".part")
     try:
-        with zipfile.ZipFile(part := path.with_name(path.name + ".part"), "w") as archive:
-            _add(archive, HEAD, json.dumps(head, separators=(",", ":"), default=str).encode())
-            for name, values in _columns(catalog).items():
-                out = io.BytesIO()
-                np.lib.format.write_array(out, _narrow(values), allow_pickle=False)
-                _add(archive, name + ".npy", out.getvalue())
+        with open(part, "wb") as file:
+            file.write(header)
+            for at, values in zip(places, columns, strict=True):
+                file.seek(at)
+                file.write(values.tobytes())
         os.replace(part, path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from None
     return path.stat().st_size
 
 
-def file_sizes(catalog: Catalog) -> list[int]:
-    """Bytes of each file: as saved, or as the disk says."""
-    saved = catalog.about.get("saved")
-    return saved["sizes"] if saved else [os.path.getsize(os.path.join(catalog.root, f)) for f in catalog.files]
-
-
 def needs_data(catalog: Catalog) -> None:
     """Refuse to go on where tensors would be read and only a saved catalog is at hand."""
-    saved = catalog.about.get("saved")
-    if saved:
+    if "saved" in catalog.about:
         raise UsageError(
-            f"{saved['file']} is a saved catalog of {catalog.root}: it says what is stored and holds no data. "
+            f"{catalog.about['saved']} is a saved catalog of {catalog.root}: it says what is stored and holds no data. "
             "Plan with it (dry_run=true), or give the checkpoint itself as source.path."
         )
-
-
-# ---- writing
-
-
-def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Stored, and of no date: the same catalog is the same file."""
-    archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_STORED)
-
-
-def _columns(catalog: Catalog) -> dict[str, Ints]:
-    c = catalog.chunks
-    found = {"entry": c.entry, "start": c.start, "size": c.stop - c.start, "file": c.file, "offset": c.offset}
-    if not np.array_equal(c.strides, row_major(c.stop - c.start)):
-        found["strides"] = c.strides
-    more = {k: v for k, v in catalog.about.items() if isinstance(v, np.ndarray) and v.shape == c.entry.shape}
-    return found | {f"about.{k}": v for k, v in more.items()}
 
 
 def _narrow(values: Ints) -> Any:
@@ -142,85 +117,63 @@ def _plain(path: Sequence[str | int]) -> list[Any]:
 # ---- reading
 
 
-def _check_members(archive: zipfile.ZipFile, length: int) -> None:
-    members = archive.infolist()
-    names = [m.filename for m in members]
-    if len(set(names)) != len(names) or not {HEAD, *(f"{c}.npy" for c in COLUMNS)} <= set(names):
-        raise CheckpointError(f"it has the members {', '.join(names[:10])}, which are not those of a catalog")
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
-        raise CheckpointError("it has a compressed member, and catalogs are never compressed")
-    if (need := sum(m.file_size for m in members)) > length:
-        raise CheckpointError(f"it has {length} bytes and says that it holds {need}")
-
-
-def _column(data: bytes, name: str) -> Ints:
-    """The integers of a `.npy`; what it says of its length must be so."""
-    file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise CheckpointError(f"{name} is no array of version 1.0")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.str not in ("|u1", "<u2", "<u4", "<i8") or fortran or len(shape) > 2:
-        raise CheckpointError(f"{name} holds {dtype} in {len(shape)} dims, not a column of integers")
-    need, have = prod(shape) * dtype.itemsize, len(data) - file.tell()
-    if need != have:
-        raise CheckpointError(f"{name} says {shape} numbers, which are {need} bytes, and has {have}")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape).astype(np.int64)
+def _column(path: Path, stored: safetensors.Stored) -> Ints:
+    if stored.name not in COLUMNS or stored.dtype not in WIDTHS or len(stored.shape) > 2:
+        raise CheckpointError(
+            f"{stored.name!r:.100} of {stored.dtype} in {len(stored.shape)} dims is none of its columns"
+        )
+    values = np.fromfile(path, WIDTHS[stored.dtype], prod(stored.shape), offset=stored.offset)
+    return values.reshape(stored.shape).astype(np.int64)
 
 
 def _catalog(path: Path, head: Mapping[str, Any], columns: Mapping[str, Ints]) -> Catalog:
     if head["format"] not in FORMATS or head["format"] == "catalog":
-        raise CheckpointError(f"it is of a checkpoint in the format {head['format']!r}, which is unknown")
+        raise CheckpointError(f"it is of a checkpoint in the format {head['format']!r:.100}, which is unknown")
     root = _text(head["root"])
-    files = tuple(inside(Path(root), name, "it") for name, _ in head["files"])
-    sizes = [_count(size, "the bytes of a file", MOST_BYTES) for _, size in head["files"]]
+    files = tuple(inside(Path(root), name, "it") for name in head["files"])
     entries = tuple(_entry(*row) for row in head["entries"])
     for what, names in (("file", files), ("tensor", [e.name for e in entries])):
         if len(set(names)) != len(names):
             raise CheckpointError(f"it names a {what} twice")
     if (elements := sum(prod(max(n, 1) for n in e.shape) for e in entries)) > MOST_ELEMENTS:
         raise CheckpointError(f"its tensors have {elements} elements, more than the {MOST_ELEMENTS} of any model")
-    if not isinstance(head["config"], dict) or not isinstance(head["about"], dict):
+    if not isinstance(head["config"], dict):
         raise CheckpointError("its config is no table of settings")
-    chunks = _chunks(entries, sizes, columns)
-    about = {k.removeprefix("about."): v for k, v in columns.items() if k.startswith("about.")}
-    if any(v.shape != chunks.entry.shape for v in about.values()):
-        raise CheckpointError("its columns differ in length")
-    saved = {"file": str(path), "sizes": sizes, **_where(head["where"])}
-    extras = tuple(Extra(_text(n), _path(p), _role(r), address=_address(a)) for n, r, p, a in head["extras"])
-    config = head["config"]
-    return Catalog(
-        head["format"], root, files, entries, chunks, extras, config, about={**head["about"], **about, "saved": saved}
-    )
+    about: dict[str, Any] = {_text(k): _text(v) for k, v in head["about"].items()} | {
+        k: _text(head[k]) for k in ("asked", "folder")
+    }
+    about |= {"saved": str(path), "step": None if head["step"] is None else _count(head["step"], "a step")}
+    extras = tuple(Extra(_text(name), (), _role(role)) for name, role in head["extras"])
+    chunks = _chunks(entries, len(files), columns)
+    return Catalog(head["format"], root, files, entries, chunks, extras, head["config"], about=about)
 
 
 def _entry(name: Any, dtype: Any, shape: Any, role: Any, path: Any, frame: Any) -> Entry:
     itemsize(_text(dtype))
     lengths = tuple(_count(n, "a length", MOST_ELEMENTS) for n in shape)
     if len(lengths) > MOST_DIMS:
-        raise CheckpointError(f"{name!r} has {len(lengths)} dims, more than {MOST_DIMS}")
+        raise CheckpointError(f"{name!r:.100} has {len(lengths)} dims, more than {MOST_DIMS}")
     bounds = tuple((_text(a), _count(s, "a frame"), _count(t, "a frame")) for a, s, t in frame)
     return Entry(_text(name), dtype, lengths, _path(path), _role(role), bounds)
 
 
-def _chunks(entries: Sequence[Entry], sizes: Sequence[int], columns: Mapping[str, Ints]) -> Chunks:
-    """The columns as chunks, each inside its tensor and inside its file."""
-    entry, start, size, file, offset = (columns[c] for c in COLUMNS)
+def _chunks(entries: Sequence[Entry], num_files: int, columns: Mapping[str, Ints]) -> Chunks:
+    """The columns as chunks, each inside its tensor, at addresses that a file can have."""
+    entry, start, size, strides, file, offset = (columns[c] for c in COLUMNS)
     width = max((len(e.shape) for e in entries), default=0)
-    for name, wanted in (("start", (len(entry), width)), ("size", (len(entry), width)), ("file", entry.shape)):
-        if entry.ndim != 1 or columns[name].shape != wanted or offset.shape != entry.shape:
-            raise CheckpointError(f"its columns differ in length: {name} is {columns[name].shape}, not {wanted}")
+    for name, values in columns.items():
+        wanted = (entry.size, width) if name in ("start", "size", "strides") else (entry.size,)
+        if values.shape != wanted:
+            raise CheckpointError(f"its columns differ in length: {name} is {values.shape}, not {wanted}")
     _within(entry, len(entries), "tensor")
-    _within(file, len(sizes), "file")
+    _within(file, num_files, "file")
     shape = padded([e.shape for e in entries], width, 1)[entry]
     if ((start < 0) | (size < 0) | (start > shape) | (size > shape - start)).any():
         raise CheckpointError("one of its chunks reaches outside its tensor")
-    strides = columns.get("strides", row_major(size))
-    if strides.shape != size.shape or ((strides < 0) | (strides > MOST_ELEMENTS)).any():
-        raise CheckpointError("one of its chunks has strides that no tensor has")
-    items = np.array([itemsize(e.dtype) for e in entries], np.float64)[entry]
-    reach = (np.sum((size - 1) * strides.astype(np.float64), axis=1) + 1) * items * (size > 0).all(axis=1)
-    if ((offset < 0) | (offset + reach > np.array(sizes, np.float64)[file])).any():
-        raise CheckpointError("one of its chunks reaches outside its file")
+    items = np.array([itemsize(e.dtype) for e in entries], np.float64)[entry]  # floats: these could exceed 64 bits
+    reach = offset + (np.sum(np.maximum(size - 1, 0) * strides.astype(np.float64), axis=1) + 1) * items
+    if (offset < 0).any() or (strides < 0).any() or (strides > MOST_ELEMENTS).any() or (reach > MOST_BYTES).any():
+        raise CheckpointError("one of its chunks has an address or strides that no file has")
     return Chunks(entry, start, start + size, strides, file, offset)
 
 
@@ -231,19 +184,19 @@ def _within(index: Ints, count: int, what: str) -> None:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or "\0" in value:
-        raise CheckpointError(f"{value!r} is no name")
+        raise CheckpointError(f"{value!r:.100} is no name")
     return value
 
 
 def _count(value: Any, what: str, most: int = MOST_BYTES) -> int:
     if type(value) is not int or not 0 <= value <= most:
-        raise CheckpointError(f"{what} is {value!r}, not a number from 0 to {most}")
+        raise CheckpointError(f"{what} is {value!r:.100}, not a number from 0 to {most}")
     return value
 
 
 def _role(value: Any) -> str:
     if value not in ("weight", "optimizer", "state"):
-        raise CheckpointError(f"{value!r} is no role")
+        raise CheckpointError(f"{value!r:.100} is no role")
     return str(value)
 
 
@@ -252,22 +205,3 @@ def _path(parts: Any) -> tuple[str | int, ...]:
         _text(p) if isinstance(p, str) else Key(_count(p[0], "a key")) if isinstance(p, list) else _count(p, "an index")
         for p in parts
     )
-
-
-def _address(value: Any) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    file, offset, nbytes = (_count(n, "an address") for n in value)
-    return file, offset, nbytes
-
-
-def _where(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Which checkpoint it was: only shown."""
-    step = told["step"]
-    notes = tuple(_text(n) for n in told["notes"])
-    return {
-        "asked": _text(told["asked"]),
-        "folder": _text(told["folder"]),
-        "step": None if step is None else _count(step, "a step"),
-        "notes": notes,
-    }

@@ -12,18 +12,19 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, repeat
-from operator import is_not, itemgetter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, ints, row_major, volume
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
-from ckpt_dist.files import pickles, safetensors, zips
+from ckpt_dist.files import metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Crc, Layout, Spec, inside, split
 from ckpt_dist.formats import torch as pt
@@ -43,7 +44,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     where = str(path / ".metadata")
     try:
         with pickles.uncollected():
-            tables = [_Tables(pickles.loads(p.read_bytes(), str(p)), str(p)) for p in _metadata_files(path)]
+            tables = [_tables(p.read_bytes(), str(p)) for p in _metadata_files(path)]
             return _catalog(path, tables, options.get("elsewhere") or {}, where)
     except (TypeError, ValueError, OverflowError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(
@@ -63,20 +64,73 @@ def _metadata_files(path: Path) -> list[Path]:
     return ranks
 
 
+@dataclass(frozen=True)
 class _Tables:
-    """The lists of one `.metadata`, taken out of the unpickled records."""
+    """One `.metadata`: described tensors and their boxes, and rows of storage, keyed by name and offset.
 
-    def __init__(self, record: Any, where: str) -> None:
-        try:
-            fields = record[0]
-            self.described: dict[str, Any] = fields["state_dict_metadata"]
-            stored: dict[Any, Any] = fields.get("storage_data") or {}
-            self.index = list(map(itemgetter(0), stored))
-            self.info = list(map(itemgetter(0), stored.values()))
-            paths = fields.get("planner_data")
-            self.paths: dict[str, Any] = paths if type(paths) is dict else {}
-        except (TypeError, KeyError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {error!r}.") from None
+    `owner[chunk]` is a place in `described`, in whose values `chunks` is a number; `names[row]` and `relative[row]` index `texts`.
+    """
+
+    described: dict[str, Any]
+    paths: Mapping[str, Any]
+    owner: Ints
+    start: Ints
+    size: Ints
+    texts: Sequence[str]
+    names: Ints
+    is_tensor: NDArray[np.bool_]
+    at: Ints
+    relative: Ints
+    offset: Ints
+    length: Ints
+
+
+def _tables(data: bytes, where: str) -> _Tables:
+    """The fast way; whatever that does not know, the general way reads, or says what is wrong."""
+    try:
+        return _arrays(*metadata.short(data, where), where)
+    except (metadata.Unknown, CheckpointError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
+        return _arrays(*metadata.whole(data, where), where)
+
+
+def _arrays(record: Any, lanes: metadata.Lanes, where: str) -> _Tables:
+    try:
+        fields = record[0]
+        stored: dict[Any, Any] = fields.get("storage_data") or {}
+        described = {n: d[0] if len(d) else {} for n, d in fields["state_dict_metadata"].items()}
+        paths = fields.get("planner_data")
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {error!r}.") from None
+    lists = [metadata.Rows(d["chunks"], lanes) for d in described.values() if "chunks" in d]
+    tensors = np.array([k for k, d in enumerate(described.values()) if "chunks" in d], np.int64)
+    chunks = metadata.Rows([c for d in described.values() for c in d.get("chunks", ())], lanes)
+    rows = metadata.Rows([x for pair in stored.items() for x in pair], lanes)
+    index, info = rows.every(0, 2), rows.every(1, 2)
+    width = max((len(d["size"]) for d in described.values() if "chunks" in d), default=0)
+    if any(f.get("transform_descriptors") for f in info.kept.values()):
+        raise CheckpointError(
+            f"{where}: blobs are transformed, which cannot be read by address. Save without extensions."
+        )
+    if info.column("transform_descriptors", "none")[1].any():  # of a record that was cut: look at it as it is
+        raise metadata.Unknown
+    at, is_tensor = index.column("offset", "size", width)
+    names, relative = index.all("fqn", "text"), info.all("relative_path", "text")
+    tables = _Tables(
+        {n: {**d, "chunks": 0} if "chunks" in d else {} for n, d in described.items()},
+        paths if type(paths) is dict else {},
+        np.repeat(tensors, [len(one) for one in lists]),
+        chunks.all("offsets", "size", width),
+        chunks.all("sizes", "size", width, 1),
+        list(lanes.text_ids),
+        names,
+        is_tensor,
+        at,
+        relative,
+        info.all("offset", "int"),
+        info.all("length", "int"),
+    )
+    lanes.settle()
+    return tables
 
 
 def _catalog(path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int], where: str) -> Catalog:
@@ -85,36 +139,36 @@ def _catalog(path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int]
     for table in tables:
         paths.update(table.paths)
         described.update({k: v for k, v in table.described.items() if k not in described})
-    names = [n for n, d in described.items() if "chunks" in (d[0] if len(d) else {})]
-    entries = tuple(_entry(n, described[n][0], paths, where) for n in names)
-    boxes = [c for table in tables for n in names if n in table.described for c in table.described[n][0]["chunks"]]
-    owner = [
-        e
-        for table in tables
-        for e, n in enumerate(names)
-        if n in table.described
-        for _ in table.described[n][0]["chunks"]
-    ]
-    index = list(chain.from_iterable(t.index for t in tables))
-    named, offsets = [i["fqn"] for i in index], [i.get("offset") for i in index]
-    info = list(chain.from_iterable(t.info for t in tables))
-    files, file, offset, length = _addresses(path, info, elsewhere, where)
-    tensors = np.flatnonzero(np.fromiter(map(is_not, offsets, repeat(None)), bool, len(index)))
+    names = [n for n, d in described.items() if "chunks" in d]
+    entries = tuple(_entry(n, described[n], paths, where) for n in names)
     width = max((len(e.shape) for e in entries), default=0)
-    fields = list(map(itemgetter(0), boxes))
-    start = padded(list(map(itemgetter("offsets"), fields)), width, 0)
-    size = padded(list(map(itemgetter("sizes"), fields)), width, 1)
-    row = _storage_rows(entries, ints(owner), start, size, named, offsets, tensors, where)
+    number = {n: e for e, n in enumerate(names)}
+    owner = np.concatenate([ints([number.get(n, -1) for n in t.described])[t.owner] for t in tables])
+    start = np.concatenate([_wider(t.start, width, 0) for t in tables])
+    size = np.concatenate([_wider(t.size, width, 1) for t in tables])
+    at = np.concatenate([_wider(t.at, width, 0) for t in tables])
+    named = np.concatenate([ints([number.get(x, -1) for x in t.texts])[t.names] for t in tables])
+    is_tensor = np.concatenate([t.is_tensor for t in tables])
+    files, file, offset, length = _addresses(path, tables, elsewhere, where)
+    tensors = np.flatnonzero(is_tensor)
+    row = _storage_rows(entries, owner, start, size, named[tensors], at[tensors], tensors, where)
     keep = np.flatnonzero(row >= 0)
-    start, size, entry, row = start[keep], size[keep], ints(owner)[keep], row[keep]
+    start, size, entry, row = start[keep], size[keep], owner[keep], row[keep]
     _check_boxes(entries, entry, start, size, where)
     chunks = Chunks(entry, start, start + size, row_major(size), file[row], offset[row])
     if _safetensors_files(path, files, offset[tensors]):
         chunks = _in_safetensors(path, files, entries, chunks)
         length = np.full_like(length, -1)
-    extras = _extras(described, paths, named, offsets, file, offset, length)
+    others = np.flatnonzero(~is_tensor)
+    stored = [t.texts[k] for t in tables for k in t.names[~t.is_tensor].tolist()]
+    addresses = zip(file[others].tolist(), offset[others].tolist(), length[others].tolist(), strict=True)
+    extras = _extras(described, paths, dict(zip(stored, addresses, strict=True)))
     about = {"length": length[row], "ranks": len(tables), "nested": bool(paths)}
     return Catalog("dcp", str(path), tuple(files), entries, chunks, extras, about=about)
+
+
+def _wider(rows: Ints, width: int, fill: int) -> Ints:
+    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=fill)
 
 
 def _path(name: str, paths: Mapping[str, Any]) -> tuple[str | int, ...]:
@@ -134,25 +188,14 @@ def _entry(name: str, fields: Mapping[str, Any], paths: Mapping[str, Any], where
 
 
 def _storage_rows(
-    entries: Sequence[Entry],
-    owner: Ints,
-    start: Ints,
-    size: Ints,
-    names: Sequence[str],
-    offsets: Sequence[Any],
-    tensors: Ints,
-    where: str,
+    entries: Sequence[Entry], owner: Ints, start: Ints, size: Ints, named: Ints, at: Ints, tensors: Ints, where: str
 ) -> Ints:
     """For each described chunk the row of its storage; -1 for an empty one. Both sides are keyed by (name, offset)."""
-    width = start.shape[1]
-    shape = padded([e.shape for e in entries], width, 1)
+    shape = padded([e.shape for e in entries], start.shape[1], 1)
     steps = row_major(shape)
     room = 2 * np.prod(np.maximum(shape, 1), axis=1, dtype=np.int64) + 2
     base = np.cumsum(room) - room
-    ids = {e.name: i for i, e in enumerate(entries)}
-    named = np.fromiter(map(ids.get, names, repeat(-1)), np.int64, len(names))[tensors]
-    at = padded([o for o in offsets if o is not None], width, 0)
-    stored = base[named] + np.sum(at * steps[named], axis=1)
+    stored = base[named] + np.sum(at * steps[named], axis=1) if len(entries) else named
     stored[named < 0] = -1
     order = np.argsort(stored, kind="stable")
     wanted = base[owner] + np.sum(start * steps[owner], axis=1)
@@ -182,22 +225,17 @@ def _check_boxes(entries: Sequence[Entry], entry: Ints, start: Ints, size: Ints,
 
 
 def _addresses(
-    path: Path, info: Sequence[Mapping[str, Any]], elsewhere: Mapping[str, int], where: str
+    path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int], where: str
 ) -> tuple[list[str], Ints, Ints, Ints]:
     """Files, and for each storage row its file, offset and length; all files there, or on another node, and long enough."""
-    relative = list(map(itemgetter("relative_path"), info))
-    files = sorted({inside(path, f, where) for f in set(relative)})
+    used = [[t.texts[k] for k in np.unique(t.relative).tolist()] for t in tables]
+    files = sorted({inside(path, f, where) for f in set(chain.from_iterable(used))})
     number = {f: i for i, f in enumerate(files)}
-    file = np.fromiter(map(number.__getitem__, relative), np.int64, len(info))
-    offset = np.fromiter(map(itemgetter("offset"), info), np.int64, len(info))
-    length = np.fromiter(map(itemgetter("length"), info), np.int64, len(info))
-    if len(info) and (offset.min() < 0 or length.min() < 0):
+    file = np.concatenate([ints([number.get(x, -1) for x in t.texts])[t.relative] for t in tables])
+    offset = np.concatenate([t.offset for t in tables])
+    length = np.concatenate([t.length for t in tables])
+    if len(file) and (offset.min() < 0 or length.min() < 0):
         raise CheckpointError(f"{where} holds a negative offset or length.")
-    for row in info if max(map(len, info), default=0) > 3 else ():  # a fourth field is rare, a million rows are not
-        if row.get("transform_descriptors"):
-            raise CheckpointError(
-                f"{where}: blobs are transformed by {row['transform_descriptors']}, which cannot be read by address. Save without extensions."
-            )
     end = np.zeros(len(files), np.int64)
     np.maximum.at(end, file, offset + length)
     sizes = [(path / f).stat().st_size if (path / f).is_file() else elsewhere.get(str(path / f), -1) for f in files]
@@ -244,22 +282,13 @@ def _in_safetensors(path: Path, files: Sequence[str], entries: Sequence[Entry], 
 
 
 def _extras(
-    described: Mapping[str, Any],
-    paths: Mapping[str, Any],
-    stored: Sequence[str],
-    offsets: Sequence[Any],
-    file: Ints,
-    offset: Ints,
-    length: Ints,
+    described: Mapping[str, Any], paths: Mapping[str, Any], addresses: Mapping[str, tuple[int, int, int]]
 ) -> tuple[Extra, ...]:
-    rows = {name: r for r, (name, o) in enumerate(zip(stored, offsets, strict=True)) if o is None}
-    names = [n for n, d in described.items() if "chunks" not in (d[0] if len(d) else {})]
+    """Everything that is no tensor, with the place of its bytes where it has one."""
     found = []
-    for name in names:
+    for name in (n for n, d in described.items() if "chunks" not in d):
         path = _path(name, paths)
-        row = rows.get(name)
-        address = None if row is None else (int(file[row]), int(offset[row]), int(length[row]))
-        found.append(Extra(name, path, role(path), address=address))
+        found.append(Extra(name, path, role(path), address=addresses.get(name)))
     return tuple(found)
 
 
@@ -267,11 +296,10 @@ def locate(catalog: Catalog, rows: Ints) -> Chunks:
     """Exact addresses and strides of some chunks, from the headers of their blobs: two small reads each."""
     chunks = catalog.chunks.take(rows)
     length = catalog.about["length"][rows]
-    if (length < 0).any():
-        return chunks
     offset, strides = chunks.offset.copy(), chunks.strides.copy()
     known: dict[bytes, pickles.TensorRef] = {}
-    order = np.argsort(chunks.file, kind="stable")
+    blobs = np.flatnonzero(length >= 0)  # the others' addresses are exact already
+    order = blobs[np.argsort(chunks.file[blobs], kind="stable")]
     for group in np.split(order, np.flatnonzero(np.diff(chunks.file[order])) + 1):
         if not len(group):
             continue

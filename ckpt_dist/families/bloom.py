@@ -1,0 +1,70 @@
+"""BLOOM: query, key and value fused head by head, biases everywhere, a norm after the embedding.
+
+l layer  v vocabulary  e embedding  h head  d element of a head  f feed-forward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+model_types = ("bloom",)
+
+weights = dict(
+    embed="v e",
+    embed_norm="e",
+    embed_norm_bias="e",
+    attn_norm="l e",
+    attn_norm_bias="l e",
+    q="l h d e",
+    k="l h d e",
+    v="l h d e",
+    q_bias="l h d",
+    k_bias="l h d",
+    v_bias="l h d",
+    o="l e h d",
+    o_bias="l e",
+    mlp_norm="l e",
+    mlp_norm_bias="l e",
+    up="l f e",
+    up_bias="l f",
+    down="l e f",
+    down_bias="l e",
+    norm="e",
+    norm_bias="e",
+    head="v e",
+)
+ties = dict(head="embed")
+
+_l = "transformer.h.{l}."
+
+dialects = dict(
+    hf={
+        "transformer.word_embeddings.weight": "embed: v e",
+        "transformer.word_embeddings_layernorm.weight": "embed_norm: e",
+        "transformer.word_embeddings_layernorm.bias": "embed_norm_bias: e",
+        _l + "input_layernorm.weight": "attn_norm: e",
+        _l + "input_layernorm.bias": "attn_norm_bias: e",
+        _l + "self_attention.query_key_value.weight": "q, k, v: (h (1 + 1 + 1) d) e",
+        _l + "self_attention.query_key_value.bias": "q_bias, k_bias, v_bias: (h (1 + 1 + 1) d)",
+        _l + "self_attention.dense.weight": "o: e (h d)",
+        _l + "self_attention.dense.bias": "o_bias: e",
+        _l + "post_attention_layernorm.weight": "mlp_norm: e",
+        _l + "post_attention_layernorm.bias": "mlp_norm_bias: e",
+        _l + "mlp.dense_h_to_4h.weight": "up: f e",
+        _l + "mlp.dense_h_to_4h.bias": "up_bias: f",
+        _l + "mlp.dense_4h_to_h.weight": "down: e f",
+        _l + "mlp.dense_4h_to_h.bias": "down_bias: e",
+        "transformer.ln_f.weight": "norm: e",
+        "transformer.ln_f.bias": "norm_bias: e",
+        "lm_head.weight": "head: v e",
+    },
+)
+
+
+def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
+    width = c.get("hidden_size") or c["n_embed"]
+    return dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=c["n_head"], d=width // c["n_head"], f=4 * width)
+
+
+sizes = dict(hf=_from_hf)

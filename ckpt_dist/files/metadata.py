@@ -1,0 +1,589 @@
+"""The `.metadata` of torch.distributed.checkpoint as integer arrays, without an object for each chunk.
+
+Nearly all of such a pickle is records of a few shapes, millions of them: an object whose state is a dict of integers,
+sizes, short texts and references (memo numbers) to sizes and texts that came before.
+
+    _lanes     records are found by six bytes that all of them begin with, and read side by side: the first token of
+               all of them, then the second, ...; those with the same tokens are of one `Shape`
+    _reduce    they are cut out of the stream; a `Run` stands for what was cut, a `Ref` for a reference into it
+    rest       what is left, a few objects for each tensor, is unpickled by the allow-list like any other pickle
+    Lanes      gives a field of many records as an array; references are looked up where they lead
+
+Invariant: a record is cut only if it begins exactly where the one before ends, and the first one of a row is kept, so
+the unpickler itself arrives at each row. Whatever is not as expected is `Unknown`: then the general path reads all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt_dist.box import Ints, expand, ints
+from ckpt_dist.files import pickles
+
+Bytes: TypeAlias = "NDArray[np.uint8]"
+Words: TypeAlias = "NDArray[np.uint64]"
+HEAD = b")\x81\x94}\x94("  # EMPTY_TUPLE NEWOBJ MEMOIZE EMPTY_DICT MEMOIZE MARK: an object, and its state begins
+BLOCK = 1 << 16  # records read side by side
+LONGEST = 64  # tokens of a record
+SHAPES = 1000  # of a stream; torch needs about twenty
+PAD = 512  # zeros after the stream, more than a token can reach past its end
+FRAME = 0x95
+
+
+class Unknown(ValueError):
+    """Not a stream that this file knows."""
+
+
+def _table(kind: Any, entries: dict[str, int]) -> Any:
+    table = np.zeros(256, kind)
+    for op, value in entries.items():
+        table[ord(op)] = value
+    return table
+
+
+# Tokens as letters: g reference, i integer, t text, m memoize, N None, 1 2 3 T tuples, R call, ( ) u b as in pickle.
+LETTERS = ".gitmN123TR()ub"
+OPS = {"h": "g", "j": "g", "K": "i", "M": "i", "J": "i", "\x8a": "i", "\x8c": "t", "\x94": "m"}
+OPS |= {"N": "N", "\x85": "1", "\x86": "2", "\x87": "3", "t": "T", "R": "R"} | {c: c for c in "()ub"}
+CODE = _table(np.uint8, {op: LETTERS.index(letter) for op, letter in OPS.items()})  # four bits; 0 is none of them
+END, GET = LETTERS.index("b"), LETTERS.index("g")
+ARGUMENT = {"h": 1, "j": 4, "K": 1, "M": 2, "J": 4, "\x8a": 1, "\x8c": 1}  # bytes after the opcode
+LENGTH = _table(np.int64, dict.fromkeys(OPS, 1) | {op: 1 + n for op, n in ARGUMENT.items()})
+MASK = _table(np.uint64, {op: (1 << 8 * n) - 1 for op, n in ARGUMENT.items()})
+COUNTED = _table(np.bool_, {"\x8a": 1, "\x8c": 1})  # the argument says how many bytes follow
+
+SIZE = re.compile(r"g(?:\(?(i*)[123T]|\))m1mRm")  # torch.Size((...))
+PLAIN = re.compile(r"tm|i|N|g")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a shape: what it is, and which of the values are its own; `memo` is its number in its record."""
+
+    kind: str  # size, text, int, none or get
+    key: int
+    first: int
+    last: int
+    memo: int = -1
+
+
+@dataclass
+class Shape:
+    """All records of the same tokens; `values[k]` is the k-th integer, text or reference of each, from token `steps[k]`."""
+
+    fields: tuple[Field, ...]
+    memos: int
+    steps: tuple[int, ...]
+    values: list[Any]
+    lanes: list[Ints] = field(default_factory=list)
+
+
+def parse(letters: str) -> Shape | None:
+    """`giggi)m1mRmub`... as fields, or None if it is none of ours."""
+    fields, at, memos, valued = [], 0, 2, 0  # the object and its state
+    while letters[at : at + 1] == "g":
+        size = SIZE.match(letters, at + 1)
+        plain = size or PLAIN.match(letters, at + 1)
+        if plain is None:
+            return None
+        token, key, first = plain.group(), valued, valued + 1
+        kind = "size" if size else {"tm": "text", "i": "int", "N": "none", "g": "get"}[token]
+        first += kind == "size"  # the class
+        last = first + (token.count("i") if size else kind != "none")
+        memo = memos + 2 if size and token[1] != ")" else memos + 1 if size else memos if kind == "text" else -1
+        fields.append(Field(kind, key, first, last, memo))
+        valued, memos, at = last, memos + token.count("m"), plain.end()
+    steps = tuple(k for k, letter in enumerate(letters) if letter in "git")
+    return Shape(tuple(fields), memos, steps, [[] for _ in steps]) if letters[at:] == "ub" and fields else None
+
+
+def unframed(data: bytes) -> bytes:
+    """The stream without its frames, which say nothing; zeros follow it."""
+    view, at, parts = memoryview(data), 2, [memoryview(data)[:2]]
+    if data[:1] != b"\x80" or data[1] not in (4, 5):
+        raise Unknown
+    while at < len(data) and data[at] == FRAME:
+        length = int.from_bytes(data[at + 1 : at + 9], "little")
+        parts.append(view[at + 9 : at + 9 + length])
+        at += 9 + length
+    if at != len(data):
+        raise Unknown
+    return b"".join([*parts, bytes(PAD)])
+
+
+class Stream:
+    """Bytes, and at each position the eight bytes from there on."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.last = data, len(data) - PAD
+        self.words: Words = np.ndarray((len(data) - 8,), "<u8", data, strides=(1,))
+
+    def heads(self) -> Ints:
+        """Where a record's state may begin."""
+        found = []
+        for low in range(0, self.last, 1 << 22):
+            part = np.frombuffer(self.data, np.uint8, min(1 << 22, self.last - low), low)
+            at = np.flatnonzero(part == HEAD[0]) + low
+            found.append(at[(self.words[at] & np.uint64((1 << 48) - 1)) == np.uint64(int.from_bytes(HEAD, "little"))])
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def tokens(self, at: Ints) -> tuple[Bytes, Ints | None, Ints]:
+        """(code, value, where the next token is) at each position; the value of a text is 256 x position + length.
+
+        There are no values if no token has one.
+        """
+        word = self.words[at]
+        op = np.ascontiguousarray(word.view(np.uint8)[::8])
+        kind: Any = op[:1] if (op == op[:1]).all() else op  # nearly always they are all the same
+        code, after = np.broadcast_to(CODE[kind], op.shape), at + LENGTH[kind]
+        if not MASK[kind].any():
+            return code, None, np.minimum(after, self.last)
+        value = ((word >> np.uint64(8)) & MASK[kind]).view(np.int64)
+        if (signed := kind == 0x4A).any():  # BININT
+            value = np.where(signed, value.astype(np.int32), value)
+        if COUNTED[kind].any():
+            counted = np.flatnonzero(COUNTED[op])
+            count, text = value[counted], op[counted] == 0x8C
+            shift = np.where(text | (count > 8) | (count < 1), 0, 64 - 8 * count)
+            number = (self.words[np.minimum(at[counted] + 2, self.last)].view(np.int64) << shift) >> shift
+            value[counted] = np.where(text, (at[counted] + 2) * 256 + count, number)
+            after[counted] += count
+        return code, value, np.minimum(after, self.last)
+
+
+@dataclass
+class Records:
+    """Records in the order of the stream. `shape` is -1 where one is not understood; `row` is its row in its shape.
+
+    `kind` is the memo number of its class if it begins where the one before ends, else -1.
+    """
+
+    head: Ints
+    end: Ints
+    shape: Ints
+    row: Ints
+    kind: Ints
+    shapes: list[Shape]
+
+
+def _lanes(stream: Stream) -> Records:
+    head = stream.heads()
+    found = Records(head, np.zeros_like(head), np.full(len(head), -1), np.zeros_like(head), np.full(len(head), -1), [])
+    known: dict[bytes, int] = {}
+    for low in range(0, len(head), BLOCK):
+        for odd in (0, 1):  # keys and values of a dict take turns
+            _block(stream, np.arange(low + odd, min(low + BLOCK, len(head)), 2), found, known)
+    for shape in found.shapes:
+        order = np.argsort(np.concatenate(shape.lanes), kind="stable")
+        shape.values = [np.concatenate(v)[order] for v in shape.values]
+        found.row[np.concatenate(shape.lanes)[order]] = np.arange(len(order))
+    if len(head):
+        code, number, after = stream.tokens(found.end[:-1])
+        follows = (found.shape[:-1] >= 0) & (code == GET) & (after == head[1:])
+        if number is not None:
+            found.kind[1:][follows] = number[follows]
+    return found
+
+
+def _block(stream: Stream, lanes: Ints, found: Records, known: dict[bytes, int]) -> None:
+    """Read some records side by side: `spelt` packs the codes of each one's tokens, sixteen in a word."""
+    rows, at = np.arange(len(lanes)), found.head[lanes] + len(HEAD)
+    spelt = np.zeros(len(rows), np.uint64)
+    words: list[tuple[Ints, Words]] = []
+    values: dict[int, tuple[Ints, Ints]] = {}
+    for step in range(LONGEST):
+        if not len(rows):
+            return
+        code, value, after = stream.tokens(at)
+        spelt = (spelt << np.uint64(4)) | code
+        if value is not None:
+            values[step] = rows, value
+        stops = code == END
+        if stops.any():
+            done = rows[stops]
+            found.end[lanes[done]] = after[stops]
+            spelling = np.stack([*(w[np.searchsorted(r, done)] for r, w in words), spelt[stops]], 1)
+            _sort(done, spelling, lanes, values, found, known)
+        if step % 16 == 15:
+            words.append((rows, spelt))
+            spelt = np.zeros_like(spelt)
+        going = ~stops & (code > 0)
+        if not going.all():
+            rows, after, spelt = rows[going], after[going], spelt[going]
+        at = after
+
+
+def _sort(
+    done: Ints,
+    spelling: Words,
+    lanes: Ints,
+    values: Mapping[int, tuple[Ints, Ints]],
+    found: Records,
+    known: dict[bytes, int],
+) -> None:
+    """Records that end at the same token, by what their tokens are."""
+    left = np.arange(len(done))
+    while len(left):
+        same = (spelling[left] == spelling[left[0]]).all(axis=1)
+        mine, text = done[left[same]], spelling[left[0]].tobytes()
+        left = left[~same]
+        if text not in known:
+            if len(known) == SHAPES:
+                raise Unknown
+            codes = "".join(f"{w:x}" for w in np.frombuffer(text, np.uint64).tolist())
+            shape = parse("".join(LETTERS[int(c, 16)] for c in codes))
+            known[text] = len(found.shapes) if shape else -1
+            found.shapes += [shape] if shape else []
+        if known[text] < 0:
+            continue
+        shape = found.shapes[known[text]]
+        for column, step in zip(shape.values, shape.steps, strict=True):
+            rows, value = values[step]
+            column.append(value if len(rows) == len(mine) else value[np.searchsorted(rows, mine)])
+        shape.lanes.append(lanes[mine])
+        found.shape[lanes[mine]] = known[text]
+
+
+# --- what is left of the stream ------------------------------------------------------------------------------------
+
+
+class Run:
+    """Stands for the cut records first..last."""
+
+    __slots__ = ("first", "last")
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+
+class Ref:
+    """Stands for what a cut record has put under a memo number; `used` once it was a field's value, which it must be."""
+
+    __slots__ = ("number", "used")
+
+    def __init__(self, number: int) -> None:
+        self.number, self.used = number, False
+
+
+FIXED = [0] * 256  # length of each opcode that a kept part may have; 0 is none of them
+for _op, _length in {**{c: 1 for c in "()0NORabdelostu]}.\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x93\x94"}}.items():
+    FIXED[ord(_op)] = _length
+for _op, _length in {"K": 2, "M": 3, "J": 5, "G": 9, "h": 2, "j": 5}.items():
+    FIXED[ord(_op)] = _length
+PREFIXED = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x8B: 4}  # bytes of the length that follows
+PERSISTENT = b"\x8a\x08%sQ"  # LONG1 of eight bytes, BINPERSID
+
+
+class Reduced:
+    """The stream without its cut records; memo numbers are those of what is left."""
+
+    def __init__(self, stream: Stream, records: Records) -> None:
+        self.data, self.out, self.refs = stream.data, list[bytes](), list[Ref]()
+        self.memos = 0  # of the whole stream, so far
+        self.bases: list[int] = []  # of each run
+        self.cut = [0]  # memo numbers that the runs before have taken
+        gone = np.flatnonzero((records.kind >= 0) & (records.shape >= 0))
+        breaks = np.flatnonzero(np.diff(gone) != 1) + 1 if len(gone) else gone
+        self.first = gone[np.append(0, breaks)] if len(gone) else gone
+        self.last = gone[np.append(breaks - 1, len(gone) - 1)] + 1 if len(gone) else gone
+        counts = np.array([s.memos for s in records.shapes] or [0], np.int64)
+        before = np.append(0, np.cumsum(np.where(records.shape >= 0, counts[records.shape], 0)))
+        at = 0
+        begins, ends = records.end[self.first - 1].tolist(), records.end[self.last - 1].tolist()
+        taken = (before[self.last] - before[self.first]).tolist()
+        for number, (begin, end, memos) in enumerate(zip(begins, ends, taken, strict=True)):
+            self._keep(at, begin)
+            self._run(number, int(self.last[number] - self.first[number]), memos)
+            at = end
+        self._keep(at, stream.last)
+
+    def _run(self, number: int, count: int, memos: int) -> None:
+        self.out.append(PERSISTENT % (-1 - number).to_bytes(8, "little", signed=True))
+        if count % 2 == 0:
+            self.out.append(b"N")  # so that keys and values of a dict keep their places
+        self.bases.append(self.memos)
+        self.memos += memos
+        self.cut.append(self.cut[-1] + memos)
+
+    def _keep(self, at: int, end: int) -> None:
+        """Pass on a part; references get the numbers of what is left."""
+        data, kept = self.data, at
+        while at < end:
+            op = data[at]
+            if op == 0x94:
+                self.memos += 1
+                at += 1
+            elif op == 0x68 or op == 0x6A:
+                after = at + FIXED[op]
+                self.out += [data[kept:at], self.get(int.from_bytes(data[at + 1 : after], "little"))]
+                if data[after] == 0x94:  # nobody memoizes what is memoized, and a Ref must stay the only one
+                    raise Unknown
+                at = kept = after
+            elif FIXED[op]:
+                at += FIXED[op]
+            elif op in PREFIXED:
+                width = 1 + PREFIXED[op]
+                at += width + int.from_bytes(data[at + 1 : at + width], "little")
+            elif op == 0x80 and at == 0:
+                at += 2
+            else:
+                raise Unknown
+        if at != end:
+            raise Unknown
+        self.out.append(data[kept:end])
+
+    def get(self, number: int) -> bytes:
+        """The opcodes that put on the stack what the whole stream has under a memo number."""
+        run = bisect_right(self.bases, number) - 1
+        if run >= 0 and number < self.bases[run] + self.cut[run + 1] - self.cut[run]:
+            return PERSISTENT % number.to_bytes(8, "little")
+        return b"j" + (number - self.cut[run + 1]).to_bytes(4, "little")
+
+    def load(self, asked: Sequence[int], where: str) -> tuple[Any, list[Any]]:
+        """The pickle's object, and what lies under the memo numbers `asked`."""
+        runs = list(zip(self.first.tolist(), self.last.tolist(), strict=True))
+        whole = b"".join(self.out)
+        if whole[-1:] != b".":
+            raise Unknown
+        more = b"".join([b"(", *map(self.get, asked), b"t\x86."])
+
+        def stand_in(number: int) -> Run | Ref:
+            if number < 0:
+                return Run(*runs[-1 - number])
+            self.refs.append(Ref(number))
+            return self.refs[-1]
+
+        return pickles.loads(whole[:-1] + more, where, stand_in)  # type: ignore[no-any-return]
+
+
+# --- fields of records as arrays -----------------------------------------------------------------------------------
+
+
+class Lanes:
+    """The cut records of a stream, by fields."""
+
+    def __init__(self, stream: Stream, records: Records, reduced: Reduced) -> None:
+        self.stream, self.records, self.refs = stream, records, reduced.refs
+        shapes = records.shapes
+        counts = np.array([s.memos for s in shapes] or [0], np.int64)
+        self.lanes = expand(reduced.first, reduced.last - reduced.first)[1]
+        memos = counts[records.shape[self.lanes]]
+        lengths = reduced.last - reduced.first
+        before = np.cumsum(memos) - memos
+        base = (
+            np.repeat(ints(reduced.bases) - before[np.cumsum(lengths) - lengths], lengths) if len(lengths) else before
+        )
+        self.base = before + base  # memo number of each cut record's object
+        self.memos = memos
+        used = np.unique(records.shape[self.lanes])
+        self.text_ids: dict[str, int] = {}
+        self.kept: dict[int, Any] = {}
+        gets = [np.unique(records.kind[self.lanes])]
+        for s in used.tolist():
+            for f in shapes[s].fields:
+                gets.append(np.unique(shapes[s].values[f.key]))
+                if f.kind == "get":
+                    gets.append(np.unique(shapes[s].values[f.first]))
+                if f.kind == "size":
+                    gets.append(np.unique(shapes[s].values[f.first - 1]))
+        numbers = np.unique(np.concatenate(gets)) if len(self.lanes) else np.zeros(0, np.int64)
+        self.asked = numbers[self._lane(numbers) < 0].tolist()
+
+    def _lane(self, numbers: Ints) -> Ints:
+        """Which cut record has given out a memo number (its place in `lanes`), or -1."""
+        if not len(self.base):
+            return np.full(len(numbers), -1)
+        lane = np.searchsorted(self.base, numbers, side="right") - 1
+        inside = (lane >= 0) & (numbers < self.base[lane] + self.memos[lane])
+        return np.where(inside, lane, -1)
+
+    def learn(self, objects: Sequence[Any]) -> None:
+        """What lies under the memo numbers `asked`; now fields have names."""
+        self.kept = dict(zip(self.asked, objects, strict=True))
+        for number in np.unique(self.records.kind[self.lanes]).tolist():
+            if not (isinstance(kind := self.kept.get(number), type) and issubclass(kind, pickles.Record)):
+                raise Unknown(f"an object of {kind!r:.60}")
+
+    def settle(self) -> None:
+        """All that was asked for has been: a reference that was no field's value is somewhere it must not be."""
+        if not all(ref.used for ref in self.refs):
+            raise Unknown("a reference to a part of a record")
+
+    def column(self, lanes: Ints, name: str, kind: str, width: int, fill: int) -> tuple[Ints, NDArray[np.bool_]]:
+        """(values, whether there is one) of a field: an `int`, the id of a `text`, or the row of a `size`."""
+        out = np.full((len(lanes), width), fill, np.int64)
+        there = np.zeros(len(lanes), bool)
+        kinds = self.records.shape[lanes]
+        for s in np.unique(kinds).tolist():
+            mine = np.flatnonzero(kinds == s)
+            shape, rows = self.records.shapes[s], self.records.row[lanes[mine]]
+            found = self._field(shape, rows, name)
+            if found is None or found.kind == "none":
+                continue
+            there[mine] = True
+            if found.kind == "get":
+                self._follow(shape.values[found.first][rows], kind, out, mine, there)
+            else:
+                self._plain(shape, found, kind, rows, out, mine)
+        return out, there
+
+    def _field(self, shape: Shape, rows: Ints, name: str) -> Field | None:
+        """The field of that name; all these records agree which it is."""
+        for f in shape.fields:
+            keys = shape.values[f.key][rows]
+            if (keys != keys[0]).any():
+                raise Unknown
+            if self.kept[int(keys[0])] == name:
+                return f
+        return None
+
+    def _plain(self, shape: Shape, f: Field, kind: str, rows: Ints, out: Ints, into: Ints) -> None:
+        if f.kind != kind:
+            raise Unknown(f"a {f.kind} where a {kind} should be")
+        if f.kind == "text":
+            out[into, 0] = self._text(shape.values[f.first][rows])
+            return
+        if f.kind == "size" and any(
+            self.kept.get(int(k)) is not tuple for k in np.unique(shape.values[f.first - 1][rows])
+        ):
+            raise Unknown
+        if f.last - f.first > out.shape[1]:
+            raise Unknown
+        for k in range(f.first, f.last):
+            out[into, k - f.first] = shape.values[k][rows]
+
+    def _follow(self, numbers: Ints, kind: str, out: Ints, into: Ints, there: NDArray[np.bool_]) -> None:
+        """References: to another record's size or text, or to something that was kept."""
+        lane = self._lane(numbers)
+        for number in np.unique(numbers[lane < 0]).tolist():
+            rows = into[numbers == number]
+            value = self.kept[number]
+            if value is None:
+                there[rows] = False
+            else:
+                self.put(value, kind, out, rows)
+        inner = np.flatnonzero(lane >= 0)
+        of = self.lanes[lane[inner]]
+        local = numbers[inner] - self.base[lane[inner]]
+        what = self.records.shape[of] * 256 + local
+        for one in np.unique(what).tolist():
+            mine = np.flatnonzero(what == one)
+            shape = self.records.shapes[one // 256]
+            fields = [f for f in shape.fields if f.memo == one % 256]
+            if not fields:
+                raise Unknown
+            self._plain(shape, fields[0], kind, self.records.row[of[mine]], out, into[inner[mine]])
+
+    def put(self, value: Any, kind: str, out: Ints, rows: Any) -> None:
+        """One value of a kept record into some rows."""
+        if type(value) is Ref:
+            value.used = True
+            some = np.zeros((1, out.shape[1]), np.int64)
+            self._follow(ints([value.number]), kind, some, np.zeros(1, np.int64), np.ones(1, bool))
+            out[rows] = some
+            return
+        if kind == "text" and type(value) is str:
+            value = (self.text_ids.setdefault(value, len(self.text_ids)),)
+        elif kind == "int" and type(value) is int:
+            value = (value,)
+        elif kind != "size" or type(value) is not tuple or any(type(v) is not int for v in value):
+            raise Unknown(f"{value!r:.60} where a {kind} should be")
+        if len(value) > out.shape[1]:
+            raise Unknown(f"{value!r:.60} has more than {out.shape[1]} dims")
+        for k, v in enumerate(value):
+            out[rows, k] = v
+
+    def _text(self, spans: Ints) -> Ints:
+        """Ids of texts; equal texts have equal ids."""
+        at, length = spans // 256, spans % 256
+        words = np.zeros((len(at), int(length.max(initial=0)) // 8 + 1), np.uint64)
+        mixed = length.astype(np.uint64)
+        for k in range(words.shape[1]):
+            rows = np.flatnonzero(length > 8 * k)
+            bits = 8 * np.minimum(length[rows] - 8 * k, 8).astype(np.uint64)
+            keep = np.uint64(0xFFFFFFFFFFFFFFFF) >> (np.uint64(64) - bits)
+            words[rows, k] = self.stream.words[at[rows] + 8 * k] & keep
+            mixed = (mixed ^ words[:, k]) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+        _, first, member = np.unique(mixed, return_index=True, return_inverse=True)
+        if (words != words[first[member]]).any() or (length != length[first[member]]).any():
+            raise Unknown
+        data = self.stream.data
+        texts = [str(data[a : a + n], "utf-8") for a, n in zip(at[first].tolist(), length[first].tolist(), strict=True)]
+        return ints([self.text_ids.setdefault(t, len(self.text_ids)) for t in texts])[member]
+
+
+class Rows:
+    """Records in order, cut ones and kept ones: what the items of a list, or the keys and values of a dict, stand for."""
+
+    def __init__(self, items: Sequence[Any], lanes: Lanes) -> None:
+        self.lanes = lanes
+        flat = [i for i in items if i is not None]  # a None keeps a place in a dict, no more
+        counts = ints([i.last - i.first if type(i) is Run else 1 for i in flat])
+        if counts.sum() > len(lanes.lanes) + len(flat):
+            raise Unknown
+        ends = np.cumsum(counts)
+        self.lane = np.full(int(ends[-1]) if len(flat) else 0, -1)
+        self.kept: dict[int, Any] = {}
+        for item, low, high in zip(flat, (ends - counts).tolist(), ends.tolist(), strict=True):
+            if type(item) is Run:
+                self.lane[low:high] = np.arange(item.first, item.last)
+            else:
+                self.kept[low] = item[0]
+
+    def __len__(self) -> int:
+        return len(self.lane)
+
+    def every(self, first: int, step: int) -> Rows:
+        """Each `step`-th of them."""
+        part = Rows((), self.lanes)
+        part.lane = self.lane[first::step]
+        part.kept = {k // step: v for k, v in self.kept.items() if k % step == first}
+        return part
+
+    def column(self, name: str, kind: str, width: int = 1, fill: int = 0) -> tuple[Ints, NDArray[np.bool_]]:
+        """(values, whether there is one) of a field: an `int`, the id of a `text`, or the row of a `size`."""
+        out, there = np.full((len(self.lane), width), fill, np.int64), np.zeros(len(self.lane), bool)
+        cut = np.flatnonzero(self.lane >= 0)
+        if len(cut):
+            out[cut], there[cut] = self.lanes.column(self.lane[cut], name, kind, width, fill)
+        for row, fields in self.kept.items():
+            value = fields.get(name)
+            if value is not None:
+                self.lanes.put(value, kind, out, [row])
+                there[row] = True
+        return out, there
+
+    def all(self, name: str, kind: str, width: int = 1, fill: int = 0) -> Ints:
+        """The values of a field that none of them lacks."""
+        values, there = self.column(name, kind, width, fill)
+        if not there.all():
+            raise Unknown(f"{len(there) - there.sum()} of {len(there)} records have no {name}")
+        return values if kind == "size" else values[:, 0]
+
+
+def whole(data: bytes, where: str) -> tuple[Any, Lanes]:
+    """The unpickled `.metadata`, nothing cut out."""
+    return pickles.loads(data, where), _opened(bytes(PAD))[1]
+
+
+def short(data: bytes, where: str) -> tuple[Any, Lanes]:
+    """The unpickled `.metadata` with Runs and Refs in it, and the records they stand for. May raise Unknown."""
+    reduced, lanes = _opened(unframed(data))
+    found, objects = reduced.load(lanes.asked, where)
+    lanes.learn(objects)
+    return found, lanes
+
+
+def _opened(data: bytes) -> tuple[Reduced, Lanes]:
+    stream = Stream(data)
+    records = _lanes(stream)
+    reduced = Reduced(stream, records)
+    return reduced, Lanes(stream, records, reduced)

@@ -1,0 +1,257 @@
+"""What a rank needs of a source: the chunks that its tiles touch, proven to hold all of them.
+
+The catalog of a large checkpoint has millions of chunks, so it stays on rank 0. All ranks know its entries (the names
+and shapes); by whole entries a rank finds which of them its tiles touch, and is sent only the chunks of those.
+
+    scanned   rank 0 scans, every rank gets the models, without their chunks
+    share     the tiles of this rank
+    part      the chunks these tiles touch; each element of a tile has exactly one source, or all ranks refuse
+    wanted    the copies from these chunks to the tiles, at exact addresses
+
+Invariant: what a rank does and holds grows with its own tiles and with the number of entries, not with the chunks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt_dist import formats, plan
+from ckpt_dist.box import Ints, expand
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, whole
+from ckpt_dist.engine import exchange
+from ckpt_dist.engine.fill import tile_dtypes
+from ckpt_dist.engine.group import Group
+from ckpt_dist.errors import CheckpointError, Missing
+from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.model import Bound, Model
+
+T = TypeVar("T")
+
+
+def scanned(group: Group, scan: Callable[[Mapping[str, Any]], T]) -> T:
+    """What rank 0 finds, on all ranks. Files that its node lacks are looked for on the others, and it scans again.
+
+    `scan` gets what to add to the keys of a source: the sizes of files `elsewhere`, -1 for one that nobody has.
+    """
+    sizes: dict[str, int] = {}
+    found: list[T] = []
+
+    def attempt() -> tuple[T | None, tuple[str, ...]]:
+        try:
+            found[:] = [scan({"elsewhere": sizes} if group.world > 1 else {})]
+            return _apart(found[0]), ()
+        except Missing as error:
+            if group.world == 1 or set(error.paths) <= set(sizes):
+                raise
+            return None, error.paths
+
+    while True:
+        known, lost = group.on_first(attempt)
+        if not lost:
+            mine: Any = found[0] if found else known
+            return _apart(mine, keep=True) if group.world > 1 else mine  # type: ignore[no-any-return]
+        sizes |= dict.fromkeys(lost, -1)
+        for seen in group.gather({p: os.path.getsize(p) for p in lost if os.path.isfile(p)}):
+            sizes |= seen
+
+
+def _apart(found: Any, keep: bool = False) -> Any:
+    """Models marked as having their chunks on rank 0 only, and without them unless this is rank 0."""
+    if isinstance(found, Sequence):
+        return [_apart(m, keep) for m in found]
+    catalog = found.catalog if keep else pick(found.catalog, np.zeros(0, np.int64))
+    return replace(found, source=replace(found.source, catalog=catalog), apart=True)
+
+
+def pick(catalog: Catalog, rows: Ints) -> Catalog:
+    """The same catalog with only some of its chunks; arrays in `about` have a value for each chunk."""
+    about = {k: v[rows] if isinstance(v, np.ndarray) else v for k, v in catalog.about.items()}
+    return replace(catalog, chunks=catalog.chunks.take(rows), about=about)
+
+
+def _rows(chunks: Chunks, num_entries: int) -> Callable[[Ints], Ints]:
+    """Entries -> the rows of their chunks."""
+    entry = chunks.entry
+    order = None if (entry[1:] >= entry[:-1]).all() else np.argsort(entry, kind="stable")
+    cuts = np.searchsorted(entry if order is None else entry[order], np.arange(num_entries + 1))
+
+    def rows(entries: Ints) -> Ints:
+        found = expand(cuts[entries], cuts[entries + 1] - cuts[entries])[1]
+        return found if order is None else order[found]
+
+    return rows
+
+
+def fetch(group: Group, m: Model, entries: Ints) -> Catalog:
+    """The catalog of a source with only the chunks of some entries; all ranks call this together."""
+    catalog = m.catalog
+    if not m.apart or group.world == 1:
+        rows = _rows(catalog.chunks, len(catalog.entries))(entries)
+        return catalog if len(rows) == len(catalog.chunks) else pick(catalog, rows)
+    asked = group.gather(entries)
+    find = _rows(catalog.chunks, len(catalog.entries)) if group.rank == 0 else None
+    flat = group.deal(lambda rank: _flat(pick(catalog, find(asked[rank]))) if find else entries)
+    return _unflat(catalog, flat)
+
+
+def _columns(catalog: Catalog) -> list[str]:
+    return sorted(k for k, v in catalog.about.items() if isinstance(v, np.ndarray))
+
+
+def _flat(catalog: Catalog) -> Ints:
+    c = catalog.chunks
+    one = [c.entry, c.file, c.offset, *(catalog.about[k] for k in _columns(catalog))]
+    return np.hstack([np.column_stack(one), c.start, c.stop, c.strides]).reshape(-1)
+
+
+def _unflat(catalog: Catalog, flat: Ints) -> Catalog:
+    names, width = _columns(catalog), catalog.chunks.start.shape[1]
+    table = flat.reshape(-1, 3 + len(names) + 3 * width)
+    entry, file, offset, *more = table.T[: 3 + len(names)]
+    start, stop, strides = np.split(table[:, 3 + len(names) :], 3, axis=1)
+    about = {**catalog.about, **dict(zip(names, more, strict=True))}
+    return replace(catalog, chunks=Chunks(entry, start, stop, strides, file, offset), about=about)
+
+
+def share(canon: Bound, finished: NDArray[np.bool_], group: Group) -> tuple[int, int]:
+    """This rank's run of the tiles: those that are not there already are divided by bytes."""
+    return plan.share(tile_bytes(canon) * ~finished, group.world)[group.rank]
+
+
+def tile_bytes(canon: Bound) -> Ints:
+    """Stored bytes of each tile."""
+    items = np.array([itemsize(e.dtype) for e in canon.entries], np.int64)
+    return plan.tile_numel(canon.entries) * np.repeat(items, plan.tile_counts(canon.entries))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source as this rank needs it: the chunks its tiles touch, and the views of exactly these.
+
+    `header` is how many bytes lie between the address that the catalog has of a chunk and its first element.
+    """
+
+    catalog: Catalog
+    views: Views
+    header: Ints
+
+
+def wholly(bound: Bound) -> Views:
+    """Views of entries as if each were one chunk: enough to see which weights and layers there are, and where."""
+    none = np.zeros(len(bound.entries), np.int64)
+    return bound.views(whole(bound.entries, none, none))
+
+
+def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
+    """The chunks of a source that the tiles `mine` touch. Raises Uncovered if they do not hold all of a tile."""
+
+    def touched() -> Ints:
+        entries, tiled = plan.align(wholly(bound), mine)
+        return np.unique(entries.chunk[plan.join(entries, tiled).a])
+
+    catalog = fetch(group, m, group.together(touched))
+
+    def proven() -> Part:
+        views = bound.views(catalog.chunks)
+        try:
+            plan.prove(views, mine)
+        except CheckpointError as error:
+            raise type(error)(f"{m.source.folder}: {error}") from None
+        return Part(catalog, views, np.zeros(len(catalog.chunks), np.int64))
+
+    return group.together(proven)
+
+
+def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
+    """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
+    catalog, length = m.catalog, ends(group, m)
+    if group.world == 1 or m.source.reader:
+        return exchange.Readers(np.ones((group.world, len(length)), bool), length, balanced)
+    looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
+    node = 0
+    for rank, row in enumerate(looked):  # ranks of a node see what its first one sees
+        node = rank if row else node
+        looked[rank] = looked[node]
+    table = np.array(looked, bool)
+    exchange.missing(table, catalog.files, catalog.root)
+    return exchange.Readers(table, length, balanced)
+
+
+def ends(group: Group, m: Model) -> Ints:
+    """The last byte of each file that some chunk needs."""
+    return group.on_first(lambda: _ends(m.catalog)) if m.apart else _ends(m.catalog)
+
+
+def _ends(catalog: Catalog) -> Ints:
+    chunks = catalog.chunks
+    length = np.zeros(len(catalog.files), np.int64)
+    nbytes = np.prod(chunks.stop - chunks.start, axis=1) * item_bytes(catalog.entries, chunks)
+    np.maximum.at(length, chunks.file, chunks.offset + nbytes)
+    return length
+
+
+def _visible(root: str, files: Sequence[str]) -> list[bool]:
+    """Which files are there: one look at each folder, not at each file."""
+    folders: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(f) for f in files}:
+        try:
+            folders[folder] = set(os.listdir(os.path.join(root, folder)))
+        except OSError:
+            folders[folder] = set()
+    return [os.path.basename(f) in folders[os.path.dirname(f)] for f in files]
+
+
+def located(group: Group, who: exchange.Readers, bound: Bound, needed: Part, mine: Views) -> Part:
+    """The same part with exact addresses, where only the files have them: looked up for the chunks that are touched."""
+    catalog, views = needed.catalog, needed.views
+    locate = getattr(formats.load(catalog.format), "locate", None)
+    if locate is None:
+        return needed
+    boxes, tiled = plan.align(plan.unique(views), mine)
+    rows = np.unique(boxes.chunk[plan.join(boxes, tiled).a])
+    chunks = locate(catalog, rows) if who.everywhere else _located(group, who, catalog, rows, locate)
+    header = chunks.offset - catalog.chunks.offset[rows]
+    return Part(replace(catalog, chunks=chunks, about={}), bound.views(chunks), header)
+
+
+def wanted(who: exchange.Readers, needed: Part, mine: Views, finished: NDArray[np.bool_]) -> exchange.Wanted:
+    """The copies this rank's tiles need."""
+    entries, chunks = needed.catalog.entries, needed.catalog.chunks
+    items = item_bytes(entries, chunks)
+    moves = plan.moves(needed.views, chunks, items, mine)
+    dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, len(finished), [e.name for e in entries])
+    moves = moves.take(np.flatnonzero(~finished[moves.tile]))
+    of = moves.chunk
+    moves = replace(moves, chunk=np.arange(len(of)))
+    return exchange.Wanted(moves, chunks.file[of], moves.at - needed.header[of], items[of], dtypes, who)
+
+
+def _located(
+    group: Group, who: exchange.Readers, catalog: Catalog, rows: Ints, locate: Callable[[Catalog, Ints], Chunks]
+) -> Chunks:
+    """`locate`, where each chunk's file is seen: the chunks are sent there, addresses come back."""
+    chunks = catalog.chunks.take(rows)
+    reader = who.of(chunks.file, chunks.offset, group.rank)
+    asked = group.swap([_flat(pick(catalog, rows[reader == r])) for r in range(group.world)])
+
+    def found() -> list[Chunks]:
+        tables = [_unflat(catalog, flat) for flat in asked]
+        return [locate(t, np.arange(len(t.chunks))) for t in tables]
+
+    answers = group.swap([np.column_stack([c.offset, c.strides]) for c in group.together(found)])
+    offset, strides = chunks.offset.copy(), chunks.strides.copy()
+    for r, answer in enumerate(answers):
+        table = answer.reshape(-1, 1 + strides.shape[1])
+        offset[reader == r], strides[reader == r] = table[:, 0], table[:, 1:]
+    return replace(chunks, offset=offset, strides=strides)
+
+
+def item_bytes(entries: Sequence[Entry], chunks: Chunks) -> Ints:
+    """Bytes of an element, for each chunk."""
+    return np.array([itemsize(e.dtype) for e in entries], np.int64)[chunks.entry]

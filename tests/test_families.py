@@ -1,0 +1,222 @@
+"""Contract: for every family, what transformers saves and what is in its memory are the same model to us, bit for bit;
+transformers loads what we write and computes the same. A family is a table: one made here works like the others.
+Not checked: families in the names of other frameworks than transformers (test_real has Llama's).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.torch import load_file, save_file
+
+import ckpt_dist
+from ckpt_dist import families, family
+from ckpt_dist.cli import main
+from ckpt_dist.pattern import parse
+
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+    max_position_embeddings=64,
+    pad_token_id=0,
+)
+LATENT = dict(
+    q_lora_rank=20, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=10, v_head_dim=14, n_group=2, topk_group=1
+)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SMALL, **EXPERTS, head_dim=16, num_experts=12, mlp_only_layers=[0]
+    ),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=16),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "olmo2": lambda: transformers.Olmo2Config(**SMALL),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=64),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4},
+        **LATENT,
+        **EXPERTS,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+    ),
+    "deepseek_v3_lite": lambda: transformers.DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4, **LATENT, "q_lora_rank": None},
+        **EXPERTS,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=0,
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(**SMALL, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+    "llama": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "mistral": lambda: transformers.MistralConfig(**SMALL),
+}
+NAMES = {"gemma2": "gemma", "gemma3_text": "gemma", "deepseek_v3_lite": "deepseek_v3"} | dict.fromkeys(
+    ("qwen2", "qwen3", "mistral"), "llama"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """A model of transformers with random values, also where it would begin with ones or zeros, and as it is saved."""
+    known: dict[str, tuple[Any, Path]] = {}
+
+    def of(name: str) -> tuple[Any, Path]:
+        if name not in known:
+            torch.manual_seed(len(known))
+            model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
+            with torch.no_grad():
+                for value in model.state_dict().values():
+                    if value.is_floating_point():
+                        value.copy_(torch.randn_like(value) * 0.2)
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder / "hf")
+            dcp.save(dict(model.state_dict()), checkpoint_id=folder / "memory", no_dist=True)
+            known[name] = model, folder
+        return known[name]
+
+    return of
+
+
+def equal(one: Path, two: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory_becomes_what_transformers_saves(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """The state_dict of a running model, as FSDP2 and trainers save it, has other names and other shapes of experts."""
+    model, folder = made(name)
+    out = tmp_path / "out"
+    report = ckpt_dist.convert(folder / "memory", out, format="hf", **{"model.config": str(folder / "hf")}, quiet=True)
+    assert equal(out, folder / "hf"), report
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_dialect_there_and_back(name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    _, folder = made(name)
+    print_ = ckpt_dist.fingerprint(folder / "hf")
+    table = family.load(NAMES.get(name, name))
+    held = set(load_file(folder / "hf/model.safetensors"))
+    used = {w for n in held for rule in [family.match(table, "hf", n)] if rule for w in rule.weights}
+    for dialect, rules in table.dialects.items():
+        if not used <= {w for text in rules.values() for w in parse(text).weights}:
+            continue  # this dialect has no name for a bias of this model
+        there, back = tmp_path / dialect, tmp_path / f"{dialect}-back"
+        ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect, quiet=True)
+        ckpt_dist.convert(there, back, format="hf", **{"model.config": str(folder / "hf")}, quiet=True)
+        assert equal(back, folder / "hf")
+        assert ckpt_dist.fingerprint(back) == print_
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_alone_say_the_family(name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    _, folder = made(name)
+    save_file(load_file(folder / "hf/model.safetensors"), tmp_path / "model.safetensors")
+    assert ckpt_dist.inspect(tmp_path)["family"] == NAMES.get(name, name)
+
+
+@pytest.mark.parametrize("name", sorted({NAMES.get(n, n) for n in CONFIGS}))
+def test_a_table_is_whole(name: str) -> None:
+    table = family.load(name)
+    for dialect, rules in table.dialects.items():
+        named = set()
+        for stored, text in rules.items():
+            pattern = parse(text)
+            for branch, weight in enumerate(pattern.weights):
+                axes = (*re.findall(r"\{(\w+)\}", stored), *pattern.axes(branch))
+                assert sorted(axes) == sorted(table.axes(weight)), (dialect, stored)
+                named.add(weight)
+        assert set(table.weights) - named <= set(table.optional), dialect
+
+
+def test_every_family_is_here() -> None:
+    assert set(family.available()) == {NAMES.get(n, n) for n in CONFIGS}
+
+
+TINY = """
+model_types = ("tiny",)
+weights = dict(embed="v e", mix="l e f", gain="l e", out="f v")
+optional = {}
+dialects = dict(
+    hf={"emb": "embed: v e", "blocks.{l}.mix": "mix: e f", "blocks.{l}.gain": "gain: e", "out": "out: f v"},
+    other={"embedding": "embed: e v", "mixes": "mix: l f e", "gains": "gain: l e", "outs": "out: (f v)"},
+)
+sizes = dict(hf=lambda c: dict(l=c["layers"], e=c["width"], f=c["inner"], v=c["vocab"]))
+"""
+
+
+@pytest.mark.parametrize("format", ["hf", "dcp", "torch"])
+def test_a_family_that_is_only_a_table(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("ckpt_dist.families.tiny")
+    exec(TINY, module.__dict__)
+    monkeypatch.setitem(sys.modules, "ckpt_dist.families.tiny", module)
+    monkeypatch.setattr(families, "tiny", module, raising=False)
+    known = family.available()
+    monkeypatch.setattr(family, "available", lambda: [*known, "tiny"])
+    tensors = {"emb": torch.randn(11, 6), "out": torch.randn(10, 11)}
+    tensors |= {f"blocks.{k}.mix": torch.randn(6, 10) for k in range(4)}
+    tensors |= {f"blocks.{k}.gain": torch.randn(6) for k in range(4)}
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf/config.json").write_text(
+        '{"model_type": "tiny", "layers": 4, "width": 6, "inner": 10, "vocab": 11}'
+    )
+    config = {"model.config": str(tmp_path / "hf")}
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "there", format=format, dialect="other", quiet=True)
+    ckpt_dist.convert(tmp_path / "there", tmp_path / "back", format="hf", dialect="hf", **config, quiet=True)
+    assert equal(tmp_path / "back", tmp_path / "hf")
+    if format == "hf":
+        mixes = load_file(tmp_path / "there/model.safetensors")["mixes"]
+        assert torch.equal(mixes, torch.stack([tensors[f"blocks.{k}.mix"].T for k in range(4)]))
+
+
+def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = made("mixtral")
+    tensors = load_file(folder / "hf/model.safetensors")
+
+    def refused(changed: dict[str, torch.Tensor], *words: str, code: int = 3, config: bool = True) -> str:
+        source = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
+        source.mkdir()
+        save_file(changed, source / "model.safetensors")
+        if config:
+            (source / "config.json").write_bytes((folder / "hf/config.json").read_bytes())
+        target = tmp_path / "target"
+        words = (f"source.path={source}", f"target.path={target}", "target.format=dcp", *words)
+        assert main("convert", list(words)) == code
+        assert not target.exists()
+        return capsys.readouterr().err
+
+    stacked = "target.dialect=hf_stacked"
+    lost = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    assert "have no source" in refused({k: v for k, v in tensors.items() if k != lost}, stacked)
+    assert "unknown to mixtral" in refused({**tensors, "model.layers.0.extra.weight": torch.ones(2)}, stacked)
+    assert "index 7 of axis l" in refused({**tensors, lost.replace("1", "7", 1): tensors[lost].clone()}, stacked)
+    assert "fit" in refused({**tensors, lost: torch.ones(7, 32)}, stacked)
+    assert "model=gpt2: 2% of the 60 stored names" in refused(tensors, "model=gpt2")
+    assert "hf_stacked" in refused(tensors, "target.dialect=hf_staked", code=2)
