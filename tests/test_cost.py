@@ -19,13 +19,23 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
+from ckpt_dist import config, run
 from ckpt_dist.errors import CheckpointError, UsageError
 from tests.conftest import ROOT, torchrun
 
 Real = Callable[[str], Path]
 CONFIG = dict(
-    model_type="llama", hidden_size=1536, intermediate_size=64, num_hidden_layers=1, num_attention_heads=12,
-    num_key_value_heads=2, head_dim=128, vocab_size=64, tie_word_embeddings=False, rope_theta=10000.0, rms_norm_eps=1e-6,
+    model_type="llama",
+    hidden_size=1536,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    head_dim=128,
+    vocab_size=64,
+    tie_word_embeddings=False,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
 )  # fmt: skip  heads of 128 rows are cut by tiles of 341
 BYTES = ("bytes_read", "bytes_exchanged", "bytes_written")
 HOW = ("direct", "collective")
@@ -74,7 +84,10 @@ def counted(facts: dict[str, Any]) -> dict[str, int]:
     return {key: facts[key] for key in BYTES}
 
 
-def ran(here: Path, num_ranks: int, words: list[tuple[str, dict[str, Any], int]]) -> list[dict[str, Any]]:
+def runs(here: Path, num_ranks: int, words: list[tuple[str, dict[str, Any], int]]) -> list[dict[str, Any]]:
+    """What these jobs return; each is (verb, keys, nodes)."""
+    if num_ranks == 1:
+        return [getattr(run, verb)(config.fill(verb, {"quiet": True, **keys})) for verb, keys, _ in words]
     (here / "jobs.json").write_text(json.dumps(words))
     done = torchrun(num_ranks, ROOT / "tests/real/reports.py", here / "jobs.json", here / "reports.json")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -92,45 +105,29 @@ def test_a_run_counts_what_the_plan_has_said(
             more = {"dry_run": True} if how == "plan" else {"engine.transport": how}
             words.append((verb, {**keys, **more, "target.path": str(tmp_path / f"{name} {how}")}, 1))
             which.append((name, how))
-    reports = dict(zip(which, ran(tmp_path, num_ranks, words), strict=True))
-    exchanged = 0
+    auto: dict[str, Any] = {"source.path": table["meta -> hf"][1]["source.path"], "target.path": str(tmp_path / "auto")}
+    words += [("convert", {**auto, "dry_run": True}, num_ranks), ("convert", auto, num_ranks)]
+    *found, planned, chosen = runs(tmp_path, num_ranks, words)
+    reports, exchanged = dict(zip(which, found, strict=True)), 0
     for name, (verb, keys) in table.items():
         plan = reports[name, "plan"]["transports"]
-        from_here = getattr(ckpt_dist, verb)(
-            keys["source.path"],
-            tmp_path / "imagined",
-            dry_run=True,
-            **{k: v for k, v in keys.items() if k != "source.path"},
-            **{"engine.ranks": num_ranks},
-        )["transports"]
+        more = {**keys, "target.path": str(tmp_path / "none"), "dry_run": True, "engine.ranks": num_ranks}
+        from_here = runs(tmp_path, 1, [(verb, more, 1)])[0]["transports"]
         for how in HOW:
-            run = counted(reports[name, how])
-            assert counted(plan[how]) == run, (name, how)
-            assert counted(from_here[how]) == run, (name, how)
+            assert counted(plan[how]) == counted(reports[name, how]) == counted(from_here[how]), (name, how)
+            assert plan[how]["amplification"] <= 1.02, (name, how)
         assert plan["collective"]["bytes_read"] <= 1.02 * plan["direct"]["bytes_read"]
-        assert plan["collective"]["amplification"] <= 1.02 and plan["direct"]["amplification"] <= 1.02, name
-        exchanged += plan["collective"]["bytes_exchanged"]
         assert plan["direct"]["bytes_exchanged"] == 0
+        exchanged += plan["collective"]["bytes_exchanged"]
     assert (exchanged > 0) == (num_ranks > 1)
+    auto_says_its_choice_and_both_numbers(planned, chosen, num_ranks)
 
 
-def test_auto_says_its_choice_and_both_numbers(tmp_path: Path, meta: Path) -> None:
-    keys = {"source.path": str(meta)}
-    plan, run, collective = ran(
-        tmp_path,
-        2,
-        [
-            ("convert", {**keys, "target.path": str(tmp_path / "a"), "dry_run": True}, 2),
-            ("convert", {**keys, "target.path": str(tmp_path / "a")}, 2),
-            ("convert", {**keys, "target.path": str(tmp_path / "b"), "engine.transport": "collective"}, 2),
-        ],
-    )
-    said = f"transport {plan['transport']}: {plan['why']}"
-    assert said in run["notes"] and said in plan["text"]
-    assert plan["transport"] == "direct" and "directly" in said and "read once" in said
-    assert run["bytes_exchanged"] == 0 and counted(run) == counted(plan["transports"]["direct"])
-    assert counted(collective) == counted(plan["transports"]["collective"])
-    assert not any("transport" in note for note in collective["notes"])
+def auto_says_its_choice_and_both_numbers(planned: dict[str, Any], run: dict[str, Any], num_nodes: int) -> None:
+    said = f"transport {planned['transport']}: {planned['why']}"
+    assert said in planned["text"] and "directly" in said and "read once" in said
+    assert (said in run["notes"]) == (num_nodes > 1)  # ranks of one node have one disk
+    assert planned["transport"] == "direct" and counted(run) == counted(planned["transports"]["direct"])
 
 
 # ---- plans without the checkpoint
@@ -146,7 +143,7 @@ def saved(tmp_path: Path, real: Real) -> Path:
 def test_a_saved_catalog_gives_the_same_plan_without_the_checkpoint(
     tmp_path: Path, table: dict[str, tuple[str, dict[str, Any]]], name: str
 ) -> None:
-    verb, keys = table[name]
+    _, keys = table[name]
     there = Path(keys["source.path"])
     shutil.copytree(there.parent, tmp_path / "moved")
     more = {k: v for k, v in keys.items() if k not in ("source.path", "model.config")}
@@ -158,7 +155,9 @@ def test_a_saved_catalog_gives_the_same_plan_without_the_checkpoint(
     two = ckpt_dist.convert(tmp_path / "catalog", tmp_path / "out", **more)
     assert (one["ranks"], one["nodes"], one["files"]) == (two["ranks"], two["nodes"], two["files"])
     for how in HOW:
-        assert {**one["transports"][how], "seconds": 0} == {**two["transports"][how], "seconds": 0}
+        here, away = ({**plan["transports"][how], "seconds": 0} for plan in (one, two))
+        here["bytes_read"] -= one["bytes_read"]  # what planning itself has read: Meta's words do not tell tied weights
+        assert here == away
     assert two["transports"]["collective"]["bytes_read_node"] < two["transports"]["collective"]["bytes_read"]
     assert not (tmp_path / "out").exists()
 
