@@ -94,7 +94,7 @@ def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path
     for how in HOW:
         moved: Traffic = getattr(work, how)
         again: Traffic = getattr(work, f"{how}_check")
-        seconds = sum(report.phases.values()) + START_S + _seconds(how, work, moved, again, world, speed)
+        seconds = sum(report.phases.values()) + START_S + _seconds(work, moved, again, world, speed)
         found[how] = {
             "bytes_read": int((moved.read + again.read).sum()) + report.bytes_read,
             "bytes_read_node": int(by_node(moved.read + again.read, world.nodes).max()),
@@ -228,17 +228,18 @@ def _nothing(ranks: int) -> Work:
 # ---- seconds
 
 
-def _seconds(how: str, work: Work, moved: Traffic, again: Traffic, world: World, speed: Mapping[str, float]) -> float:
-    """A thread reads, combines and writes one after the other; in an exchange, waves are read, sent and made at once."""
+def _seconds(work: Work, moved: Traffic, again: Traffic, world: World, speed: Mapping[str, float]) -> float:
+    """As if nothing overlapped: threads read, combine and write in turn, and what an exchange overlaps shares the cores."""
 
     def node(of_ranks: Ints) -> Any:
         return by_node(of_ranks, world.nodes)
 
-    read, sent = node(moved.read) / speed["read"], node(moved.sent) / speed["exchange"]
+    def moving(t: Traffic) -> Any:
+        sent = t.left if world.nodes > 1 else t.sent  # what stays on a node is fast beside what leaves it
+        return node(t.read) / speed["read"] + node(sent) / speed["exchange"]
+
     made = node(work.worked) / speed["sum"] + node(work.written) / speed["write"]
-    each = read + sent + made if how == "direct" else np.maximum(np.maximum(read, sent), made)
-    check = node(again.read) * (1 / speed["read"] + 1 / speed["sum"]) + node(again.sent) / speed["exchange"]
-    return float((each + check).max())
+    return float((moving(moved) + made + moving(again) + node(again.read) / speed["sum"]).max())
 
 
 def _speed(group: Group, job: Job, engine: Given, target: Path) -> tuple[dict[str, float], dict[str, str]]:

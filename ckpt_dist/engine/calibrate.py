@@ -1,7 +1,8 @@
-"""How fast this machine does what a job is made of: its own loop, over a part of its own sources, for about a second.
+"""How fast this machine does what a job is made of: its own loop, over a part of its own sources, for a second or two.
 
 Each thread reads, combines and writes as the engine's threads do, and all of them do it at the same time, so a rate is
-that of one node with its ranks at work: bytes over the mean of the seconds that a thread spends on that kind of work.
+that of one node with its ranks at work: the seconds on the clock are divided among the kinds of work as the threads'
+own seconds are.
 
 Invariant: reads only the sources; writes at most MOST bytes, into one file that is removed in any case.
 """
@@ -13,19 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from ckpt_dist.engine.files import PIECE, Files
+from ckpt_dist.engine.files import PIECE, Files, reserve
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import WORDS, Array
 from ckpt_dist.errors import CheckpointError
 
 MOST = 240 << 20
 FIRST = 16 << 20  # written before the first flush; then twice as much each time
-ENOUGH_S = 1.0
+ENOUGH_S = 1.5
 SENT = 8 << 20  # bytes to each rank
 
 Kernel = Callable[[list[Array]], Array]
@@ -78,23 +78,28 @@ def rates(
     folder = next(p for p in beside.absolute().parents if p.is_dir())
     place = folder / f".{beside.name}.ckpt_dist-calibrate"
     sources, out = [Files(s.root, s.files) for s in samples], Files(folder, [place.name], writable=True)
-    total, numbers = Spent(), iter(range(number))
+    total, first, goal, clock = Spent(), number, FIRST, 0.0
     try:
-        with open(place, "wb") as file:
-            file.truncate(MOST)
-        start, goal = time.perf_counter(), FIRST
+        start = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:
-            while time.perf_counter() - start < ENOUGH_S and (now := list(islice(numbers, goal // made or 1))):
+            while time.perf_counter() - start < ENOUGH_S:
+                if first >= number:
+                    first = 0
+                    _make_anew(place)
+                now = range(first, min(first + (goal // made or 1), number))
+                first = now.stop
+                begin = time.perf_counter()
                 parts = [
                     pool.submit(_work, samples, sources, out, block, kernel, now[k::workers]) for k in range(workers)
                 ]
                 for part in parts:
                     total.add(part.result())
-                begin = time.perf_counter()
+                done = time.perf_counter()
                 if fsync:
                     out.sync()
-                total.write_s += (time.perf_counter() - begin) * workers
-                goal *= 2
+                total.write_s += (time.perf_counter() - done) * workers
+                clock += time.perf_counter() - begin
+                goal = min(goal * 2, MOST)
     except OSError as error:
         raise CheckpointError(f"engine.calibrate=true: cannot write beside the target: {error}.") from None
     finally:
@@ -102,7 +107,16 @@ def rates(
             opened.close()
         place.unlink(missing_ok=True)
     found = {"read": total.read / total.read_s, "write": total.written / total.write_s}
-    return {k: v * workers for k, v in (found | ({"sum": total.sum / total.sum_s} if kernel else {})).items()}
+    found |= {"sum": total.sum / total.sum_s} if kernel else {}
+    spent = total.read_s + total.sum_s + total.write_s
+    return {kind: rate * spent / clock for kind, rate in found.items()}
+
+
+def _make_anew(place: Path) -> None:
+    """An empty file with space for what is written, as a job makes its targets: pages of an old one would be faster."""
+    with open(place, "wb") as file:
+        file.truncate(MOST)
+        reserve(file.fileno(), MOST)
 
 
 def _work(
