@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_dist
 from ckpt_dist import config, run
+from ckpt_dist.catalog import Catalog, Entry, whole
 from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.formats.catalog import save
 from tests.conftest import ROOT, torchrun
 
 Real = Callable[[str], Path]
@@ -160,6 +162,26 @@ def test_a_saved_catalog_gives_the_same_plan_without_the_checkpoint(
         assert here == away
     assert two["transports"]["collective"]["bytes_read_node"] < two["transports"]["collective"]["bytes_read"]
     assert not (tmp_path / "out").exists()
+
+
+def test_hardly_a_byte_of_a_large_model_is_read_twice(tmp_path: Path) -> None:
+    """Llama 70B in Meta's layout, four layers: heads of 128 rows of 16 KiB are cut by tiles of 64 rows."""
+    e, f, v = 8192, 28672, 128256
+    layer = {"attention.wq": (e, e), "attention.wk": (1024, e), "attention.wv": (1024, e), "attention.wo": (e, e)}
+    layer |= {"feed_forward.w1": (f, e), "feed_forward.w3": (f, e), "feed_forward.w2": (e, f)}
+    layer |= {"attention_norm": (e,), "ffn_norm": (e,)}
+    shapes = {"tok_embeddings.weight": (v, e), "norm.weight": (e,), "output.weight": (v, e)}
+    shapes |= {f"layers.{n}.{name}.weight": s for n in range(4) for name, s in layer.items()}
+    entries = tuple(Entry(n, "bfloat16", s, (n,)) for n, s in shapes.items())
+    nbytes = np.array([2 * int(np.prod(s)) for s in shapes.values()])
+    params = dict(dim=e, n_layers=4, n_heads=64, n_kv_heads=8, vocab_size=v, norm_eps=1e-5)
+    chunks = whole(entries, nbytes * 0, np.cumsum(nbytes) - nbytes)
+    catalog = Catalog("torch", "/none", ("consolidated.00.pth",), entries, chunks, config=params)
+    save(tmp_path / "catalog", catalog, Path("/none"), Path("/none"), None)
+    keys = {"dry_run": True, "engine.ranks": 16, "engine.nodes": 2}
+    plan = ckpt_dist.convert(tmp_path / "catalog", tmp_path / "out", **keys)["transports"]
+    for how in HOW:
+        assert nbytes.sum() <= plan[how]["bytes_read"] <= 1.02 * nbytes.sum()
 
 
 def test_a_saved_catalog_is_for_plans_only(tmp_path: Path, saved: Path) -> None:
