@@ -16,7 +16,20 @@ from typing import Any
 __all__ = ["average", "convert", "fingerprint", "inspect", "merge", "seed", "verify"]
 
 PathLike = str | os.PathLike[str]
-TARGET = ("format", "dtype", "dialect", "key", "max_shard_size", "safetensors", "vocab_size", "tp", "embedding")
+TARGET: tuple[str, ...] = (
+    "format",
+    "dtype",
+    "dialect",
+    "key",
+    "max_shard_size",
+    "safetensors",
+    "vocab_size",
+    "tp",
+    "pp",
+    "vpp",
+    "ep",
+)
+TARGET += ("partition", "spec", "embedding")
 
 
 def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

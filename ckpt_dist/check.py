@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import model, plan, task
+from ckpt_dist import formats, model, plan, quantised, task
 from ckpt_dist.box import volume
+from ckpt_dist.catalog import Entry
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
 from ckpt_dist.files.dtypes import is_floating, itemsize
@@ -55,8 +56,10 @@ def inspect(cfg: Config) -> dict[str, Any]:
 
 def _save(m: Model, path: Path) -> str:
     """The catalog as a file of its own; what that is."""
-    s = m.source
-    nbytes = saving.save(path, replace(s.catalog, config=s.config), s.asked, s.folder, s.step)
+    s, catalog = m.source, m.catalog
+    if quantised.of(catalog):  # as it is stored, not as it is read
+        catalog = formats.load(catalog.format).scan(s.folder, {})
+    nbytes = saving.save(path, replace(catalog, config=s.config), s.asked, s.folder, s.step)
     return f"{path} ({size(nbytes)}): plan with source.path={path} dry_run=true"
 
 
@@ -66,7 +69,11 @@ def _facts(m: Model) -> dict[str, Any]:
     items = np.array([itemsize(e.dtype) for e in catalog.entries], np.int64)
     each = np.zeros(len(catalog.entries), np.int64)
     np.add.at(each, catalog.chunks.entry, chunks * items[catalog.chunks.entry] if len(chunks) else chunks)
-    whole = np.array([int(np.prod(e.shape, dtype=np.int64)) for e in catalog.entries], np.int64) * items
+    numel = np.array([int(np.prod(e.shape, dtype=np.int64)) for e in catalog.entries], np.int64)
+    packed = {q.name: q for q in quantised.of(catalog)}
+    whole = numel * items
+    for i, e in enumerate(catalog.entries):
+        whole[i] = packed[e.name].stored_bytes if e.name in packed else whole[i]
     roles = [e.role for e in catalog.entries]
     by_role = {r: int(whole[[i for i, x in enumerate(roles) if x == r]].sum()) for r in sorted(set(roles))}
     weights = [i for i, r in enumerate(roles) if r == "weight"]
@@ -77,12 +84,12 @@ def _facts(m: Model) -> dict[str, Any]:
         "dialect": m.dialect or "unknown",
         "step": m.step,
         "layout": _layout(m),
-        "parameters": int(sum(whole[i] // items[i] for i in weights)),
+        "parameters": int(numel[weights].sum()),
         "bytes": by_role,
-        "dtypes": dict(Counter(catalog.entries[i].dtype for i in weights)),
+        "dtypes": dict(Counter(_stored_as(catalog.entries[i], packed) for i in weights)),
         "num_tensors": len(catalog.entries),
         "num_chunks": len(catalog.chunks),
-        "num_files": len(catalog.files),
+        "num_files": len(set(catalog.files)),  # a file with quantised weights is read in two ways
         "optimizer": "optimizer" in roles or any(x.role == "optimizer" for x in catalog.extras),
         "wrapper": ".".join(map(str, m.wrapper)),
         "sizes": dict(m.sizes),
@@ -92,6 +99,11 @@ def _facts(m: Model) -> dict[str, Any]:
         "dropped": {k: list(v) for k, v in m.dropped.items() if k != "unmatched"},
         "unmatched": list(m.dropped.get("unmatched", ())),
     }
+
+
+def _stored_as(entry: Entry, packed: Mapping[str, quantised.Quantised]) -> str:
+    """The dtype in the file, not the one that a quantised weight is read as."""
+    return packed[entry.name].stored_dtype if entry.name in packed else entry.dtype
 
 
 def _layout(m: Model) -> str:
@@ -126,8 +138,16 @@ def _readable(facts: Config) -> dict[str, Any]:
 
 def _rows(m: Model, match: str | None) -> list[dict[str, Any]]:
     counts = np.bincount(m.catalog.chunks.entry, minlength=len(m.catalog.entries)).tolist()
+    packed = {q.name: q for q in quantised.of(m.catalog)}
     return [
-        {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "role": e.role, "chunks": counts[i]}
+        {
+            "name": e.name,
+            "dtype": _stored_as(e, packed),
+            **({"scales": packed[e.name].scale_text if e.name in packed else ""} if packed else {}),
+            "shape": list(e.shape),
+            "role": e.role,
+            "chunks": counts[i],
+        }
         for i, e in enumerate(m.catalog.entries)
         if match is None or fnmatch.fnmatch(e.name, match)
     ]

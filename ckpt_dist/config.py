@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist import keys
+from ckpt_dist.configs import folder as folder
 from ckpt_dist.errors import UsageError, nearest
 
 VERBS = ("convert", "average", "merge", "inspect", "verify", "seed")
@@ -37,27 +38,21 @@ YAML_LINE = re.compile(r"( *)(- )?([\w./@]+)(:)? *([^#]*?) *(?:# (.*))?")
 Flat = dict[str, Any]
 
 
-def folder(name: str) -> Path:
-    """`conf` or `jobs`: inside an installed package, beside the package in a checkout; never of another place."""
-    package = Path(__file__).resolve().parent
-    return package / name if (package / name).is_dir() else package.parent / name
-
-
 # ---- defaults
 
 
-def defaults(verb: str) -> dict[str, Any]:
-    """What `conf/<verb>.yaml` says, nested; values that have to be given are `???`."""
-    return copy.deepcopy(_composed(verb))
+def defaults(verb: str, recipe: str | None = None) -> dict[str, Any]:
+    """What `conf/<verb>.yaml` says, and a recipe on top of it, nested; values that have to be given are `???`."""
+    return copy.deepcopy(_composed(verb, recipe))
 
 
 @lru_cache
-def _composed(verb: str) -> dict[str, Any]:
+def _composed(verb: str, recipe: str | None) -> dict[str, Any]:
     from hydra import compose
     from omegaconf import OmegaConf
 
     with _own_hydra(folder("conf")):
-        cfg = OmegaConf.to_container(compose(verb), resolve=True)
+        cfg = OmegaConf.to_container(compose(verb, [f"+recipe@_global_={recipe}"] if recipe else []), resolve=True)
     assert isinstance(cfg, dict)
     return {str(k): v for k, v in cfg.items()}
 
@@ -93,7 +88,7 @@ def load(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
 def fill(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """From Python, nested or dotted: `fill("inspect", {"source": {"path": "run"}, "json": True})`"""
     given = _known(verb, values)
-    return _nested(_checked(verb, _flat(verb, defaults(verb)) | given))
+    return _nested(_checked(verb, _usual(verb, given) | given))
 
 
 def preview(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -101,7 +96,13 @@ def preview(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
     given = _known(verb, dict(_split(verb, word) for word in overrides))
     for key, value in given.items():
         _read(verb, key, value, None)
-    return _nested(_flat(verb, defaults(verb)) | given)
+    return _nested(_usual(verb, given) | given)
+
+
+def _usual(verb: str, given: Flat) -> Flat:
+    """What the keys are where nothing is given: the verb's own defaults, or those of the recipe that is."""
+    recipe = _read(verb, "recipe", given["recipe"], None) if "recipe" in given else None
+    return _flat(verb, defaults(verb, recipe))
 
 
 def sweep(verb: str, overrides: Sequence[str]) -> list[list[str]]:
@@ -235,6 +236,12 @@ def header(verb: str) -> list[str]:
     """What the verb does and its examples: the comment that its file opens with."""
     lines = (folder("conf") / f"{verb}.yaml").read_text().splitlines()
     return [line[2:] for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+
+
+def recipes(verb: str) -> dict[str, str]:
+    """recipe -> what it is for, of a verb that has any."""
+    files = sorted((folder("conf") / "recipe").glob("*.yaml")) if "recipe" in listing(verb) else []
+    return {f.stem: header(f"recipe/{f.stem}")[0] for f in files}
 
 
 def _lines(name: str, prefix: str) -> Iterator[tuple[str, str, str]]:

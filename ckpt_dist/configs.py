@@ -35,6 +35,7 @@ SCALED = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )  # what use_scaled_rope stands for
+PRESETS = "presets.yaml"
 FEED_FORWARD = ("multiple_of", "ffn_dim_multiplier", "hidden_dim")
 KNOWN = {*(meta for _, meta, *_ in FIELDS), "vocab_size", "use_scaled_rope", "head_dim", *FEED_FORWARD}
 PUBLISHED = ((256, None), (256, 1.5), (4096, 1.3), (4096, 1.2), (1024, 1.3))  # multiple_of, ffn_dim_multiplier
@@ -50,6 +51,7 @@ NEUTRAL = (  # of config.json: nothing that the model computes depends on them
     "pretraining_tp",
     "initializer_range",
     "attention_dropout",
+    "quantization_config",  # what is written is not quantised
 )
 
 
@@ -72,6 +74,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a table of settings.")
     inner = content.get("model")
     return inner if isinstance(inner, dict) and "n_layers" in inner else content
+
+
+def folder(name: str) -> Path:
+    """`conf` or `jobs`: inside an installed package, beside the package in a checkout; never of another place."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """The config.json of well-known models, by name: `presets()["llama3.1-8b"]["rope_theta"]` -> 500000.0"""
+    import yaml
+
+    table = yaml.safe_load((folder("conf") / PRESETS).read_text())
+    return {name: config for name, config in table.items() if not name.startswith(".")}
 
 
 def is_hf(config: Mapping[str, Any]) -> bool:

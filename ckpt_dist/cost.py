@@ -190,7 +190,8 @@ def _counted(group: Group, job: Job, world: World, readers: Sequence[exchange.Re
 def _block(group: Group, job: Job, world: World, readers: Sequence[exchange.Readers], mine: Views, owner: Ints) -> Work:
     """The same of some tiles; `owner` is the rank of each."""
     found, none = _nothing(world.ranks), _nothing(world.ranks)
-    out = task.target_side(*job.target, mine, len(owner))
+    bound, layout, files, views = job.target
+    out = task.target_side(bound, layout.catalog.chunks, files, views, mine, len(owner))
     items = np.array([itemsize(d) for d in out.dtypes], np.int64)[out.moves.tile]
     np.add.at(found.written, owner[out.moves.tile], np.prod(out.moves.extent, axis=1, dtype=np.int64) * items)
 
@@ -204,20 +205,20 @@ def _block(group: Group, job: Job, world: World, readers: Sequence[exchange.Read
         changed = np.array([a != b for a, b in zip(w.dtypes, out.dtypes, strict=True)], bool) | job.all_worked
         np.add.at(found.wanted, of, w.nbytes)
         np.add.at(found.worked, of, w.nbytes * changed[tile])
-        stored = m.source.reader is None  # what is computed is not read
-        one, two = _both(w, of, world)
-        found += replace(none, direct=one.stored(stored), collective=two.stored(stored))
+        one, two = _both(m, w, of, world)
+        found += replace(none, direct=one, collective=two)
     if job.checked:
         m, bound = job.checked
         seen = exchange.Readers(np.ones((world.ranks, len(m.catalog.files)), bool), part.ends(group, m), True)
         w = wanted(m, bound, seen)
-        one, two = _both(w, owner[w.moves.tile], world)
+        one, two = _both(m, w, owner[w.moves.tile], world)
         found += replace(none, direct_check=one, collective_check=two)
     return found
 
 
-def _both(w: exchange.Wanted, owner: Ints, world: World) -> tuple[Traffic, Traffic]:
-    return traffic.direct(w, owner, world.ranks), traffic.exchanged(w, owner, world.ranks, world.nodes)
+def _both(m: Model, w: exchange.Wanted, owner: Ints, world: World) -> tuple[Traffic, Traffic]:
+    held = part.stored(m)
+    return traffic.direct(w, owner, world.ranks, held), traffic.exchanged(w, owner, world.ranks, world.nodes, held)
 
 
 def _nothing(ranks: int) -> Work:
@@ -253,6 +254,8 @@ def _speed(group: Group, job: Job, engine: Given, target: Path) -> tuple[dict[st
 def _measured(group: Group, job: Job, engine: Given, target: Path) -> dict[str, float]:
     for m, _ in job.sources:
         needs_data(m.catalog)
+        if m.source.reader:
+            raise UsageError("engine.calibrate=true reads a part of the source, and a seed is computed. Leave it out.")
     workers = task.worker_count(engine, group.local_world) * group.local_world
     dtypes, want = [_main_dtype(bound) for _, bound in job.sources], _main_dtype(job.target[0])
     kernel = _kernel(job, dtypes, want)

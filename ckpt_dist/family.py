@@ -23,6 +23,7 @@ from ckpt_dist.catalog import Chunks, Entry, Views, padded
 from ckpt_dist.errors import CheckpointError, nearest
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
 
+COPIES = ("meta", "torchtitan")  # dialects in which a tied weight is stored twice
 CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are taken
 
 
@@ -30,8 +31,10 @@ CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are tak
 class Family:
     """One table. `weights`: name -> axes; `dialects`: dialect -> stored name -> pattern; `drops`: derived buffers.
 
-    What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> who has it;
-    `defaults`: model type -> what transformers takes where a config does not say it.
+    What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> when a model
+    has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
+    type -> what transformers takes where a config does not say it.
+    `zeros`: a weight that dialects without a name for it take to be 0 -> another weight that is where it is.
     """
 
     name: str
@@ -40,9 +43,12 @@ class Family:
     sizes: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, int]]] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
+    zeros: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
     init: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def axes(self, weight: str) -> tuple[str, ...]:

@@ -34,7 +34,14 @@ from ckpt_dist.sources import Source
 Config = Mapping[str, Any]
 DTYPE, ITEM = "float32", 4
 HOW = re.compile(r"(?P<kind>ones|zeros|normal (?P<std>.+?))(, zero row (?P<row>\w+))?")
-OPERATORS: dict[type[ast.operator], Any] = {
+OPERATORS: dict[type[ast.operator | ast.cmpop], Any] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.GtE: operator.ge,
+    ast.Gt: operator.gt,
+    ast.Mod: operator.mod,
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -90,9 +97,11 @@ def checkpoint(cfg: Config) -> Model:
     assert path is not None
     family = _family(settings.get("family", "auto"), config, path)
     complete = {**family.defaults.get(config["model_type"], {}), **config}
-    weights = _weights(family, complete)
+    _possible(family, complete, path)
+    weights = _weights(family, complete, path)
     sizes = _sizes(family, weights, complete, path)
-    present = {w: _corners(family, w, sizes) for w in weights}
+    corners = {w: _corners(family, w, sizes, complete, path) for w in weights}
+    present = {w: found for w, found in corners.items() if len(found)}
     bound = model.spelled(family, CANONICAL, present, sizes, lambda rule: DTYPE)
     begins = list(accumulate((ITEM * prod(e.shape) for e in bound.entries), initial=0))[:-1]
     drawn = _drawn(family, bound, begins, complete, int(cfg["seed"]), path)
@@ -146,23 +155,28 @@ def _sizes(family: Family, weights: Sequence[str], config: Config, path: Path) -
     return sizes
 
 
-def _weights(family: Family, config: Config) -> list[str]:
-    """Which weights such a model has, without the copies that the config ties."""
+def _possible(family: Family, config: Config, path: Path) -> None:
+    for key, value in family.fixed.items():
+        if config.get(key, value) not in (value, None):
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}, and {family.name} is known with {value!r} only.")
+
+
+def _weights(family: Family, config: Config, path: Path) -> list[str]:
+    """Which weights such a model has, without the copies that the config ties and what is zeros anyway."""
     ties = family.ties if config.get("tie_word_embeddings") else {}
-    return [w for w in family.weights if w not in ties and _has(family.optional.get(w), config)]
+    absent = {*ties, *family.zeros}
+    return [w for w in family.weights if w not in absent and _computed(family.optional.get(w, "True"), config, path)]
 
 
-def _has(terms: str | None, config: Config) -> bool:
-    """`"qwen2 llama:mlp_bias"`: every qwen2, and a llama whose config says so; no terms: every model."""
-    pairs = [term.partition(":") for term in (terms or "").split()]
-    return terms is None or any(t == config["model_type"] and (not key or config.get(key)) for t, _, key in pairs)
-
-
-def _corners(family: Family, weight: str, sizes: Mapping[str, int]) -> Ints:
-    """The lower corner of each stored box: one for each layer (and expert) that has a name of its own."""
+def _corners(family: Family, weight: str, sizes: Mapping[str, int], config: Config, path: Path) -> Ints:
+    """The lower corner of each stored box: one for each layer (and expert) that has a name of its own and the weight."""
     named = {a for name in family.dialects[CANONICAL] for a in re.findall(r"\{(\w+)\}", name)}
     counts = [sizes[a] if a in named else 1 for a in family.axes(weight)]
-    return np.indices(counts).reshape(len(counts), -1).T
+    corners: Ints = np.indices(counts).reshape(len(counts), -1).T
+    if weight not in family.layers:
+        return corners
+    having = [i for i in range(sizes["l"]) if _computed(family.layers[weight], {**config, "l": i}, path)]
+    return corners[np.isin(corners[:, family.axes(weight).index("l")], having)]
 
 
 def _drawn(family: Family, bound: Bound, begins: list[int], config: Config, seed: int, path: Path) -> Drawn:
@@ -208,17 +222,22 @@ def _row(key: str | None, rows: int, config: Config, path: Path) -> int | None:
 
 
 def _deviation(text: str, config: Config, path: Path) -> float:
+    std = _computed(text, config, path)
+    if not isinstance(std, (int, float)) or not isfinite(std) or std < 0:
+        raise CheckpointError(f"{path}: the deviation {text!r} is {std!r}; it is a number, 0 or more.")
+    return float(std)
+
+
+def _computed(text: str, config: Config, path: Path) -> Any:
+    """What an expression of a table is for this config: `l < first_k_dense_replace`"""
     try:
-        std = float(_value(ast.parse(text, mode="eval").body, config))
+        return _value(ast.parse(text, mode="eval").body, config)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: the deviation {text!r} cannot be computed: {error}.") from None
-    if not isfinite(std) or std < 0:
-        raise CheckpointError(f"{path}: the deviation {text!r} is {std}; it is a number, 0 or more.")
-    return std
+        raise CheckpointError(f"{path}: {text!r} cannot be computed: {error}.") from None
 
 
 def _value(node: ast.expr, config: Config) -> Any:
-    """A number, a key of the config (None where it lacks it), `a or b`, or arithmetic of these."""
+    """A number, a text, a key of the config (None where it lacks it); arithmetic, comparisons, `or`, `and`, `not`."""
     match node:
         case ast.Constant(value=number):
             return number
@@ -226,6 +245,14 @@ def _value(node: ast.expr, config: Config) -> Any:
             return config.get(key)
         case ast.BoolOp(op=ast.Or(), values=values):
             return next((v for v in (_value(n, config) for n in values) if v), None)
+        case ast.BoolOp(op=ast.And(), values=values):
+            return all(_value(n, config) for n in values)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _value(operand, config)
+        case ast.Compare(left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[right]):
+            return (_value(left, config) in (_value(right, config) or ())) == isinstance(op, ast.In)
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            return OPERATORS[type(op)](_value(left, config), _value(right, config))
         case ast.BinOp(left=left, op=op, right=right):
             return OPERATORS[type(op)](_value(left, config), _value(right, config))
     raise ValueError(f"{ast.unparse(node)} is no number, key or arithmetic")

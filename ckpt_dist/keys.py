@@ -172,6 +172,7 @@ CARRIED = ("weights", "optimizer", "state")
 FORMATS = modules("formats")
 WRITTEN = tuple(n for n in FORMATS if n not in ("fsdp", "catalog"))  # dcp is what replaces fsdp's own pickles
 FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps the names: it has no table
+RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "sfpt_to_dcp", "torchtitan_to_hf")
 
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
@@ -187,7 +188,9 @@ KEYS: dict[str, Kind] = {
     "target.max_shard_size": SIZE,
     "target.safetensors": FLAG,
     "target.vocab_size": COUNT,
-    "target.tp": COUNT,
+    **{f"target.{key}": COUNT for key in ("tp", "pp", "vpp", "ep")},
+    "target.partition": Kind("layers of each stage such as 3,5", _some(_whole(0))),
+    "target.spec": choice("te", "local"),
     "target.embedding": choice("auto", "vocabulary", "hidden"),
     "model.family": choice("auto", *FAMILIES),
     "model.config": PATH,
@@ -222,6 +225,7 @@ KEYS: dict[str, Kind] = {
     "json": FLAG,
     "quiet": FLAG,
     "nproc": COUNT,
+    "recipe": choice(*RECIPES),
 }
 SPECIAL: dict[tuple[str, str], Kind] = {
     ("average", "source.path"): Kind("a path, or a list of paths: [a,b]", _paths),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_dist import configs
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
@@ -70,6 +71,9 @@ def recognise(
     catalog = source.catalog
     own, wrapper = _own_names(catalog)
     chosen, spoken, prefix = _best([n for n in own if n is not None], source.config, family, dialect)
+    if chosen is None and family == "auto" and _preset(source):
+        kind = source.config["model_type"]
+        raise CheckpointError(f"{source.folder}: the names are not those of {kind}, which model.config names.")
     names: list[str | None] = [n[len(prefix) :] if n is not None and n.startswith(prefix) else n for n in own]
     dropped: dict[str, list[str]] = {}
     lost: list[str] = []
@@ -106,6 +110,8 @@ def recognise(
         if chosen
         else "unknown model: names are kept as they are"
     ]
+    if _preset(source):
+        guesses.append("config.json as such models were published; tokenizer files have to be brought")
     return Model(
         source,
         tuple(names),
@@ -180,7 +186,7 @@ def _score(family: Family, dialect: str, prefix: str, names: Mapping[str, int], 
     hits = sum(names[n] for n, rule in rules.items() if rule is not None)
     drops = sum(count for n, count in names.items() if families.dropped(family, n))
     found = {w for rule in rules.values() if rule is not None for w in rule.weights}
-    if not known and not set(family.weights) - set(family.optional) - set(family.ties) <= found:
+    if not known and not set(family.weights) - {*family.optional, *family.ties, *family.zeros} <= found:
         return 0.0
     return hits / max(sum(names.values()) - drops, 1)
 
@@ -211,6 +217,8 @@ def _sizes(
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
     sizes = families.resolve(family, dialect, shapes, known)
+    if _preset(source):
+        _fits(source, family.sizes[CANONICAL](source.config), families.resolve(family, dialect, shapes, {}))
     used = {
         a
         for n, _ in shapes
@@ -221,6 +229,21 @@ def _sizes(
     }
     missing = sorted(used - set(sizes))
     return sizes, f"the lengths of {', '.join(missing)}" if missing else ""
+
+
+def _preset(source: Source) -> bool:
+    return source.config_path is not None and source.config_path.name == configs.PRESETS
+
+
+def _fits(source: Source, said: Mapping[str, int], stored: Mapping[str, int]) -> None:
+    """A preset was written for one model: also its vocabulary and its number of layers are those of the tensors."""
+    words = {"l": "layers", "v": "rows in the vocabulary"}
+    wrong = [f"{said[a]} {words[a]}, the tensors have {stored[a]}" for a in words if said[a] != stored.get(a, said[a])]
+    if wrong:
+        raise CheckpointError(
+            f"{source.folder}: the model that model.config names has {'; '.join(wrong)}. Name another one, or give the "
+            "model's own config.json with model.config=PATH."
+        )
 
 
 @dataclass(frozen=True)
@@ -269,14 +292,23 @@ def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
     return found
 
 
+def beside(family: Family, zeros: Mapping[str, str], present: Mapping[str, Ints]) -> dict[str, Ints]:
+    """Corners of weights that no source holds: each is wherever another one is."""
+    found = {}
+    for weight, other in zeros.items():
+        places = [family.axes(other).index(a) for a in family.axes(weight)]
+        found[weight] = np.unique(present[other][:, places], axis=0)
+    return found
+
+
 def spelled(
     family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int], dtype_of: Any
 ) -> Bound:
-    """The entries of a model in a dialect; a weight that the dialect has no name for is refused."""
+    """The entries of a model in a dialect; a weight that it has no name for is refused, or taken to be zeros there."""
     found = families.spell(family, dialect, present, sizes)
     named = {w for _, rule, _ in found for w in rule.weights}
     for weight in present:
-        if weight not in named:
+        if weight not in named and weight not in family.zeros:
             raise CheckpointError(
                 f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect."
             )

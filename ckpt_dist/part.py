@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import formats, plan
+from ckpt_dist import formats, plan, quantised
 from ckpt_dist.box import Ints, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, whole
 from ckpt_dist.engine import exchange
@@ -179,6 +179,8 @@ def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
         node = rank if row else node
         looked[rank] = looked[node]
     table = np.array(looked, bool)
+    for q in quantised.of(catalog):  # its scales may lie in another file
+        table[:, q.file] &= table[:, q.scales.file]
     exchange.missing(table, catalog.files, catalog.root)
     return exchange.Readers(table, length, balanced)
 
@@ -194,6 +196,14 @@ def _ends(catalog: Catalog) -> Ints:
     nbytes = np.prod(chunks.stop - chunks.start, axis=1) * item_bytes(catalog.entries, chunks)
     np.maximum.at(length, chunks.file, chunks.offset + nbytes)
     return length
+
+
+def stored(m: Model) -> NDArray[np.float64]:
+    """Of each file, the bytes in files for a byte that is read from it: less than 1 where values are computed."""
+    each = np.full(len(m.catalog.files), 0.0 if m.source.reader else 1.0)
+    for q in quantised.of(m.catalog):
+        each[q.file] = q.stored_bytes / max(q.nbytes, 1)
+    return each
 
 
 def _visible(root: str, files: Sequence[str]) -> list[bool]:

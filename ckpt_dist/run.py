@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, configs, cost, formats, initial, part, plan, sources, task
+from ckpt_dist import __version__, configs, cost, formats, initial, megatron, part, plan, quantised, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -103,11 +103,11 @@ def seed(cfg: Config) -> dict[str, Any]:
         with report.phase("scan"):
             m = group.on_first(lambda: initial.checkpoint(cfg))
         about = {"verb": "seed", "seed": cfg["seed"], "init": initial.described(m)}
-        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: _drawn, about)
+        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: _made, about)
 
 
-def _drawn(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
-    """What `keep` does; being another function it has every tile made and digested, none copied."""
+def _made(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+    """What `keep` does, for computed sources; being another function it has every tile made and digested, none copied."""
     return keep(tile, values, dtypes, want)
 
 
@@ -239,14 +239,14 @@ def _write(
     if not cfg.get("dry_run"):
         _only_for_plans(models, engine)
     with report.phase("plan"):
-        p = _prepare(group, report, models, cfg, path, combination, into)
+        p = prepare(group, report, models, cfg, path, combination, into)
     if cfg.get("dry_run"):
         return _dry(group, report, p, engine, path)
     if p.combine is not keep or _casts(p.design):
         from ckpt_dist.averages.tensors import use
 
         report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    staged = group.on_first(lambda: _stage(p, cfg, about, given))
+    staged = group.on_first(lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
@@ -272,7 +272,7 @@ def _only_for_plans(models: Sequence[Model], engine: Config) -> None:
             )
 
 
-def _stage(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
+def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
     """The staging folder: new, or as an earlier attempt at the very same job left it."""
     used = [(m.catalog.root, f) for m in p.models for f in m.catalog.files]
     times = [
@@ -290,7 +290,7 @@ def _stage(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> t
     return task.Staged(p.staging.folder, finished, done)
 
 
-def _prepare(
+def prepare(
     group: Group,
     report: Report,
     models: list[Model],
@@ -301,13 +301,13 @@ def _prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
-    if target["format"] in formats.DIALECTS and set(cfg.get("keep") or ()) - {"weights"}:
+    if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
     models = [task.settle_ties(group, report, m, engine_of(cfg)) for m in models]
     report.notes += [note for m in models for note in m.source.notes]
-    report.guesses += models[0].guesses
+    report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
@@ -318,15 +318,18 @@ def _prepare(
     report.guesses += layout.catalog.about.get("guesses", ())
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
-    carries = target["format"] in formats.DIALECTS and not staging.single
+    carries = target["format"] in formats.FOLDERS and not staging.single
     small = _small_files(models[0], d, layout, cfg, report) if carries else {}
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
     if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
         group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
-    _account(report, models, lost)
-    return Prepared(models, d, combination(d), layout, proof, staging, small)
+    _account(report, models, lost | task.unsaid(models[0], d))
+    combine = combination(d)
+    if combine is keep and any(quantised.of(m.catalog) for m in models):
+        combine = _made
+    return Prepared(models, d, combine, layout, proof, staging, small)
 
 
 def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
@@ -335,7 +338,7 @@ def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
         return m
     if m.source.reader:
         raise UsageError(
-            f"target.vocab_size={asked}: a seed has the vocabulary of its config; change vocab_size there."
+            f"target.vocab_size={asked}: these values are not stored yet, and have the vocabulary of their config; change vocab_size there."
         )
     found = resized(m, "v", asked)
     what = "the rest are zeros" if have and asked > have else "the last ones are left out"
@@ -380,8 +383,8 @@ def _fill(
         runs = [run for part in group.gather(done.runs) for run in part]
         report.peak_memory = group.gather(peak_memory())
         prints = _fingerprints(p.design, done, p.models, report) if digests else {}
-        record = {} if p.staging.single else _record(cfg, about, p.models, given, prints, report)
-        group.on_first(lambda: _finish(p.staging, p.layout, runs, {**p.small, **record}, engine, cfg))
+        kept = {} if p.staging.single else record(cfg, about, p.models, given, prints, report)
+        group.on_first(lambda: finish(p.staging, p.layout, runs, {**p.small, **kept}, engine, cfg))
     return prints
 
 
@@ -398,7 +401,7 @@ def _casts(d: task.Design) -> bool:
     )
 
 
-def _finish(
+def finish(
     staging: stage.Staging,
     layout: Layout,
     runs: stage.Runs,
@@ -416,16 +419,25 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
         **target,
         "max_shard_size": parse_size(target["max_shard_size"]),
         "sizes": m.sizes,
+        "args": _args(d, m),
+        "step": m.step,
         "file": path.name if _is_file_name(path, target["format"]) else None,
     }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
-    if target["tp"] != 1 and target["format"] != "meta":
-        raise UsageError(
-            f"target.tp={target['tp']}: {target['format']} has no files of model-parallel ranks. Leave it out."
-        )
+    for key in ("tp", "pp", "vpp", "ep"):
+        if target[key] != 1 and target["format"] not in ("megatron", *(["meta"] if key == "tp" else [])):
+            raise UsageError(
+                f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
+            )
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
+
+
+def _args(d: task.Design, m: Model) -> dict[str, Any]:
+    """What Megatron calls args, for a model of a known family."""
+    weights = {w for rule in d.target.rules if rule for w in rule.weights}
+    return megatron.to_args(m.source.config, m.sizes, weights, tied="head" not in weights)
 
 
 def _is_file_name(path: Path, format: str) -> bool:
@@ -465,7 +477,8 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
     mapped = sum(n is not None for n in m.names)
     if m.source.reader is None:
         report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
-    for rule, names in {**m.dropped, **{k: tuple(v) for k, v in lost.items()}}.items():
+    for rule in {**m.dropped, **lost}:
+        names = (*m.dropped.get(rule, ()), *lost.get(rule, ()))
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         report.notes.append(f"dropped, {rule}: {some}")
 
@@ -499,6 +512,14 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
         head = any("head" in r.weights for r in d.target.rules if r)
         config = _translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
         config["torch_dtype"] = main  # the word that every version of transformers reads
+    if megatron.is_args(config) and m.family and "v" in m.sizes:
+        weights = {w for rule in d.target.rules if rule for w in rule.weights}
+        kind = megatron.model_type(m.family.model_types, weights)
+        if kind in megatron.CLASSES:
+            config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
+            config["torch_dtype"] = main
+    if config.pop("quantization_config", None):
+        report.notes.append("quantization_config is left out of config.json: what is written is not quantised")
     if not configs.is_hf(config):
         report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
         return {}
@@ -576,7 +597,7 @@ def _drain(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
         pass
 
 
-def _record(
+def record(
     cfg: Config, about: Config, models: Sequence[Model], given: Sequence[float], prints: Config, report: Report
 ) -> dict[str, bytes]:
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""

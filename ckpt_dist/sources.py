@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import formats
+from ckpt_dist import configs, formats, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
@@ -194,11 +194,15 @@ def _scan(
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     about = catalog.about
-    if "saved" in about:  # everything as it was where it was saved
-        found = find_config(folder, path, asked, config)[0] if config else dict(catalog.config)
+    saved = "saved" in about
+    found, config_path = ({}, None) if saved and config is None else find_config(folder, path, asked, config)
+    found = found or dict(catalog.config)
+    if catalog.format == "hf":
+        catalog = quantised.readable(catalog, found, keys.get("dtype_of", lambda entry: entry.dtype))
+        notes = (*notes, *quantised.described(catalog))
+    if saved:  # everything as it was where it was saved
         notes = (*notes, f"{folder} is a saved catalog of {about['folder']}")
         return Source(catalog, Path(about["asked"]), Path(about["folder"]), about["step"], found, None, notes)
-    found, config_path = find_config(folder, path, asked, config)
     match = STEP.fullmatch(path.name)
     return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
 
@@ -209,6 +213,8 @@ def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tup
         place = Path(given).expanduser()
         places = [place / n for n in CONFIGS] if place.is_dir() else [place]
         hit = next((p for p in places if p.is_file()), None)
+        if hit is None and not place.exists():
+            return _preset(given)
         if hit is None:
             raise UsageError(f"model.config={given}: no config.json or params.json there.")
         return read_config(hit), hit
@@ -223,6 +229,16 @@ def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tup
                 if {"model_type", "architectures", "hidden_size", "n_layers"} & set(content):
                     return content, candidate
     return {}, None
+
+
+def _preset(name: str) -> tuple[dict[str, Any], Path]:
+    known = configs.presets()
+    if name not in known:
+        raise UsageError(
+            f"model.config={name}: no config.json or params.json there, and no model that is known by name.{nearest(name, known)} "
+            f"Known: {', '.join(known)}."
+        )
+    return known[name], configs.folder("conf") / configs.PRESETS
 
 
 def assets(source: Source) -> dict[str, Path]:

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ckpt_dist import family as families
-from ckpt_dist import formats, model, plan
+from ckpt_dist import formats, model, plan, quantised
 from ckpt_dist.catalog import Chunks, Entry, Views
-from ckpt_dist.configs import is_params
+from ckpt_dist.configs import is_hf
 from ckpt_dist.engine import exchange, traffic
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Crew, Done, Job, Side, fill, keep, tile_dtypes
@@ -36,7 +36,7 @@ from ckpt_dist.files.dtypes import is_floating, known
 from ckpt_dist.formats import Layout
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
-from ckpt_dist.part import Part, item_bytes, located, part, readers, share, tile_bytes, wanted, wholly
+from ckpt_dist.part import Part, item_bytes, located, part, readers, share, stored, tile_bytes, wanted, wholly
 from ckpt_dist.report import Progress, Report, size
 from ckpt_dist.sources import Source, open_source
 
@@ -60,7 +60,9 @@ class Design:
 def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     """Find, scan and recognise one source."""
     settings = cfg.get("model") or {}
-    return understand(open_source(keys, settings.get("config")), keys, cfg)
+    rules = (cfg.get("target") or {}).get("dtype", "keep")
+    asked = {**keys, "dtype_of": lambda entry: target_dtype(rules, entry)}
+    return understand(open_source(asked, settings.get("config")), keys, cfg)
 
 
 def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
@@ -96,10 +98,28 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
             )
         return ""
     if asked == "auto":
-        asked = formats.DIALECTS.get(str(cfg_target.get("format")), first.dialect)
+        choices = formats.DIALECTS.get(str(cfg_target.get("format")), (first.dialect,))
+        fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
+        asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
         raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
+    if asked.startswith("megatron") and asked.endswith("_stacked") and not _uniform(first):
+        raise UsageError(
+            f"target.dialect={asked} has one tensor for all layers, and the layers of this model differ. "
+            f"Use {asked.removesuffix('_stacked')}, as Megatron does."
+        )
     return asked
+
+
+def _uniform(m: Model) -> bool:
+    """Whether all layers have the same weights, so that one tensor can hold a weight of all of them."""
+    assert m.family is not None
+    layers: dict[str, set[int]] = {}
+    for rule in (families.match(m.family, m.dialect, n) for n in m.names if n is not None):
+        for axis, index in rule.fixed if rule else ():
+            if axis == "l":
+                layers.setdefault(rule.weights[0], set()).add(index)  # type: ignore[union-attr]
+    return len({frozenset(found) for found in layers.values()}) < 2
 
 
 def _plain_entries(first: Model) -> Bound:
@@ -126,31 +146,48 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     assert first.family is not None
     bounds = tuple(model.bind_family(m) for m in models)
     present = model.corners(first.family, bounds[0], wholly(bounds[0]))
-    dtype_of = _dtypes(bounds[0])
+    dtype_of = stored_dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {
         copy: of
         for copy, of in first.family.ties.items()
-        if dialect != families.CANONICAL and copy not in present and tied(first)
+        if dialect in families.COPIES and copy not in present and tied(first)
     }
+    zeros = {w: of for w, of in first.family.zeros.items() if w not in present and of in present}
     target = model.spelled(
         first.family,
         dialect,
-        present | {c: present[o] for c, o in ties.items()},
+        present | {c: present[o] for c, o in ties.items()} | model.beside(first.family, zeros, present),
         first.sizes,
-        dtype_of_tied(dtype_of, ties),
+        dtype_of_tied(dtype_of, ties | zeros),
     )
+    canon = _with_own(canon, target, {*first.family.zeros} - {*zeros})
     rules = tuple(
-        r if r is None else replace(r, weights=tuple(ties.get(w, w) for w in r.weights)) for r in target.rules
-    )
+        None if r is None or r.weights[0] in zeros else replace(r, weights=tuple(ties.get(w, w) for w in r.weights))
+        for r in target.rules
+    )  # what has no rule is filled by nobody, and a file begins as zeros
     return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
+
+
+def _with_own(canon: Bound, target: Bound, own: set[str]) -> Bound:
+    """Tiles also for what only the target's dialect has a name for; no part of a fingerprint, which is of all dialects."""
+    more = [(e, r) for e, r in zip(target.entries, target.rules, strict=True) if r and r.weights[0] in own]
+    entries = (*canon.entries, *(replace(e, role="state") for e, _ in more))
+    return replace(canon, entries=entries, rules=(*canon.rules, *(r for _, r in more)))
+
+
+def unsaid(m: Model, d: Design) -> dict[str, list[str]]:
+    """Stored names that the target has no name for, by the rule that lets them be left out."""
+    named = {w for rule in d.canon.rules if rule for w in rule.weights}
+    names = [n for n, r in zip(m.names, d.sources[0].rules, strict=True) if n and r and r.weights[0] not in named]
+    return {f"taken to be zeros in the dialect {d.dialect}": names} if names else {}
 
 
 def dtype_of_tied(dtype_of: Callable[[Any], str], ties: Mapping[str, str]) -> Callable[[Any], str]:
     return lambda rule: dtype_of(replace(rule, weights=tuple(ties.get(w, w) for w in rule.weights)))
 
 
-def _dtypes(bound: Bound) -> Callable[[Any], str]:
+def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
     """The stored dtype of a rule's first weight, at its layer where layers are told apart."""
     exact: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
     loose: dict[str, str] = {}
@@ -191,7 +228,9 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
 
 def tied(m: Model) -> bool:
     """Whether the config says so, or, where it has no word for it, the values were found equal."""
-    return bool(m.source.config.get("tie_word_embeddings")) or any(rule.startswith(TIED) for rule in m.dropped)
+    config = m.source.config
+    said = config.get("tie_word_embeddings") or config.get("untie_embeddings_and_output_weights") is False
+    return bool(said) or any(rule.startswith(TIED) for rule in m.dropped)
 
 
 @dataclass(frozen=True)
@@ -251,7 +290,7 @@ def run_tiles(
     exchanging = group.together(lambda: _collective(transport, group, report, plans))
 
     def work() -> Done:
-        opened = [m.source.reader or Files(m.catalog.root, m.catalog.files) for m, _ in sources]
+        files_of = [opened(m) for m, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down
@@ -259,7 +298,7 @@ def run_tiles(
 
         journal = Journal(staged.folder, flush) if staged else None
         with ExitStack() as closing:  # all of them, whatever one of them says
-            for files in [*opened, *([target[2]] if target else [])]:
+            for files in [*files_of, *([target[2]] if target else [])]:
                 closing.callback(files.close)
             if journal:
                 closing.callback(journal.close)
@@ -269,17 +308,18 @@ def run_tiles(
             )
             collective = exchanging
             if transport == "auto" and group.nodes > 1 and not exchanging:
-                collective, said = _cheaper(group, needs)
+                collective, said = _cheaper(group, needs, [stored(m) for m, _ in sources])
                 needs = [replace(w, readers=w.readers.evenly()) for w in needs] if collective else needs
                 report.notes += [said] if target else []
-            out = group.together(lambda: target_side(*target, mine, last - first) if target else None)
+            bound_layout = target and (target[0], target[1].catalog.chunks, *target[2:])
+            out = group.together(lambda: target_side(*bound_layout, mine, last - first) if bound_layout else None)
             job = Job(
                 first,
                 first,
                 last,
                 plan.tile_numel(canon.entries)[first:last],
                 finished[first:last],
-                [Side(f, w.moves, w.file, w.dtypes) for f, w in zip(opened, needs, strict=True)],
+                [Side(f, w.moves, w.file, w.dtypes) for f, w in zip(files_of, needs, strict=True)],
                 out,
                 target[2] if target else None,
                 _named(combine, canon),
@@ -296,11 +336,11 @@ def run_tiles(
 
                 if collective:
                     memory = int(engine["memory"])
-                    done = exchange.run(group, job, needs, opened, crew, memory, advance)
+                    done = exchange.run(group, job, needs, files_of, crew, memory, advance)
                 else:
                     done = fill(job, crew, advance)
             flush()
-            done.bytes_read = sum(files.bytes_read for files in opened)
+            done.bytes_read = sum(files.bytes_read for files in files_of)
             return done
 
     done = group.together(work)
@@ -313,6 +353,18 @@ def run_tiles(
         done.digests.update(staged.done.digests)
         done.runs += staged.done.runs if group.rank == 0 else []
     return done
+
+
+def opened(m: Model) -> Any:
+    """What the bytes of a source come from: its files, or what computes them."""
+    if m.source.reader:
+        return m.source.reader
+    files = Files(m.catalog.root, m.catalog.files)
+    if not quantised.of(m.catalog):
+        return files
+    from ckpt_dist.engine.dequantise import Dequantised
+
+    return Dequantised(files, quantised.of(m.catalog))
 
 
 def _named(combine: Combine, canon: Bound) -> Combine:
@@ -355,29 +407,26 @@ def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchan
     return asked == "collective" or blind
 
 
-def _cheaper(group: Group, needs: Sequence[exchange.Wanted]) -> tuple[bool, str]:
+def _cheaper(group: Group, needs: Sequence[exchange.Wanted], held: Sequence[traffic.Part]) -> tuple[bool, str]:
     """Whether an exchange moves less than reading directly, which all nodes could; and what to say of it."""
     each, once = (traffic.none(group.world) for _ in range(2))
-    for w in needs:
+    for w, of in zip(needs, held, strict=True):
         owner = np.full(len(w.file), group.rank)
-        each += traffic.direct(w, owner, group.world)
-        once += traffic.exchanged(replace(w, readers=w.readers.evenly()), owner, group.world, group.nodes)
+        each += traffic.direct(w, owner, group.world, of)
+        once += traffic.exchanged(replace(w, readers=w.readers.evenly()), owner, group.world, group.nodes, of)
     every = group.gather((each, once))
     each, once = (sum((e[k] for e in every), traffic.none(group.world)) for k in range(2))
     collective, numbers = traffic.cheaper(each, once, group.nodes)
     return collective, f"transport {'collective' if collective else 'direct'}: {numbers}"
 
 
-def target_side(bound: Bound, layout: Layout, files: Files, views: Views, mine: Views, count: int) -> Side:
-    """Where `count` tiles go."""
-    chunks, entries = layout.catalog.chunks, bound.entries
-    items = item_bytes(entries, chunks)
-    moves = plan.moves(views, chunks, items, mine, alternatives=False)
+def target_side(bound: Bound, chunks: Chunks, files: Files, views: Views, mine: Views, count: int) -> Side:
+    """Where each tile goes: into all chunks that hold any of it."""
+    entries = bound.entries
+    moves = plan.moves(views, chunks, item_bytes(entries, chunks), mine, alternatives=False)
+    names = [e.name for e in entries]
     return Side(
-        files,
-        moves,
-        chunks.file,
-        tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, [e.name for e in entries]),
+        files, moves, chunks.file, tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, count, names)
     )
 
 
@@ -404,8 +453,11 @@ def fingerprint_of(digests: Mapping[str, str]) -> str:
 
 
 def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
-    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal."""
-    if m.family is None or not (tied(m) or is_params(m.source.config)):
+    """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal.
+
+    Values that are not stored yet cannot be compared: both are kept.
+    """
+    if m.family is None or m.source.reader or not (tied(m) or not is_hf(m.source.config)):
         return m
     rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
     where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}

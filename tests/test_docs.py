@@ -196,7 +196,8 @@ def test_every_function_of_the_readme_runs(run: Path) -> None:
     space: dict[str, object] = {}
     for text in fenced(README, "python"):
         exec(text, space)
-    assert {n for n in ckpt_dist.__all__ if f"ckpt_dist.{n}(" in README.read_text()} == set(ckpt_dist.__all__)
+    verbs = set(ckpt_dist.__all__) - {"dcp"}  # a module
+    assert {n for n in verbs if f"ckpt_dist.{n}(" in README.read_text()} == verbs
     assert space["folder"] == Path("model-ema")
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist import families, family
 from ckpt_dist.cli import main
+from ckpt_dist.errors import UsageError
 from ckpt_dist.pattern import parse
 
 SMALL = dict(
@@ -70,7 +71,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: transformers.MistralConfig(**SMALL),
 }
 NAMES = {"gemma2": "gemma", "gemma3_text": "gemma", "deepseek_v3_lite": "deepseek_v3"} | dict.fromkeys(
-    ("qwen2", "qwen3", "mistral"), "llama"
+    ("qwen2", "mistral"), "llama"
 )
 
 
@@ -128,10 +129,17 @@ def test_every_dialect_there_and_back(name: str, made: Callable[[str], tuple[Any
         if not used <= {w for text in rules.values() for w in parse(text).weights}:
             continue  # this dialect has no name for a bias of this model
         there, back = tmp_path / dialect, tmp_path / f"{dialect}-back"
+        if dialect.startswith("megatron") and dialect.endswith("_stacked") and name in MIXED:
+            with pytest.raises(UsageError, match="the layers of this model differ"):
+                ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect)
+            continue
         ckpt_dist.convert(folder / "hf", there, format="dcp", dialect=dialect, quiet=True)
         ckpt_dist.convert(there, back, format="hf", **{"model.config": str(folder / "hf")}, quiet=True)
         assert equal(back, folder / "hf")
         assert ckpt_dist.fingerprint(back) == print_
+
+
+MIXED = ("qwen3_moe", "deepseek_v3")  # some of their layers are dense
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -152,7 +160,7 @@ def test_a_table_is_whole(name: str) -> None:
                 axes = (*re.findall(r"\{(\w+)\}", stored), *pattern.axes(branch))
                 assert sorted(axes) == sorted(table.axes(weight)), (dialect, stored)
                 named.add(weight)
-        assert set(table.weights) - named <= set(table.optional), dialect
+        assert set(table.weights) - named <= {*table.optional, *table.zeros}, dialect
 
 
 def test_every_family_is_here() -> None:

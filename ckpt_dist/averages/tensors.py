@@ -1,4 +1,4 @@
-"""Tiles as torch tensors: the cast, and the weighted mean. The only place where values change.
+"""Tiles as torch tensors: the cast, and the weighted mean. Besides `engine.dequantise` the only place where values change.
 
 Invariant: floating values are summed in fp32 (fp64 for fp64) in the order given and rounded once; integers and
 booleans are never summed and never cast to floating types.

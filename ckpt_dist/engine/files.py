@@ -42,6 +42,18 @@ class Reader(Protocol):
         """Fill `into` from a place of a file."""
 
 
+class Writer(Protocol):
+    """What tiles are scattered to: files, or the memory of tensors."""
+
+    def write(self, file: int, offset: int, data: memoryview) -> None:
+        """Put all of `data` at a place of a file."""
+
+    def copy(
+        self, source: Reader, from_file: int, from_at: int, file: int, at: int, nbytes: int, buffer: memoryview
+    ) -> None:
+        """Bytes as they are from a place of `source` to a place of a file."""
+
+
 class Files:
     """The files of one checkpoint, opened when first used by each thread."""
 

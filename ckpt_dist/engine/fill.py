@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints
-from ckpt_dist.engine.files import PIECE, Files, Reader
+from ckpt_dist.engine.files import PIECE, Reader, Writer
 from ckpt_dist.engine.moves import WORDS, Array, Move, by_tile, gather, scatter
 from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped
 from ckpt_dist.files.dtypes import itemsize
@@ -34,12 +34,16 @@ A value is valid until the next one is asked for."""
 
 @dataclass(frozen=True)
 class Side:
-    """One checkpoint as seen by a rank's tiles `first..last`: moves, the file of each chunk, the dtype of each tile."""
+    """One checkpoint as seen by a rank's tiles `first..last`: moves, the file of each chunk, the dtype of each tile.
+
+    Of a source that is read `exact`, gaps between what is needed are left out.
+    """
 
     files: Reader
     moves: Moves
     file_of_chunk: Ints
     dtypes: Sequence[str]
+    exact: bool = False
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Job:
     finished: NDArray[np.bool_]
     sources: Sequence[Side]
     target: Side | None
-    out: Files | None
+    out: Writer | None
     combine: Combine
     digests: bool = False
     crc_files: frozenset[int] = frozenset()
@@ -241,7 +245,7 @@ class _Worker:
     def values(self, tile: int, numel: int, moves: list[list[Move]], dtypes: list[str]) -> Iterator[Array]:
         for k, side in enumerate(self.job.sources):
             value = self.buffer(dtypes[k], numel)
-            gather(value, moves[k], side.files.read)
+            gather(value, moves[k], side.files.read, exact=side.exact)
             if self.job.digests:
                 self.done.digests[k, tile] = digest(value)
             self.advance(value.nbytes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -31,13 +31,17 @@ class Elsewhere(CheckpointError):
 
 
 class Group:
-    """`rank`, `world` and `local_world` come from torchrun's environment; a job without torchrun is world size 1."""
+    """`rank`, `world` and `local_world` come from torchrun's environment; a job without torchrun is world size 1.
 
-    def __init__(self, timeout_s: float = 300) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    A rank that is `alone` sends no messages: it is one of another program's, which has its own order of calls.
+    """
+
+    def __init__(self, timeout_s: float = 300, *, alone: bool = False) -> None:
+        environ: Mapping[str, str] = {} if alone else os.environ
+        self.rank = int(environ.get("RANK", "0"))
+        self.world = int(environ.get("WORLD_SIZE", "1"))
+        self.local_world = int(environ.get("LOCAL_WORLD_SIZE", str(self.world)))
+        self.local_rank = int(environ.get("LOCAL_RANK", "0"))
         self.nodes = max(self.world // self.local_world, 1)
         self.mine = False
         if self.world > 1:

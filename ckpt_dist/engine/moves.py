@@ -4,7 +4,7 @@ A tile is a dense run of elements in memory; a move says which box of it lies wh
 contiguous on both sides are read or written in place; anything else is one strided copy through a small scratch.
 
 Invariant: every byte of a file that is asked for is read once, gaps of GAP bytes and more are not read, and scratch
-memory stays below SPAN bytes plus one tile.
+memory stays below SPAN bytes plus one tile. An exact gather leaves out smaller gaps too, where they are a tenth of a box.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ckpt_dist.plan import Moves
 
 SPAN = 4 << 20  # bytes of a file read at once to pick strided elements out of
 GAP = 1 << 10  # bytes between strided elements that are worth a call to leave out
+EXACT_GAP = 128  # the same for a gather that is exact
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 Array = NDArray[Any]
@@ -74,25 +76,33 @@ def by_tile(moves: Moves, file_of_chunk: NDArray[np.int64], first: int, last: in
         yield [Move(f, at, tile_at, simplify(n, s, t)) for f, n, s, t, at, tile_at in rows]
 
 
-def gather(tile: Array, moves: list[Move], read: Callable[[int, int, memoryview], None]) -> None:
-    """Fill a tile (a 1-D array of words) from files; `read(file, offset, into)` reads exactly."""
+def gather(
+    tile: Array, moves: list[Move], read: Callable[[int, int, memoryview], None], *, exact: bool = False
+) -> None:
+    """Fill a tile (a 1-D array of words) from files; `read(file, offset, into)` reads exactly what it is told."""
     item = tile.itemsize
     raw = memoryview(tile.view(np.uint8)) if tile.size else memoryview(b"")
     for move in moves:
         if move.run:
             read(move.file, move.at, raw[move.tile_at * item : (move.tile_at + move.run) * item])
         else:
-            _gather_strided(tile, move.file, move.at, move.tile_at, move.dims, read)
+            _gather_strided(tile, move.file, move.at, move.tile_at, move.dims, read, exact)
 
 
 def _gather_strided(
-    tile: Array, file: int, at: int, tile_at: int, dims: tuple[Dim, ...], read: Callable[[int, int, memoryview], None]
+    tile: Array,
+    file: int,
+    at: int,
+    tile_at: int,
+    dims: tuple[Dim, ...],
+    read: Callable[[int, int, memoryview], None],
+    exact: bool,
 ) -> None:
     item, span = tile.itemsize, _span(dims)
-    if _in_steps(dims, item):
+    if _in_steps(dims, item, exact):
         (n, s, t), rest = _outermost(dims)
         for i in range(n):
-            _gather_strided(tile, file, at + i * s * item, tile_at + i * t, rest, read)
+            _gather_strided(tile, file, at + i * s * item, tile_at + i * t, rest, read, exact)
         return
     scratch = np.empty(span, tile.dtype)
     read(file, at, memoryview(scratch.view(np.uint8)))
@@ -107,11 +117,13 @@ def _span(dims: tuple[Dim, ...]) -> int:
     return sum((n - 1) * s for n, s, _ in dims) + 1
 
 
-def _in_steps(dims: tuple[Dim, ...], item: int) -> bool:
+def _in_steps(dims: tuple[Dim, ...], item: int, exact: bool = False) -> bool:
     """Whether a box is read step by step instead of at once: it is too long, or the gaps are wide."""
     (n, step, _), rest = _outermost(dims)
-    wide = n > 1 and (step - _span(rest)) * item >= GAP
-    return wide or (_span(dims) * item > SPAN and (len(dims) > 1 or step * item > SPAN))
+    gap, span = (step - _span(rest)) * item, _span(dims)
+    wasteful = exact and gap >= EXACT_GAP and span * 10 > prod(m for m, *_ in dims) * 11
+    wide = n > 1 and (gap >= GAP or wasteful)
+    return wide or (span * item > SPAN and (len(dims) > 1 or step * item > SPAN))
 
 
 def _outermost(dims: tuple[Dim, ...]) -> tuple[Dim, tuple[Dim, ...]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ckpt_dist.engine import journal
 from ckpt_dist.engine.files import reserve
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files.zips import combine_runs
+from ckpt_dist.files.zips import combine_runs, crc_of_zeros
 from ckpt_dist.formats import Layout
 
 Runs = Sequence[tuple[int, int, int, int]]
@@ -161,7 +161,8 @@ def _patch_crcs(folder: Path, layout: Layout, runs: Runs) -> None:
                 first = at
                 while at < len(mine) and mine[at][0] < entry.offset + entry.nbytes:
                     at += 1
-                value = combine_runs(mine[first:at])[2] if entry.nbytes else 0
+                own = mine[first:at]  # none where the file keeps the zeros that it began with
+                value = combine_runs(own)[2] if own else crc_of_zeros(entry.nbytes)
                 for position in entry.positions:
                     file.seek(position)
                     file.write(value.to_bytes(4, "little"))

@@ -35,6 +35,8 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = {"*norm": "ones", "*_bias": "zeros", "*": "normal initializer_range or 0.02"}
+defaults = dict(bloom=dict(tie_word_embeddings=True))
 
 _l = "transformer.h.{l}."
 

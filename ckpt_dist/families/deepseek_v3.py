@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_dist import megatron
+from ckpt_dist.families import llama
+
 model_types = ("deepseek_v3",)
 
 weights = dict(
@@ -40,12 +43,31 @@ weights = dict(
 )
 ties = dict(head="embed")
 drops = (r".*rotary_emb\.inv_freq",)
-optional = dict.fromkeys(("q", "q_down", "q_norm", "q_up"), "q_lora_rank")
-optional |= dict.fromkeys(("gate", "up", "down"), "first_k_dense_replace")
-optional |= dict.fromkeys(("shared_gate", "shared_up", "shared_down"), "n_shared_experts")
+_dense, _shared = ("gate", "up", "down"), ("shared_gate", "shared_up", "shared_down")
+_routed = ("router", "router_bias", "expert_gate", "expert_up", "expert_down")
+init = {"router_bias": "zeros", **llama.init}
+optional = {"q": "not q_lora_rank", **dict.fromkeys(("q_down", "q_norm", "q_up"), "q_lora_rank")}
+optional |= dict.fromkeys(_dense, "first_k_dense_replace") | dict.fromkeys(_shared, "n_shared_experts")
+layers = dict.fromkeys(_dense, "l < first_k_dense_replace")
+layers |= dict.fromkeys((*_routed, *_shared), "l >= first_k_dense_replace")
+fixed = dict(attention_bias=False)
+defaults = dict(
+    deepseek_v3=dict(
+        first_k_dense_replace=3,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        moe_intermediate_size=2048,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+)
 
 _attn = "model.layers.{l}.self_attn."
 _mlp = "model.layers.{l}.mlp."
+_titan = "layers.{l}."
 _rest = {
     "model.embed_tokens.weight": "embed: v e",
     "model.layers.{l}.input_layernorm.weight": "attn_norm: e",
@@ -69,6 +91,30 @@ _rest = {
     "model.norm.weight": "norm: e",
     "lm_head.weight": "head: v e",
 }
+_m = megatron.LAYER
+_megatron = {
+    "embedding.word_embeddings.weight": "embed: v e",
+    _m + "input_layernorm.weight": "attn_norm: e",
+    _m + "self_attention.linear_q_proj.weight": "q: (h i) e",
+    _m + "self_attention.linear_q_down_proj.weight": "q_down: a e",
+    _m + "self_attention.q_layernorm.weight": "q_norm: a",
+    _m + "self_attention.linear_q_up_proj.weight": "q_up: (h i) a",
+    _m + "self_attention.linear_kv_down_proj.weight": "kv_down: p e",
+    _m + "self_attention.kv_layernorm.weight": "kv_norm: b",
+    _m + "self_attention.linear_kv_up_proj.weight": "kv_up: (h j) b",
+    _m + "self_attention.linear_proj.weight": "o: e (h d)",
+    _m + "pre_mlp_layernorm.weight": "mlp_norm: e",
+    _m + "mlp.linear_fc1.weight": "gate, up: ((1 + 1) f) e",
+    _m + "mlp.linear_fc2.weight": "down: e f",
+    _m + "mlp.router.weight": "router: x e",
+    _m + "mlp.router.expert_bias": "router_bias: x",
+    _m + "mlp.experts.experts.linear_fc1.weight": "expert_gate, expert_up: x ((1 + 1) m) e",
+    _m + "mlp.experts.experts.linear_fc2.weight": "expert_down: x e m",
+    _m + "mlp.shared_experts.linear_fc1.weight": "shared_gate, shared_up: ((1 + 1) s) e",
+    _m + "mlp.shared_experts.linear_fc2.weight": "shared_down: e s",
+    "decoder.final_layernorm.weight": "norm: e",
+    "output_layer.weight": "head: v e",
+}
 
 dialects = dict(
     hf={
@@ -82,11 +128,40 @@ dialects = dict(
         _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
         _mlp + "experts.down_proj": "expert_down: x e m",
     },
+    **megatron.dialects(_megatron),
+    torchtitan={
+        "tok_embeddings.weight": "embed: v e",
+        _titan + "attention_norm.weight": "attn_norm: e",
+        _titan + "attention.wq.weight": "q: (h i) e",
+        _titan + "attention.wq_a.weight": "q_down: a e",
+        _titan + "attention.q_norm.weight": "q_norm: a",
+        _titan + "attention.wq_b.weight": "q_up: (h i) a",
+        _titan + "attention.wkv_a.weight": "kv_down: p e",
+        _titan + "attention.kv_norm.weight": "kv_norm: b",
+        _titan + "attention.wkv_b.weight": "kv_up: (h j) b",
+        _titan + "attention.wo.weight": "o: e (h d)",
+        _titan + "ffn_norm.weight": "mlp_norm: e",
+        _titan + "feed_forward.w1.weight": "gate: f e",
+        _titan + "feed_forward.w3.weight": "up: f e",
+        _titan + "feed_forward.w2.weight": "down: e f",
+        _titan + "moe.router.gate.weight": "router: x e",
+        _titan + "moe.expert_bias_E": "router_bias: x",
+        _titan + "moe.routed_experts.inner_experts.w1_EFD": "expert_gate: x m e",
+        _titan + "moe.routed_experts.inner_experts.w3_EFD": "expert_up: x m e",
+        _titan + "moe.routed_experts.inner_experts.w2_EDF": "expert_down: x e m",
+        _titan + "moe.shared_experts.w1.weight": "shared_gate: s e",
+        _titan + "moe.shared_experts.w3.weight": "shared_up: s e",
+        _titan + "moe.shared_experts.w2.weight": "shared_down: e s",
+        "norm.weight": "norm: e",
+        "lm_head.weight": "head: v e",
+    },
 )
 
 
 def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
-    return dict(
+    known = llama.said(c, a="q_lora_rank", f="intermediate_size", x="n_routed_experts", m="moe_intermediate_size")
+    known |= {"s": known["m"] * c["n_shared_experts"]} if "m" in known and c.get("n_shared_experts") else {}
+    return known | dict(
         l=c["num_hidden_layers"],
         v=c["vocab_size"],
         e=c["hidden_size"],
@@ -99,4 +174,9 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     )
 
 
-sizes = dict(hf=_from_hf)
+def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
+    return _from_hf({**a, "num_hidden_layers": a["num_layers"], "vocab_size": 0, "qk_nope_head_dim": a["qk_head_dim"],
+                     "qk_rope_head_dim": a["qk_pos_emb_head_dim"], "v_head_dim": a["v_head_dim"]})  # fmt: skip
+
+
+sizes = dict(hf=_from_hf, megatron=_from_args)

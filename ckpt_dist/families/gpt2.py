@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_dist import megatron
+from ckpt_dist.families import llama
+
 model_types = ("gpt2",)
 
 weights = dict(
@@ -34,9 +37,37 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = {
+    "*norm": "ones",
+    "*_bias": "zeros",
+    **dict.fromkeys(("o", "down"), "normal (initializer_range or 0.02) / (2 * n_layer) ** 0.5"),
+    "*": "normal initializer_range or 0.02",
+}
+fixed = dict(add_cross_attention=False)
+defaults = dict(gpt2=dict(n_positions=1024, tie_word_embeddings=True))
 drops = (r".*\.attn\.(masked_)?bias",)
 
 _l = "transformer.h.{l}."
+_m = megatron.LAYER
+_megatron = {
+    "embedding.word_embeddings.weight": "embed: v e",
+    "embedding.position_embeddings.weight": "positions: p e",
+    _m + "self_attention.linear_qkv.layer_norm_weight": "attn_norm: e",
+    _m + "self_attention.linear_qkv.layer_norm_bias": "attn_norm_bias: e",
+    _m + "self_attention.linear_qkv.weight": "q, k, v: (h (1 + 1 + 1) d) e",
+    _m + "self_attention.linear_qkv.bias": "q_bias, k_bias, v_bias: (h (1 + 1 + 1) d)",
+    _m + "self_attention.linear_proj.weight": "o: e (h d)",
+    _m + "self_attention.linear_proj.bias": "o_bias: e",
+    _m + "mlp.linear_fc1.layer_norm_weight": "mlp_norm: e",
+    _m + "mlp.linear_fc1.layer_norm_bias": "mlp_norm_bias: e",
+    _m + "mlp.linear_fc1.weight": "up: f e",
+    _m + "mlp.linear_fc1.bias": "up_bias: f",
+    _m + "mlp.linear_fc2.weight": "down: e f",
+    _m + "mlp.linear_fc2.bias": "down_bias: e",
+    "decoder.final_layernorm.weight": "norm: e",
+    "decoder.final_layernorm.bias": "norm_bias: e",
+    "output_layer.weight": "head: v e",
+}
 
 dialects = dict(
     hf={
@@ -58,11 +89,19 @@ dialects = dict(
         "transformer.ln_f.bias": "norm_bias: e",
         "lm_head.weight": "head: v e",
     },
+    **megatron.dialects(_megatron),
 )
 
 
 def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
-    return dict(l=c["n_layer"], v=c["vocab_size"], e=c["n_embd"], h=c["n_head"], d=c["n_embd"] // c["n_head"])
+    width, heads = c["n_embd"], c["n_head"]
+    known = llama.said(c, p="n_positions") | dict(f=c.get("n_inner") or 4 * width)
+    return known | dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=heads, d=width // heads)
 
 
-sizes = dict(hf=_from_hf)
+def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
+    count, _, width = megatron.heads(a)
+    return dict(l=a["num_layers"], e=a["hidden_size"], h=count, d=width)
+
+
+sizes = dict(hf=_from_hf, megatron=_from_args)

@@ -1,4 +1,4 @@
-"""Llama 2/3, Mistral, Qwen2 and Qwen3 dense models: gated MLP, grouped queries, optional biases and q/k norms.
+"""Llama 2/3, Mistral and Qwen2 dense models: gated MLP, grouped queries, optional biases. Many families build on it.
 
 l layer  v vocabulary  e embedding  g key-value group  q queries per group  c rotary half  r rotary pair
 f feed-forward. Hugging Face rotates halves (c r); Meta and torchtitan rotate adjacent pairs (r c).
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-model_types = ("llama", "mistral", "qwen2", "qwen3")
+from ckpt_dist import megatron
+
+model_types = ("llama", "mistral", "qwen2")
 
 weights = dict(
     embed="v e",
@@ -22,8 +24,6 @@ weights = dict(
     k_bias="l g c r",
     v_bias="l g c r",
     o_bias="l e",
-    q_norm="l c r",
-    k_norm="l c r",
     mlp_norm="l e",
     gate="l f e",
     up="l f e",
@@ -41,21 +41,36 @@ init = {  # as transformers: the first pattern that fits a weight
     "embed": "normal initializer_range or 0.02, zero row pad_token_id",
     "*": "normal initializer_range or 0.02",
 }
-optional = {  # the model types that have a weight, with the key of the config that asks for it
-    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), "llama:attention_bias qwen2 qwen3:attention_bias"),
-    "o_bias": "llama:attention_bias qwen3:attention_bias",
-    **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), "llama:mlp_bias"),
-    **dict.fromkeys(("q_norm", "k_norm"), "qwen3"),
+_llama = "model_type == 'llama' and "  # the others have no such key, whatever their config says
+optional = {  # when a model has a weight
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), _llama + "attention_bias or model_type == 'qwen2'"),
+    "o_bias": _llama + "attention_bias",
+    **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), _llama + "mlp_bias"),
 }
 defaults = dict(  # what transformers takes where a config.json does not say it
     mistral=dict(num_key_value_heads=8),
     qwen2=dict(num_key_value_heads=32),
-    qwen3=dict(num_key_value_heads=32, head_dim=128),
 )
 drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
 
 _hf = "model.layers.{l}."
 _meta = "layers.{l}."
+_m = megatron.LAYER
+_megatron = {
+    "embedding.word_embeddings.weight": "embed: v e",
+    _m + "self_attention.linear_qkv.layer_norm_weight": "attn_norm: e",
+    _m + "self_attention.linear_qkv.weight": "q, k, v: (g (q + 1 + 1) c r) e",
+    _m + "self_attention.linear_qkv.bias": "q_bias, k_bias, v_bias: (g (q + 1 + 1) c r)",
+    _m + "self_attention.linear_proj.weight": "o: e (g q c r)",
+    _m + "self_attention.linear_proj.bias": "o_bias: e",
+    _m + "mlp.linear_fc1.layer_norm_weight": "mlp_norm: e",
+    _m + "mlp.linear_fc1.weight": "gate, up: ((1 + 1) f) e",
+    _m + "mlp.linear_fc1.bias": "gate_bias, up_bias: ((1 + 1) f)",
+    _m + "mlp.linear_fc2.weight": "down: e f",
+    _m + "mlp.linear_fc2.bias": "down_bias: e",
+    "decoder.final_layernorm.weight": "norm: e",
+    "output_layer.weight": "head: v e",
+}
 
 dialects = dict(
     hf={
@@ -68,8 +83,6 @@ dialects = dict(
         _hf + "self_attn.k_proj.bias": "k_bias: (g c r)",
         _hf + "self_attn.v_proj.bias": "v_bias: (g c r)",
         _hf + "self_attn.o_proj.bias": "o_bias: e",
-        _hf + "self_attn.q_norm.weight": "q_norm: (c r)",
-        _hf + "self_attn.k_norm.weight": "k_norm: (c r)",
         _hf + "mlp.gate_proj.weight": "gate: f e",
         _hf + "mlp.up_proj.weight": "up: f e",
         _hf + "mlp.down_proj.weight": "down: e f",
@@ -109,6 +122,7 @@ dialects = dict(
         "norm.weight": "norm: e",
         "lm_head.weight": "head: v e",
     },
+    **megatron.dialects(_megatron),
 )
 
 
@@ -131,6 +145,11 @@ def from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     )
 
 
+def said(c: Mapping[str, Any], **names: str) -> dict[str, int]:
+    """The lengths that a config gives by name, without those that it lacks: `said(c, x="num_local_experts")`"""
+    return {axis: c[key] for axis, key in names.items() if c.get(key) is not None}
+
+
 def _from_params(p: Mapping[str, Any]) -> dict[str, int]:
     heads = p["n_heads"]
     groups = p.get("n_kv_heads") or heads
@@ -138,4 +157,4 @@ def _from_params(p: Mapping[str, Any]) -> dict[str, int]:
     return dict(l=p["n_layers"], e=p["dim"], g=groups, q=heads // groups, c=2, r=head_dim // 2)
 
 
-sizes = dict(hf=from_hf, meta=_from_params)
+sizes = dict(hf=from_hf, meta=_from_params, megatron=megatron.sizes)

@@ -27,6 +27,9 @@ weights = dict(
     head="v e",
 )
 ties = dict(head="embed")
+init = llama.init
+fixed = dict(attention_bias=False)
+defaults = dict(olmo2=dict(pad_token_id=1))
 drops = llama.drops
 
 _l = "model.layers.{l}."

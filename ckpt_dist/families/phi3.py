@@ -12,6 +12,8 @@ model_types = ("phi3",)
 
 weights = {w: axes for w, axes in llama.weights.items() if "bias" not in w and w not in ("q_norm", "k_norm")}
 ties = dict(head="embed")
+init = llama.init
+defaults = dict(phi3=dict(pad_token_id=32000))
 drops = llama.drops
 
 _l = "model.layers.{l}."

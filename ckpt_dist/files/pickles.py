@@ -39,6 +39,10 @@ class Record(list):  # type: ignore[type-arg]
         super().__init__(args)
 
 
+class Namespace(dict):  # type: ignore[type-arg]
+    """What is written as an argparse.Namespace."""
+
+
 class Dtype(str):
     """A dtype by name."""
 
@@ -108,6 +112,10 @@ INERT = {
                 "_MEM_FORMAT_ENCODING",
             )
         ),
+        *(
+            _CHECKPOINT + "planner." + n
+            for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+        ),
         _CHECKPOINT + "filesystem._StorageInfo",
         _CHECKPOINT + "_hf_utils._HFStorageInfo",
         _SHARD + "sharded_tensor.metadata.TensorProperties",
@@ -167,8 +175,16 @@ INERT = {
         "numpy._core.multiarray.scalar",
         "torch.Generator",
         "torch.cuda.amp.grad_scaler._refresh_per_optimizer_state",
+        "functools.partial",
     )
 }
+FOREIGN = (
+    "megatron.",
+    "nemo.",
+    "lightning.",
+    "pytorch_lightning.",
+    "omegaconf.",
+)  # whose classes are settings: never run
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 
@@ -398,6 +414,8 @@ class _Unpickler(pickle.Unpickler):
             return Dtype(FROM_STORAGE[name])
         if module == "torch" and name in TABLE:
             return Dtype(name)
+        if module.startswith(FOREIGN) and name.isidentifier():
+            return _record(path)
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
             return _join
         raise _Refused(path)
@@ -550,6 +568,11 @@ class _Pickler(_PurePython):  # type: ignore[misc]
             self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
         elif isinstance(value, TensorRef):
             self._tensor(value)
+        elif isinstance(value, Namespace):
+            self.save(_Name("argparse Namespace"))
+            self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+            self.save(dict(value))
+            self.write(pickle.BUILD)
         elif isinstance(value, bytes):
             self._call("_codecs encode", value.decode("latin1"), "latin1")
         elif isinstance(value, complex):

@@ -267,6 +267,11 @@ def combine(first: int, second: int, nbytes: int) -> int:
     return _times(_shift(nbytes), first) ^ second
 
 
+def crc_of_zeros(nbytes: int) -> int:
+    """The CRC of a hole: `crc_of_zeros(5)` == `crc32(bytes(5))`."""
+    return _times(_shift(nbytes), 0xFFFFFFFF) ^ 0xFFFFFFFF
+
+
 def combine_runs(runs: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
     """`(start, nbytes, crc)` of runs that together are one: `combine_runs([(0, 4, a), (4, 2, b)])` -> `(0, 6, c)`."""
     ordered = sorted(runs)

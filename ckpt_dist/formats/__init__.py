@@ -20,8 +20,16 @@ from typing import Any
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
-FORMATS = ("catalog", "fsdp", "dcp", "hf", "meta", "torch")  # the order in which a folder's content is tried
-DIALECTS = {"hf": "hf", "meta": "meta"}  # formats whose files have names of one dialect only
+# the order in which a folder's content is tried
+FORMATS = ("catalog", "fsdp", "torch_dist", "megatron", "dcp", "hf", "meta", "sfpt", "torch")
+DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
+    "hf": ("hf",),
+    "meta": ("meta",),
+    "torch_dist": ("megatron_stacked", "megatron"),
+    "megatron": ("megatron",),
+    "sfpt": ("megatron", "megatron_stacked"),
+}
+FOLDERS = ("hf", "meta")  # formats whose folders hold a model: weights, config, tokenizer
 
 
 @dataclass(frozen=True)

@@ -424,11 +424,7 @@ def _value_blob(spec: Spec, extra: Extra) -> bytes:
         with open(Path(spec.source.root) / spec.source.files[file], "rb") as source:
             source.seek(offset)
             return source.read(length)
-    layout = zips.lay_out(pt.records(pickles.dumps(extra.value), []))
-    out = bytearray(layout.length)
-    for at, piece in layout.pieces:
-        out[at : at + len(piece)] = piece
-    return bytes(out)
+    return pt.archive(extra.value)
 
 
 def _metadata(

@@ -44,7 +44,6 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     catalog = pt.scan_files(root, names, options) if names[0].endswith(".bin") else _scan_safetensors(root, names)
     if weight_map is not None:
         _check_index(catalog, weight_map, root)
-    _refuse_quantised(catalog, root)
     return replace(catalog, format="hf")
 
 
@@ -91,15 +90,6 @@ def _check_index(catalog: Catalog, weight_map: Mapping[str, str], root: Path) ->
         if file is not None and entry.name in weight_map and weight_map[entry.name] != file:
             raise CheckpointError(
                 f"{root}: {entry.name!r} lies in {file!r}, the index says {weight_map[entry.name]!r}."
-            )
-
-
-def _refuse_quantised(catalog: Catalog, root: Path) -> None:
-    marks = ("_scale_inv", ".qweight", ".absmax", "_blocks", ".qzeros", ".SCB")
-    for entry in catalog.entries:
-        if entry.name.endswith(marks):
-            raise CheckpointError(
-                f"{root}: {entry.name!r} belongs to a quantised checkpoint, which cannot be converted yet. De-quantise it first."
             )
 
 

@@ -123,15 +123,17 @@ def lay_out(spec: Spec) -> Layout:
     return lay_out_files(spec, [str(spec.options.get("file") or "model.pt")], [list(range(len(spec.entries)))])
 
 
-def lay_out_files(spec: Spec, names: Sequence[str], groups: Sequence[Sequence[int]]) -> Layout:
-    """Archives as torch.save lays them out; the CRC of each storage is known only when its bytes are."""
+def lay_out_files(
+    spec: Spec, names: Sequence[str], groups: Sequence[Sequence[int]], each: Sequence[Extra] = ()
+) -> Layout:
+    """Archives as torch.save lays them out, with `each` in all of them; a storage's CRC is known only when its bytes are."""
     file = np.zeros(len(spec.entries), np.int64)
     offset = np.zeros(len(spec.entries), np.int64)
     lengths: list[int] = []
     pieces: list[tuple[int, int, bytes]] = []
     crcs: list[Crc] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-        tree = _tree([spec.entries[i] for i in group], spec.extras if number == 0 else ())
+        tree = _tree([spec.entries[i] for i in group], [*each, *(spec.extras if number == 0 else ())])
         storages = [
             int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group
         ]
@@ -159,6 +161,15 @@ def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes |
     ]
 
 
+def archive(tree: Any, name: str = "archive") -> bytes:
+    """A torch.save of values without tensors."""
+    layout = zips.lay_out(records(pickles.dumps(tree), []), name)
+    data = bytearray(layout.length)
+    for at, piece in layout.pieces:
+        data[at : at + len(piece)] = piece
+    return bytes(data)
+
+
 def tensor(entry_dtype: str, shape: Sequence[int], key: str) -> pickles.TensorRef:
     """A dense tensor that fills one storage."""
     numel = int(np.prod(shape, dtype=np.int64))
@@ -182,7 +193,7 @@ def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
 
 def _lists(node: Any) -> Any:
     """Dicts keyed by list indices become lists again; integer keys of dicts stay keys."""
-    if not isinstance(node, dict):
+    if not isinstance(node, dict) or isinstance(node, pickles.Namespace):
         return node
     if node and all(type(k) is int for k in node):
         return [_lists(node[k]) for k in sorted(node)]

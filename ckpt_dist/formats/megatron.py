@@ -1,0 +1,276 @@
+"""Megatron-LM's own checkpoints: `iter_NNNNNNN/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`, one for each model-parallel rank.
+
+Facts: Megatron-LM to core 0.16, files compared with those modules' own state dicts; older names and QKV orders from its
+source. A rank's tensors become boxes of whole ones (`ranks.py`), under the names of megatron-core's distributed
+checkpoints.
+
+Invariant: the files of all ranks are there and of one save, or the first that is not is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckpt_dist import megatron, ranks
+from ckpt_dist.box import ints
+from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files import pickles
+from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import torch as pt
+from ckpt_dist.formats.torch_dist import args_of
+from ckpt_dist.ranks import Rank
+
+FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
+FILES = ("model_optim_rng.pt", "model_rng.pt")
+OLD = (  # names from before megatron-core, and how it calls the same
+    (r"^(module\.)*", ""),
+    (r"^language_model\.", ""),
+    (r"^(encoder|transformer)\.", "decoder."),
+    (r"^word_embeddings_for_head\.", "output_layer."),
+    (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
+    (r"\.(self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
+    (r"\.(self_)?attention\.dense\.", ".self_attention.linear_proj."),
+    (r"\.mlp\.dense_h_to_4h\.", ".mlp.linear_fc1."),
+    (r"\.mlp\.dense_4h_to_h\.", ".mlp.linear_fc2."),
+    (r"\.input_norm\.", ".input_layernorm."),
+    (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
+)
+
+State = Mapping[str, pickles.TensorRef]
+
+
+def claims(path: Path) -> bool:
+    return path.is_dir() and any(FOLDER.fullmatch(p.name) and _file(p) for p in path.iterdir())
+
+
+def _file(folder: Path) -> str | None:
+    return next((f for f in FILES if (folder / f).is_file()), None)
+
+
+def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
+    """The pickles of all ranks; each rank's tensors become boxes of the whole ones."""
+    folders = sorted(p for p in path.iterdir() if FOLDER.fullmatch(p.name) and _file(p))
+    files = [f"{p.name}/{_file(p)}" for p in folders]
+    opened = [pt.open_archive(path / f) for f in files]
+    trees = [tree for tree, _ in opened]
+    _same_save(path, files, trees)
+    args = args_of(trees[0])
+    found = _ranks(path, [p.name for p in folders], args)
+    states = [_states(tree) for tree in trees]
+    offsets = _offsets(path, files, states, found, args)
+    entries: dict[str, Entry] = {}
+    rows: list[tuple[str, ranks.Piece, int, int]] = []
+    for number, (rank, chunks, (tree, storages)) in enumerate(zip(found, states, opened, strict=True)):
+        where = path / files[number]
+        version = float(tree.get("checkpoint_version") or 0)
+        for chunk, state in enumerate(chunks):
+            for part in ranks.held(state, rank, offsets[chunk, rank.p], args, version):
+                _agree(where, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
+                at = pt.storage_record(storages, part.ref, f"{where}: {part.name}")
+                rows += [(part.name, piece, number, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
+    keys = dict.fromkeys(k for tree in trees for k in tree if not re.fullmatch(r"model\d*", str(k)))
+    extras = tuple(Extra(k, (k,), "optimizer" if k == "optimizer" else "state") for k in keys)
+    about = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
+    number_of = {name: k for k, name in enumerate(entries)}
+    table = _table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
+    return Catalog("megatron", str(path), tuple(files), tuple(entries.values()), table, extras, args, about=about)
+
+
+def _same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
+    for file, tree in zip(files, trees, strict=True):
+        if not isinstance(tree, Mapping) or not _models(tree):
+            raise CheckpointError(f"{path / file} holds no model: a dict with the key model (or model0) is expected.")
+        if tree.get("iteration") != trees[0].get("iteration"):
+            raise CheckpointError(
+                f"{path / file} is of iteration {tree.get('iteration')}, {files[0]} of {trees[0].get('iteration')}. "
+                "The files are of two saves; fetch the checkpoint again."
+            )
+        if len(_models(tree)) != len(_models(trees[0])):
+            raise CheckpointError(
+                f"{path / file} has {len(_models(tree))} virtual chunks, {files[0]} has {len(_models(trees[0]))}. "
+                "The files are of two runs."
+            )
+
+
+def _models(tree: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The model, or its chunks in the order of virtual stages."""
+    whole = isinstance(tree.get("model"), Mapping)
+    keys = ["model"] if whole else [str(k) for k in tree if re.fullmatch(r"model\d+", str(k))]
+    return [tree[k] for k in sorted(keys, key=lambda k: (len(k), k))]
+
+
+def _states(tree: Mapping[str, Any]) -> list[State]:
+    """Each chunk's tensors under megatron-core's names; old files nest them in dicts."""
+    found: list[State] = []
+    for model in _models(tree):
+        state = {}
+        for place, leaf in pt.walk(model):
+            if isinstance(leaf, pickles.TensorRef):
+                name = ".".join(map(str, place))
+                for old, new in OLD:
+                    name = re.sub(old, new, name)
+                state[name] = leaf
+        found.append(state)
+    return found
+
+
+def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Rank]:
+    """The ranks of each folder. `mp_rank_00_001` may be a stage or a group of experts; args tell."""
+    said = [int(args.get(f"{k}_model_parallel_size") or 0) for k in ("tensor", "pipeline", "expert")]
+    places = []
+    for name in names:
+        t, p, e = (int(n) if n else None for n in FOLDER.fullmatch(name).groups())  # type: ignore[union-attr]
+        if p is not None and e is None and said[1] < 2:
+            if said[2] < 2:
+                raise CheckpointError(
+                    f"{path / name}: whether its second number is a pipeline stage or an expert-parallel rank is not said: args "
+                    f"have pipeline_model_parallel_size={said[1] or None} and expert_model_parallel_size={said[2] or None}."
+                )
+            p, e = None, p
+        places.append((t or 0, p or 0, e or 0))
+    tp, pp, ep = (max(size, *(p[k] + 1 for p in places)) for k, size in enumerate(said))
+    lost = [(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep) if (t, p, e) not in places]
+    if lost:
+        name = _folder(Rank(*lost[0], tp, pp, ep))
+        raise CheckpointError(
+            f"{path / name} is missing: the run had {tp} x {pp} x {ep} tensor, pipeline and expert ranks, the files of "
+            f"{len(lost)} of them are not there. Fetch them."
+        )
+    etp = args.get("expert_tensor_parallel_size")
+    if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
+        raise CheckpointError(
+            f"{path}: experts are divided by {etp} tensor-parallel ranks, the rest by {tp}; such files are not read. "
+            "Save with the format torch_dist."
+        )
+    return [Rank(*place, tp, pp, ep) for place in places]
+
+
+def _offsets(
+    path: Path, files: Sequence[str], states: Sequence[Sequence[State]], found: Sequence[Rank], args: Mapping[str, Any]
+) -> dict[tuple[int, int], int]:
+    """The first layer of each (virtual chunk, stage): a chunk's stages come before those of the next chunk."""
+    counts: dict[tuple[int, int], int] = {}
+    for file, chunks, rank in zip(files, states, found, strict=True):
+        for chunk, state in enumerate(chunks):
+            numbers = {int(m[2]) for n in state if (m := ranks.LAYER.fullmatch(n))}
+            if numbers != set(range(len(numbers))):
+                lost = min(set(range(max(numbers))) - numbers)
+                raise CheckpointError(f"{path / file} lacks layer {lost} of its stage.")
+            known = counts.setdefault((chunk, rank.p), len(numbers))
+            if known != len(numbers):
+                raise CheckpointError(
+                    f"{path / file} has {len(numbers)} layers, another rank of stage {rank.p} has {known}."
+                )
+    offsets, first = {}, 0
+    for key in sorted(counts):
+        offsets[key], first = first, first + counts[key]
+    if args.get("num_layers") not in (None, first):
+        raise CheckpointError(f"{path} holds {first} layers, args say num_layers={args['num_layers']}.")
+    return offsets
+
+
+def _agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
+    known = entries.setdefault(entry.name, entry)
+    if known != entry:
+        raise CheckpointError(
+            f"{where}: {entry.name!r} is part of {entry.dtype}{list(entry.shape)}, that of another rank of "
+            f"{known.dtype}{list(known.shape)}. The files are of two models."
+        )
+
+
+def _table(rows: Sequence[tuple[int, ranks.Piece, int, int]]) -> Chunks:
+    """Chunks of (entry, piece, file, address)."""
+    width = max((len(p[0]) for _, p, *_ in rows), default=0)
+    return Chunks(
+        ints([e for e, *_ in rows]),
+        padded([p[0] for _, p, *_ in rows], width, 0),
+        padded([p[1] for _, p, *_ in rows], width, 1),
+        padded([p[3] for _, p, *_ in rows], width, 0),
+        ints([f for *_, f, _ in rows]),
+        ints([a for *_, a in rows]),
+    )
+
+
+def lay_out(spec: Spec) -> Layout:
+    """A file for each (tensor, pipeline, expert) rank, as Megatron-LM's loader expects it under the same layout."""
+    o = spec.options
+    tp, pp, vpp, ep = (int(o.get(k) or 1) for k in ("tp", "pp", "vpp", "ep"))
+    step = int(o.get("step") or 1)
+    stages = partition(_num_layers(spec), pp, vpp, o.get("partition"))
+    args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"))}
+    all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
+    names = [f"{megatron.STEPS.format(step)}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
+    each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
+    made = [one for group in each for one in group]
+    parts = tuple(Entry(one.path[-1], spec.entries[one.entry].dtype, one.shape, one.path) for one in made)
+    ends = np.cumsum([len(group) for group in each]).tolist()
+    groups = [list(range(lo, hi)) for lo, hi in zip([0, *ends], ends, strict=False)]
+    about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
+    common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
+    layout = pt.lay_out_files(replace(spec, entries=parts, extras=()), names, groups, common)
+    at = layout.catalog.chunks
+    rows = [
+        (one.entry, piece, int(at.file[k]), int(at.offset[k]) + piece[2] * itemsize(parts[k].dtype))
+        for k, one in enumerate(made)
+        for piece in one.pieces
+    ]
+    catalog = Catalog("megatron", "", tuple(names), spec.entries, _table(rows))
+    return replace(layout, catalog=catalog, late={megatron.TRACKER: lambda: str(step).encode()})
+
+
+def _num_layers(spec: Spec) -> int:
+    """How many layers there are; names that are not Megatron's are refused."""
+    known = re.compile(r"(decoder|embedding|output_layer)\.")
+    for entry in spec.entries:
+        if not known.match(entry.name) or re.match(r"decoder\.layers\.\D", entry.name):
+            raise UsageError(
+                f"target.format=megatron: {entry.name!r} is not what a layer of Megatron is called. Leave target.dialect and "
+                "target.key out, and give the model's family if it was not found: model=FAMILY."
+            )
+    return 1 + max((int(m[2]) for e in spec.entries if (m := ranks.LAYER.fullmatch(e.name))), default=-1)
+
+
+def partition(layers: int, pp: int, vpp: int, asked: Sequence[int] | None) -> list[int]:
+    """How many layers each stage of each virtual chunk has, chunk by chunk: `partition(8, 2, 2, None)` -> `[2, 2, 2, 2]`."""
+    count = pp * vpp
+    if asked:
+        if len(asked) != count or sum(asked) != layers:
+            raise UsageError(
+                f"target.partition={list(asked)} are {len(asked)} stages of {sum(asked)} layers; the model has {layers} layers, "
+                f"target.pp={pp} and target.vpp={vpp} make {count} stages."
+            )
+        return [int(n) for n in asked]
+    if layers % count:
+        raise UsageError(
+            f"{layers} layers cannot be divided evenly into target.pp={pp} x target.vpp={vpp} stages; give target.partition=[...]."
+        )
+    return [layers // count] * count
+
+
+def _parallel_args(tp: int, pp: int, vpp: int, ep: int, stages: Sequence[int], asked: Any) -> dict[str, Any]:
+    args: dict[str, Any] = dict(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=tp,
+        ckpt_format="torch",
+        no_save_optim=True,
+        no_save_rng=True,
+    )
+    if asked and vpp == 1 and len(set(stages[1:-1])) < 2:
+        args |= dict(decoder_first_pipeline_num_layers=stages[0], decoder_last_pipeline_num_layers=stages[-1])
+    return args
+
+
+def _folder(rank: Rank) -> str:
+    stage = f"_{rank.p:03d}" if rank.pp > 1 else ""
+    return f"mp_rank_{rank.t:02d}{stage}" + (f"_{rank.e:03d}" if rank.ep > 1 else "")

@@ -1,0 +1,1 @@
+"""Named defaults of convert's keys: recipe=NAME."""
