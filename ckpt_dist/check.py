@@ -9,16 +9,18 @@ import fnmatch
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ckpt_dist import model, plan, quantised, task
+from ckpt_dist import formats, model, plan, quantised, task
 from ckpt_dist.box import volume
 from ckpt_dist.catalog import Entry
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
 from ckpt_dist.files.dtypes import is_floating, itemsize
+from ckpt_dist.formats import catalog as saving
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report, size, table
@@ -37,6 +39,8 @@ def inspect(cfg: Config) -> dict[str, Any]:
             )
         )
         facts = _facts(m)
+        if cfg.get("save_catalog"):
+            facts["saved"] = group.on_first(lambda: _save(m, Path(cfg["save_catalog"]).expanduser()))
         rows = _rows(m, cfg.get("match"))
         if cfg.get("stats"):
             rows = _with_statistics(group, report, m, rows, cfg)
@@ -48,6 +52,15 @@ def inspect(cfg: Config) -> dict[str, Any]:
                 else ["", f"no tensor matches {cfg['match']!r}"]
             )
         return {**facts, "tensors": rows, "text": lines}
+
+
+def _save(m: Model, path: Path) -> str:
+    """The catalog as a file of its own; what that is."""
+    s, catalog = m.source, m.catalog
+    if quantised.of(catalog):  # as it is stored, not as it is read
+        catalog = formats.load(catalog.format).scan(s.folder, {})
+    nbytes = saving.save(path, replace(catalog, config=s.config), s.asked, s.folder, s.step)
+    return f"{path} ({size(nbytes)}): plan with source.path={path} dry_run=true"
 
 
 def _facts(m: Model) -> dict[str, Any]:

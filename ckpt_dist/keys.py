@@ -170,7 +170,7 @@ STEP = Kind("latest, or the number of a step", _step)
 SIZE = Kind("a size such as 512MiB, 2GiB or 5GB", parse_size)
 CARRIED = ("weights", "optimizer", "state")
 FORMATS = modules("formats")
-WRITTEN = tuple(name for name in FORMATS if name != "fsdp")  # dcp is what replaces fsdp's own pickles
+WRITTEN = tuple(n for n in FORMATS if n not in ("fsdp", "catalog"))  # dcp is what replaces fsdp's own pickles
 FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps the names: it has no table
 RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "sfpt_to_dcp", "torchtitan_to_hf")
 
@@ -201,6 +201,12 @@ KEYS: dict[str, Kind] = {
     "engine.workers": COUNT,
     "engine.verify": FLAG,
     "engine.fsync": FLAG,
+    "engine.ranks": COUNT,
+    "engine.nodes": COUNT,
+    "engine.calibrate": FLAG,
+    "engine.bandwidth.read": SIZE,
+    "engine.bandwidth.exchange": SIZE,
+    "engine.bandwidth.write": SIZE,
     "unmatched": choice("error", "drop"),
     "overwrite": FLAG,
     "resume": FLAG,
@@ -213,6 +219,7 @@ KEYS: dict[str, Kind] = {
     "seed": Kind("a whole number, 0 or more", _whole(0)),
     "match": WORD,
     "stats": FLAG,
+    "save_catalog": PATH,
     "rtol": Kind("a number, 0 or more", _tolerance),
     "atol": Kind("a number, 0 or more", _tolerance),
     "json": FLAG,

@@ -132,10 +132,14 @@ def tile_bytes(canon: Bound) -> Ints:
 
 @dataclass(frozen=True)
 class Part:
-    """One source as this rank needs it: the chunks its tiles touch, and the views of exactly these."""
+    """One source as this rank needs it: the chunks its tiles touch, and the views of exactly these.
+
+    `header` is how many bytes lie between the address that the catalog has of a chunk and its first element.
+    """
 
     catalog: Catalog
     views: Views
+    header: Ints
 
 
 def wholly(bound: Bound) -> Views:
@@ -159,15 +163,14 @@ def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
             plan.prove(views, mine)
         except CheckpointError as error:
             raise type(error)(f"{m.source.folder}: {error}") from None
-        return Part(catalog, views)
+        return Part(catalog, views, np.zeros(len(catalog.chunks), np.int64))
 
     return group.together(proven)
 
 
 def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
-    catalog = m.catalog
-    length = group.on_first(lambda: _ends(catalog)) if m.apart else _ends(catalog)
+    catalog, length = m.catalog, ends(group, m)
     if group.world == 1 or m.source.reader:
         return exchange.Readers(np.ones((group.world, len(length)), bool), length, balanced)
     looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
@@ -182,13 +185,25 @@ def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     return exchange.Readers(table, length, balanced)
 
 
-def _ends(catalog: Catalog) -> Ints:
+def ends(group: Group, m: Model) -> Ints:
     """The last byte of each file that some chunk needs."""
+    return group.on_first(lambda: _ends(m.catalog)) if m.apart else _ends(m.catalog)
+
+
+def _ends(catalog: Catalog) -> Ints:
     chunks = catalog.chunks
     length = np.zeros(len(catalog.files), np.int64)
     nbytes = np.prod(chunks.stop - chunks.start, axis=1) * item_bytes(catalog.entries, chunks)
     np.maximum.at(length, chunks.file, chunks.offset + nbytes)
     return length
+
+
+def stored(m: Model) -> NDArray[np.float64]:
+    """Of each file, the bytes in files for a byte that is read from it: less than 1 where values are computed."""
+    each = np.full(len(m.catalog.files), 0.0 if m.source.reader else 1.0)
+    for q in quantised.of(m.catalog):
+        each[q.file] = q.stored_bytes / max(q.nbytes, 1)
+    return each
 
 
 def _visible(root: str, files: Sequence[str]) -> list[bool]:
@@ -202,28 +217,29 @@ def _visible(root: str, files: Sequence[str]) -> list[bool]:
     return [os.path.basename(f) in folders[os.path.dirname(f)] for f in files]
 
 
-def wanted(
-    group: Group, who: exchange.Readers, bound: Bound, needed: Part, mine: Views, finished: NDArray[np.bool_]
-) -> exchange.Wanted:
-    """The copies this rank's tiles need; exact addresses are looked up only for the chunks they touch."""
-    catalog, views, chunks = needed.catalog, needed.views, needed.catalog.chunks
+def located(group: Group, who: exchange.Readers, bound: Bound, needed: Part, mine: Views) -> Part:
+    """The same part with exact addresses, where only the files have them: looked up for the chunks that are touched."""
+    catalog, views = needed.catalog, needed.views
     locate = getattr(formats.load(catalog.format), "locate", None)
-    if locate is not None:
-        boxes, tiled = plan.align(plan.unique(views), mine)
-        rows = np.unique(boxes.chunk[plan.join(boxes, tiled).a])
-        chunks = locate(catalog, rows) if who.everywhere else _located(group, who, catalog, rows, locate)
-        views = bound.views(chunks)
+    if locate is None:
+        return needed
+    boxes, tiled = plan.align(plan.unique(views), mine)
+    rows = np.unique(boxes.chunk[plan.join(boxes, tiled).a])
+    chunks = locate(catalog, rows) if who.everywhere else _located(group, who, catalog, rows, locate)
+    header = chunks.offset - catalog.chunks.offset[rows]
+    return Part(replace(catalog, chunks=chunks, about={}), bound.views(chunks), header)
 
-    def moves() -> exchange.Wanted:
-        items = item_bytes(catalog.entries, chunks)
-        moves = plan.moves(views, chunks, items, mine)
-        names = [e.name for e in catalog.entries]
-        dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in catalog.entries], 0, len(finished), names)
-        moves = moves.take(np.flatnonzero(~finished[moves.tile]))
-        file, item = chunks.file[moves.chunk], items[moves.chunk]
-        return exchange.Wanted(replace(moves, chunk=np.arange(len(file))), file, item, dtypes, who)
 
-    return group.together(moves)
+def wanted(who: exchange.Readers, needed: Part, mine: Views, finished: NDArray[np.bool_]) -> exchange.Wanted:
+    """The copies this rank's tiles need."""
+    entries, chunks = needed.catalog.entries, needed.catalog.chunks
+    items = item_bytes(entries, chunks)
+    moves = plan.moves(needed.views, chunks, items, mine)
+    dtypes = tile_dtypes(moves, chunks.entry, [e.dtype for e in entries], 0, len(finished), [e.name for e in entries])
+    moves = moves.take(np.flatnonzero(~finished[moves.tile]))
+    of = moves.chunk
+    moves = replace(moves, chunk=np.arange(len(of)))
+    return exchange.Wanted(moves, chunks.file[of], moves.at - needed.header[of], items[of], dtypes, who)
 
 
 def _located(

@@ -75,6 +75,7 @@ class Report:
     phases: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_exchanged: int = 0
     peak_memory: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     guesses: list[str] = field(default_factory=list)
@@ -100,6 +101,8 @@ class Report:
         rows = [(name, f"{seconds:.2f} s") for name, seconds in self.phases.items()]
         rows.append(("all", f"{sum(self.phases.values()):.2f} s"))
         rows += [("read", self._rate(self.bytes_read)), ("written", self._rate(self.bytes_written))]
+        if self.bytes_exchanged:
+            rows.append(("exchanged", self._rate(self.bytes_exchanged)))
         if self.peak_memory:
             num_ranks = len(self.peak_memory)
             rows.append(("peak memory", f"{size(max(self.peak_memory))} in the largest of {num_ranks} ranks"))

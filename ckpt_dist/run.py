@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, configs, formats, initial, megatron, part, plan, quantised, sources, task
+from ckpt_dist import __version__, configs, cost, formats, initial, megatron, part, plan, quantised, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -25,6 +25,7 @@ from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model, bind_plain, canonical, resized
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
@@ -235,10 +236,12 @@ def _write(
 ) -> dict[str, Any]:
     """From understood sources to a published target."""
     engine = engine_of(cfg)
+    if not cfg.get("dry_run"):
+        _only_for_plans(models, engine)
     with report.phase("plan"):
         p = prepare(group, report, models, cfg, path, combination, into)
     if cfg.get("dry_run"):
-        return _dry(group, report, p.models, p.design, p.layout, engine, path)
+        return _dry(group, report, p, engine, path)
     if p.combine is not keep or _casts(p.design):
         from ckpt_dist.averages.tensors import use
 
@@ -256,6 +259,17 @@ def _write(
         stage.release()
     report.target = str(path)
     return {**report.to_dict(), **prints}
+
+
+def _only_for_plans(models: Sequence[Model], engine: Config) -> None:
+    """A job that writes needs data and real ranks."""
+    for m in models:
+        needs_data(m.catalog)
+    for key in ("ranks", "nodes", "calibrate"):
+        if engine.get(key):
+            raise UsageError(
+                f"engine.{key}={engine[key]} is only for dry_run=true. Ranks are started by torchrun, or by nproc=."
+            )
 
 
 def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
@@ -311,7 +325,8 @@ def prepare(
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
-    group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
+    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
+        group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost | task.unsaid(models[0], d))
     combine = combination(d)
     if combine is keep and any(quantised.of(m.catalog) for m in models):
@@ -451,7 +466,9 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     wanted = set(cfg.get("keep") or ["weights"])
     format = cfg["target"]["format"]
     for extra in m.catalog.extras:
-        if extra.role == "weight":
+        if "saved" in m.catalog.about and extra.role in wanted:
+            lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
+        elif extra.role == "weight":
             lost.setdefault("not a tensor", []).append(extra.name)
         elif extra.role not in wanted or format not in ("dcp", "torch"):
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
@@ -566,10 +583,7 @@ def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Re
 
 def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Config, quiet: bool) -> None:
     """Read the staged target again, through its own addresses, and compare with what was meant to be written."""
-    folder, result = p.staging.folder, len(p.models)
-    catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
-    m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
-    sides = [(m, p.design.target)]
+    result, sides = len(p.models), [_as_source(p)]
     again = task.run_tiles(
         group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet
     )
@@ -579,6 +593,14 @@ def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Confi
             f"{len(wrong)} tiles of {p.staging.target} read back differ from what was written; nothing was published. Check the disk."
         )
     report.notes.append("every tile was read back and is equal to what was written")
+
+
+def _as_source(p: Prepared) -> tuple[Model, Bound]:
+    """The staged target, to be read."""
+    folder = p.staging.folder
+    catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
+    m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
+    return m, p.design.target
 
 
 def _drain(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
@@ -614,27 +636,34 @@ def _plain(cfg: Any) -> Any:
     return json.loads(json.dumps(cfg, default=str))
 
 
-def _dry(
-    group: Group, report: Report, models: Sequence[Model], d: task.Design, layout: Layout, engine: Config, path: Path
-) -> dict[str, Any]:
-    """The plan as text: files, bytes, memory, guesses; nothing was written."""
+def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) -> dict[str, Any]:
+    """The plan as text: files, bytes, memory, seconds, guesses; nothing was written."""
+    verify, layout = bool(engine.get("verify")), p.layout
+    job = cost.Job(
+        list(zip(p.models, p.design.sources, strict=True)),
+        p.design.canon,
+        (p.design.target, layout, Files(path, ()), p.proof.target),
+        _as_source(p) if verify else None,
+        p.combine,
+        p.combine is not keep or verify,
+    )
+    facts, said = cost.estimate(group, report, job, engine, path)
     total = sum(layout.sizes)
-    workers = task.worker_count(engine, group.local_world)
-    tiles = int(plan.tile_counts(d.canon.entries).sum())
+    tiles = int(plan.tile_counts(p.design.canon.entries).sum())
     lines = [
         f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"
     ]
     lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
     lines += [f"  {n}  small" for n in layout.late]
-    lines.append(
-        f"{tiles} tiles for {group.world} ranks of {workers} threads; at most {size(workers * task.WORKER_BYTES)} of data in memory a rank"
-    )
+    lines.append(f"{tiles} tiles for {facts['ranks']} ranks of {facts['threads']} threads on {facts['nodes']} nodes")
+    lines += said
     lines += report.remarks()
     report.notes.clear()
     report.guesses.clear()
     files = dict(zip(layout.catalog.files, layout.sizes, strict=True))
     return {
         **report.to_dict(),
+        **facts,
         "dry_run": True,
         "target": str(path),
         "files": files,

@@ -224,11 +224,16 @@ def _scan(
     catalog: Catalog = formats.load(name).scan(folder, keys)
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
-    found, config_path = find_config(folder, path, asked, config)
+    about = catalog.about
+    saved = "saved" in about
+    found, config_path = ({}, None) if saved and config is None else find_config(folder, path, asked, config)
     found = found or dict(catalog.config)
     if catalog.format == "hf":
         catalog = quantised.readable(catalog, found, keys.get("dtype_of", lambda entry: entry.dtype))
         notes = (*notes, *quantised.described(catalog))
+    if saved:  # everything as it was where it was saved
+        notes = (*notes, f"{folder} is a saved catalog of {about['folder']}")
+        return Source(catalog, Path(about["asked"]), Path(about["folder"]), about["step"], found, None, notes)
     match = STEP.fullmatch(path.name)
     return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
 

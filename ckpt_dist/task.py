@@ -25,7 +25,7 @@ from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan, quantised
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.configs import is_hf
-from ckpt_dist.engine import exchange
+from ckpt_dist.engine import exchange, traffic
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Crew, Done, Job, Side, fill, keep, tile_dtypes
 from ckpt_dist.engine.group import Group
@@ -34,8 +34,9 @@ from ckpt_dist.engine.moves import Array
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating, known
 from ckpt_dist.formats import Layout
+from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
-from ckpt_dist.part import Part, item_bytes, part, readers, share, tile_bytes, wanted, wholly
+from ckpt_dist.part import Part, item_bytes, located, part, readers, share, stored, tile_bytes, wanted, wholly
 from ckpt_dist.report import Progress, Report, size
 from ckpt_dist.sources import Source, open_source
 
@@ -271,6 +272,8 @@ def run_tiles(
 
     `proof` saves a second look at the sources. Raises Uncovered, before any tile, if a source does not hold all of them.
     """
+    for m, _ in sources:
+        needs_data(m.catalog)
     nbytes = tile_bytes(canon)
     finished = np.zeros(len(nbytes), bool)
     for lo, hi in staged.finished if staged else ():
@@ -284,7 +287,7 @@ def run_tiles(
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
     plans = [readers(group, m, transport == "collective") for m, _ in sources]
-    collective = group.together(lambda: _collective(transport, group, report, plans))
+    exchanging = group.together(lambda: _collective(transport, group, report, plans))
 
     def work() -> Done:
         files_of = [opened(m) for m, _ in sources]
@@ -299,10 +302,15 @@ def run_tiles(
                 closing.callback(files.close)
             if journal:
                 closing.callback(journal.close)
-            needs = [
-                wanted(group, r, bound, found, mine, finished[first:last])
-                for r, (_, bound), found in zip(plans, sources, parts, strict=True)
-            ]
+            there = [located(group, r, b, p, mine) for r, (_, b), p in zip(plans, sources, parts, strict=True)]
+            needs = group.together(
+                lambda: [wanted(r, p, mine, finished[first:last]) for r, p in zip(plans, there, strict=True)]
+            )
+            collective = exchanging
+            if transport == "auto" and group.nodes > 1 and not exchanging:
+                collective, said = _cheaper(group, needs, [stored(m) for m, _ in sources])
+                needs = [replace(w, readers=w.readers.evenly()) for w in needs] if collective else needs
+                report.notes += [said] if target else []
             bound_layout = target and (target[0], target[1].catalog.chunks, *target[2:])
             out = group.together(lambda: target_side(*bound_layout, mine, last - first) if bound_layout else None)
             job = Job(
@@ -336,9 +344,10 @@ def run_tiles(
             return done
 
     done = group.together(work)
-    all_done = group.gather((done.bytes_read, done.bytes_written, done.digests))
+    all_done = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent))
     report.bytes_read += sum(p[0] for p in all_done)
     report.bytes_written += sum(p[1] for p in all_done)
+    report.bytes_exchanged += sum(p[3] for p in all_done)
     done.digests = {key: d for one in all_done for key, d in one[2].items()}
     if staged:
         done.digests.update(staged.done.digests)
@@ -398,6 +407,19 @@ def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchan
     return asked == "collective" or blind
 
 
+def _cheaper(group: Group, needs: Sequence[exchange.Wanted], held: Sequence[traffic.Part]) -> tuple[bool, str]:
+    """Whether an exchange moves less than reading directly, which all nodes could; and what to say of it."""
+    each, once = (traffic.none(group.world) for _ in range(2))
+    for w, of in zip(needs, held, strict=True):
+        owner = np.full(len(w.file), group.rank)
+        each += traffic.direct(w, owner, group.world, of)
+        once += traffic.exchanged(replace(w, readers=w.readers.evenly()), owner, group.world, group.nodes, of)
+    every = group.gather((each, once))
+    each, once = (sum((e[k] for e in every), traffic.none(group.world)) for k in range(2))
+    collective, numbers = traffic.cheaper(each, once, group.nodes)
+    return collective, f"transport {'collective' if collective else 'direct'}: {numbers}"
+
+
 def target_side(bound: Bound, chunks: Chunks, files: Files, views: Views, mine: Views, count: int) -> Side:
     """Where each tile goes: into all chunks that hold any of it."""
     entries = bound.entries
@@ -443,7 +465,11 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
         if copy not in where or of not in where:
             continue
         one, two = where[copy], where[of]
-        if equal_entries(group, report, m, one, two, engine):
+        saved = "saved" in m.catalog.about
+        if saved:
+            differ = "are equal, as the config says" if tied(m) else "differ"
+            report.guesses.append(f"{m.names[one]} and {m.names[two]} {differ}")
+        if tied(m) if saved else equal_entries(group, report, m, one, two, engine):
             names = tuple(None if e == one else n for e, n in enumerate(m.names))
             m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): (m.catalog.entries[one].name,)})
         elif tied(m):
@@ -454,7 +480,8 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
 
 
 def equal_entries(group: Group, report: Report, m: Model, one: int, two: int, engine: Mapping[str, Any]) -> bool:
-    """Whether two stored tensors have the same shape, dtype and bytes."""
+    """Whether two stored tensors have the same shape, dtype and bytes. Where nobody says that they have, one thread
+    stops at the first difference: hardly anything is read of a large model whose head is its own."""
     a, b = m.catalog.entries[one], m.catalog.entries[two]
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
@@ -464,8 +491,12 @@ def equal_entries(group: Group, report: Report, m: Model, one: int, two: int, en
         rules = tuple(families.plain(a, "tied") if i == e else None for i in range(len(m.names)))
         sides.append((m, Bound(m.catalog.entries, rules, {}, {})))
     different: list[int] = []
+    expected = tied(m)
+    engine = {**engine, "transport": "auto"} | ({} if expected else {"workers": 1})
 
     def compare(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
+        if different and not expected:
+            return
         kept = next(values).copy()
         if not np.array_equal(kept, next(values)):
             different.append(tile)

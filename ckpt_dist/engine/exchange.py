@@ -40,7 +40,7 @@ class Readers:
     """
 
     def __init__(self, seen: NDArray[np.bool_], length: Ints, balanced: bool) -> None:
-        self.seen, self.balanced, self.everywhere = seen, balanced, bool(seen.all())
+        self.seen, self.length, self.balanced, self.everywhere = seen, length, balanced, bool(seen.all())
         patterns, self.kind = np.unique(seen.T, axis=0, return_inverse=True)
         self.ranks = [np.flatnonzero(p) for p in patterns]
         self.base, self.ends = np.zeros(len(length), np.int64), list[Ints]()
@@ -51,7 +51,11 @@ class Readers:
             parts = max(len(ranks), 1)
             self.ends.append(int(line[-1] if len(line) else 0) * np.arange(1, parts) // parts)
 
-    def of(self, file: Ints, at: Ints, owner: int) -> Ints:
+    def evenly(self) -> Readers:
+        """The same files, read in equal runs."""
+        return Readers(self.seen, self.length, True)
+
+    def of(self, file: Ints, at: Ints, owner: int | Ints) -> Ints:
         """Who reads for `owner` what begins at byte `at` of each file."""
         found = np.zeros(len(file), np.int64)
         for kind, (ranks, ends) in enumerate(zip(self.ranks, self.ends, strict=True)):
@@ -63,13 +67,22 @@ class Readers:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one rank needs of one source: moves to its tiles; the file and the bytes of an element, one for each move."""
+    """What one rank needs of one source: moves to its tiles; the file and the bytes of an element, one for each move.
+
+    `place` is where a move begins as the catalog has it, without the headers that only the files know: by that it is
+    decided who reads, so that a plan without the files decides the same.
+    """
 
     moves: Moves
     file: Ints
+    place: Ints
     item: Ints
     dtypes: Sequence[str]
     readers: Readers
+
+    def reader(self, owner: int | Ints) -> Ints:
+        """Who reads each move for its owner."""
+        return self.readers.of(self.file, self.place, owner)
 
     @property
     def nbytes(self) -> Ints:
@@ -95,11 +108,12 @@ def _rows(rank: int, wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], In
         head = (wave_of_tile(m.tile), np.full(len(m.tile), k), want.file, m.at, want.item, want.nbytes)
         extent = np.pad(m.extent, ((0, 0), (0, more)), constant_values=1)
         rows.append(np.hstack([np.stack(head, 1), extent, np.pad(m.stride, ((0, 0), (0, more)))]))
-        who.append(want.readers.of(want.file, m.at, rank))
+        who.append(want.reader(rank))
     return np.concatenate(rows), np.concatenate(who)
 
 
-def _padded(nbytes: Ints) -> Ints:
+def padded(nbytes: Ints) -> Ints:
+    """The bytes that a piece takes in what is sent."""
     return -(-nbytes // ALIGN) * ALIGN
 
 
@@ -110,8 +124,7 @@ def _wave_tiles(group: Group, wanted: Sequence[Wanted], count: int, budget: int)
         waves = max(group.gather(-(-count // per)))
         sent = np.zeros((max(waves, 1), group.world), np.int64)
         for want in wanted:
-            place = want.moves.tile // per, want.readers.of(want.file, want.moves.at, group.rank)
-            np.add.at(sent, place, _padded(want.nbytes))
+            np.add.at(sent, (want.moves.tile // per, want.reader(group.rank)), padded(want.nbytes))
         got = int(sent.sum(axis=1).max())
         everyone = group.gather((sent, got))
         most = max(int(np.sum([s for s, _ in everyone], axis=0).max()), *(g for _, g in everyone))
@@ -136,14 +149,14 @@ def run(
     rows, who = _rows(group.rank, wanted, lambda tile: tile // per, width)
     order = np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1], who, rows[:, 0]))
     asked = rows[order]
-    space = _padded(asked[:, 5])
+    space = padded(asked[:, 5])
     before = np.cumsum(space) - space
     begins = np.searchsorted(asked[:, 0], np.arange(waves + 1))
     start = np.append(before, space.sum())[begins]
     at = np.empty(len(rows), np.int64)
     at[order] = before - start[asked[:, 0]]  # where each piece lies in what arrives with its wave
     arriving = np.zeros((waves, group.world), np.int64)
-    np.add.at(arriving, (rows[:, 0], who), _padded(rows[:, 5]))
+    np.add.at(arriving, (rows[:, 0], who), padded(rows[:, 5]))
 
     inbox = Inbox()
     room = [np.empty(int(arriving.sum(axis=1).max(initial=0)), np.uint8) for _ in range(2)]
@@ -158,7 +171,7 @@ def run(
         part.reshape(-1, HEAD + 2 * width) for part in group.swap([asked[who[order] == r] for r in range(group.world)])
     ]
     outbox = _Outbox(served, waves, width, files, crew.size)
-    total = Done()
+    total, passed_on = Done(), 0
 
     def make(wave: int) -> None:
         lo = min(job.first + wave * per, job.last)
@@ -177,10 +190,12 @@ def run(
                 serving = pool.submit(outbox.serve, wave + 1)
             arrived = room[wave % 2][: arriving[wave].sum()]
             group.all_to_all(sent, sizes, arrived, arriving[wave])
+            passed_on += int(sizes.sum() - sizes[group.rank])
             inbox.waves[wave] = arrived
             if making is None or making.exception() is None:  # waits: no more than two waves are held
                 making = pool.submit(make, wave)
         group.all_well(making.exception() if making else None, False)
+    total.bytes_sent = passed_on
     return total
 
 
@@ -194,15 +209,15 @@ class _Outbox:
         self.cuts = [np.searchsorted(r[:, 0], np.arange(waves + 1)) for r in requests]
         sizes = np.zeros(waves, np.int64)
         for rows in requests:
-            np.add.at(sizes, rows[:, 0], _padded(rows[:, 5]))
+            np.add.at(sizes, rows[:, 0], padded(rows[:, 5]))
         self.room = [np.empty(int(sizes.max(initial=0)), np.uint8) for _ in range(2)]
 
     def serve(self, wave: int) -> tuple[Bytes, Ints]:
         """(bytes, how many for each rank) of a wave."""
         parts = [r[c[wave] : c[wave + 1]] for r, c in zip(self.requests, self.cuts, strict=True)]
-        sizes = np.array([_padded(p[:, 5]).sum() for p in parts], np.int64)
+        sizes = np.array([padded(p[:, 5]).sum() for p in parts], np.int64)
         rows = np.concatenate(parts)
-        space = _padded(rows[:, 5])
+        space = padded(rows[:, 5])
         place = np.cumsum(space) - space
         out = self.room[wave % 2][: space.sum()]
         order = np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1]))  # through each file from its begin to its end

@@ -52,11 +52,13 @@ class Done:
 
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_sent: int = 0
     digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)  # file, offset, nbytes, crc
 
     def add(self, other: Done) -> None:
         self.bytes_written += other.bytes_written
+        self.bytes_sent += other.bytes_sent
         self.digests.update(other.digests)
         self.runs += other.runs
 
@@ -239,7 +241,6 @@ class _Worker:
         if job.digests:
             self.done.digests[len(job.sources), tile] = digest(result)
         scatter(result, out, self.write)
-        self.done.bytes_written += result.nbytes
 
     def values(self, tile: int, numel: int, moves: list[list[Move]], dtypes: list[str]) -> Iterator[Array]:
         for k, side in enumerate(self.job.sources):
@@ -282,6 +283,7 @@ class _Worker:
     def write(self, file: int, offset: int, data: memoryview) -> None:
         assert self.job.out is not None
         self.job.out.write(file, offset, data)
+        self.done.bytes_written += len(data)
         if file in self.job.crc_files:
             self.done.runs.append((file, offset, len(data), crc32(data)))
 

@@ -42,6 +42,7 @@ class Group:
         self.world = int(environ.get("WORLD_SIZE", "1"))
         self.local_world = int(environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         self.local_rank = int(environ.get("LOCAL_RANK", "0"))
+        self.nodes = max(self.world // self.local_world, 1)
         self.mine = False
         if self.world > 1:
             import torch.distributed as dist

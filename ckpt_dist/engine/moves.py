@@ -3,8 +3,8 @@
 A tile is a dense run of elements in memory; a move says which box of it lies where in a file. Runs that are
 contiguous on both sides are read or written in place; anything else is one strided copy through a small scratch.
 
-Invariant: every byte of a file that is asked for is read once, and scratch memory stays below SPAN bytes
-plus one tile. An exact gather reads few bytes that nobody asked for: at most a tenth, or gaps below GAP bytes.
+Invariant: every byte of a file that is asked for is read once, gaps of GAP bytes and more are not read, and scratch
+memory stays below SPAN bytes plus one tile. An exact gather leaves out smaller gaps too, where they are a tenth of a box.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from ckpt_dist.plan import Moves
 
 SPAN = 4 << 20  # bytes of a file read at once to pick strided elements out of
-GAP = 128  # bytes that are read over even by an exact gather: a call costs more
+GAP = 1 << 10  # bytes between strided elements that are worth a call to leave out
+EXACT_GAP = 128  # the same for a gather that is exact
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 Array = NDArray[Any]
@@ -97,16 +98,9 @@ def _gather_strided(
     read: Callable[[int, int, memoryview], None],
     exact: bool,
 ) -> None:
-    item = tile.itemsize
-    span = sum((n - 1) * s for n, s, _ in dims) + 1
-    outer = max(range(len(dims)), key=lambda k: dims[k][1])
-    if (
-        (span * item > SPAN and len(dims) > 1)
-        or (span * item > SPAN and dims[0][1] * item > SPAN)
-        or (exact and _wasteful(dims, outer, span, item))
-    ):
-        n, s, t = dims[outer]
-        rest = dims[:outer] + dims[outer + 1 :] or ((1, 1, 1),)
+    item, span = tile.itemsize, _span(dims)
+    if _in_steps(dims, item, exact):
+        (n, s, t), rest = _outermost(dims)
         for i in range(n):
             _gather_strided(tile, file, at + i * s * item, tile_at + i * t, rest, read, exact)
         return
@@ -118,11 +112,32 @@ def _gather_strided(
     target[...] = source
 
 
-def _wasteful(dims: tuple[Dim, ...], outer: int, span: int, item: int) -> bool:
-    """Whether reading step by step of the outermost dim leaves out enough: gaps of GAP bytes, a tenth of the span."""
-    n, step, _ = dims[outer]
-    inner = sum((m - 1) * s for k, (m, s, _) in enumerate(dims) if k != outer) + 1
-    return n > 1 and (step - inner) * item >= GAP and span * 10 > prod(m for m, *_ in dims) * 11
+def _span(dims: tuple[Dim, ...]) -> int:
+    """Elements of the file from a box's first to its last."""
+    return sum((n - 1) * s for n, s, _ in dims) + 1
+
+
+def _in_steps(dims: tuple[Dim, ...], item: int, exact: bool = False) -> bool:
+    """Whether a box is read step by step instead of at once: it is too long, or the gaps are wide."""
+    (n, step, _), rest = _outermost(dims)
+    gap, span = (step - _span(rest)) * item, _span(dims)
+    wasteful = exact and gap >= EXACT_GAP and span * 10 > prod(m for m, *_ in dims) * 11
+    wide = n > 1 and (gap >= GAP or wasteful)
+    return wide or (span * item > SPAN and (len(dims) > 1 or step * item > SPAN))
+
+
+def _outermost(dims: tuple[Dim, ...]) -> tuple[Dim, tuple[Dim, ...]]:
+    """The dim with the longest stride in the file, and the others."""
+    outer = max(range(len(dims)), key=lambda k: dims[k][1])
+    return dims[outer], dims[:outer] + dims[outer + 1 :] or ((1, 1, 1),)
+
+
+def read_bytes(dims: tuple[Dim, ...], item: int) -> int:
+    """Bytes that `gather` reads for a box: `read_bytes(((3, 100, 1),), 2)` -> 402, of which 6 are wanted."""
+    if _in_steps(dims, item):
+        (n, _, _), rest = _outermost(dims)
+        return n * read_bytes(rest, item)
+    return _span(dims) * item
 
 
 def scatter(tile: Array, moves: list[Move], write: Callable[[int, int, memoryview], None]) -> None:
