@@ -612,6 +612,8 @@ def record(
     cfg: Config, about: Config, models: Sequence[Model], given: Sequence[float], prints: Config, report: Report
 ) -> dict[str, bytes]:
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
+    if cfg["target"]["format"] in formats.ALONE:
+        return {}
     recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
     found = {"ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
     if about["verb"] == "average":

@@ -29,6 +29,7 @@ DIALECTS = {  # formats whose files have names of one dialect only, or of the fi
     "megatron": ("megatron",),
     "sfpt": ("megatron", "megatron_stacked"),
 }
+ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta")  # formats whose folders hold a model: weights, config, tokenizer
 
 
