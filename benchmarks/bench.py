@@ -54,6 +54,7 @@ def groups(work: Path, mergekit: str | None) -> dict[str, list[Row]]:
     return {
         "convert": conversions(work),
         "average": averages(work, mergekit),
+        "megatron": megatron(work),
         "answer": answers(work),
         "memory": memory(work),
     }
@@ -99,6 +100,22 @@ def averages(work: Path, mergekit: str | None) -> list[Row]:
         rows.append(Row(f"mean of 4 HF -> HF, {ranks}", ours("average", n, *keys), models))
     if mergekit:
         rows.append(Row("mergekit linear, 4 HF -> HF", peer("mergekit", *models, out, python=mergekit), models))
+    return rows
+
+
+def megatron(work: Path) -> list[Row]:
+    """Between Megatron's layouts, and from them to HF."""
+    ranks_of, dist, out = work / "mp_tp4pp2", work / "torch_dist", work / "out"
+    rows = [Row("cp -r hf", copy(work / "hf", out), (work / "hf",))]
+    stages = "target.partition=5,5,4,4"
+    for n, ranks in RANKS.items():
+        for name, source, keys in (
+            ("TP4 PP2 -> TP2 PP4", ranks_of, f"target.format=megatron target.tp=2 target.pp=4 {stages}"),
+            ("TP4 PP2 -> HF", ranks_of, ""),
+            ("torch_dist -> HF", dist, ""),
+        ):
+            words = [f"source.path={source}", f"target.path={out}", "engine.fsync=false", *keys.split()]
+            rows.append(Row(f"{name}, {ranks}", ours("convert", n, *words), (source,)))
     return rows
 
 
@@ -158,6 +175,8 @@ def limits(work: Path) -> list[Limit]:
             found += [Limit("seconds", tool, fsdp, 4, least=True), Limit("peak", fsdp, tool, 0.5)]
         tool = "mergekit linear, 4 HF -> HF"
         found += [Limit("seconds", tool, average, 3, least=True), Limit("peak", average, tool, 0.5)]
+    for name, bound in (("TP4 PP2 -> TP2 PP4", 1.2), ("TP4 PP2 -> HF", 1.3), ("torch_dist -> HF", 1.2)):
+        found.append(Limit("seconds", f"{name}, {RANKS[2]}", "cp -r hf", bound))
     found.append(Limit("cpu", "open and plan 512,000 chunks", None, 2.0))
     names = ("inspect, DCP", "inspect, HF", "dry_run, DCP -> HF", "dry_run, HF -> DCP")
     found += [Limit("wall", name, None, 1.0) for name in names]
@@ -189,9 +208,12 @@ def prepare(work: Path, layers: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4]
     process([*launcher, ROOT / "benchmarks/fixtures.py", work, layers])
     sources = {"hf": "dcp_fsdp"} | {f"hf_{k}": f"run/step-{k}" for k in (1, 2, 3, 4)}
-    for name, source in sources.items():
+    megatron = {"mp_tp4pp2": "megatron target.tp=4 target.pp=2", "torch_dist": "torch_dist"}
+    keys = {name: f"target.format={text} model.config={work / 'hf'}" for name, text in megatron.items()}
+    for name, source in (sources | dict.fromkeys(megatron, "hf")).items():
         if not (work / name).exists():
             words = [f"source.path={work / source}", f"target.path={work / name}", "quiet=true"]
+            words += keys.get(name, "").split()
             process([sys.executable, ROOT / "jobs/convert.py", *words])
 
 
@@ -271,7 +293,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=LAYERS, default="full")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument(
-        "--rows", default="*", help="patterns of row names, or groups: convert, average, answer, memory"
+        "--rows", default="*", help="patterns of row names, or groups: convert, average, megatron, answer, memory"
     )
     parser.add_argument("--mergekit", metavar="PYTHON", help="the Python of an environment that has mergekit")
     parser.add_argument("--out", type=Path, help="write the tables to this file as well")
