@@ -252,6 +252,9 @@ def test_a_job_stops_before_its_limit_and_goes_on_when_queued_again(slurm: dict[
     while state(slurm, job)["JobState"] != "PENDING":
         assert time.monotonic() < end, "".join(p.read_text() for p in tmp_path.glob("log-*"))
         time.sleep(0.2)
+    time.sleep(
+        3
+    )  # slurm counts in seconds: within one of the requeue it takes the new start for the old, and refuses it
     subprocess.run(
         ["scontrol", "update", f"jobid={job}", "starttime=now"], env=slurm, check=True
     )  # else in two minutes

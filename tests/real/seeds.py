@@ -5,6 +5,7 @@ DCP one into a Llama under FSDP2, whose gathered weights are saved as loaded.saf
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 from pathlib import Path
 
@@ -54,3 +55,4 @@ if __name__ == "__main__":
     if dist.get_world_size() == 2:
         load(config, out)
     dist.destroy_process_group()
+    os._exit(0)  # of ten such programs of torch and transformers one aborts while the interpreter ends; all is written
