@@ -1,9 +1,9 @@
 """How well a plan foretells the seconds of its run: `python -m benchmarks.predict [--work DIR] [--layers N] [--rounds N]`.
 
-For each job: `dry_run=true engine.calibrate=true`, then the job itself; the sources are in the page cache and the target
-is deleted before each. Prints the medians of what was predicted and measured (the report's own seconds, from the first
-scan to the publish), their ratio, and the spread. A pair counts only if other processes used less than a tenth of the
-machine meanwhile; on a machine that is never so quiet nothing is printed but that.
+For each job: `dry_run=true engine.calibrate=true`, then the job itself. The sources are in the page cache, and a fresh
+copy of the model is deleted before each, as in `bench.py`. Prints the medians of what was predicted and measured (the
+report's own seconds, from the first scan to the publish), their ratio, and the spread. A pair counts only if other
+processes used less than a tenth of the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -59,15 +59,22 @@ def wait_for_quiet(seconds: float) -> None:
             return
 
 
+def replaced(work: Path, target: Path) -> None:
+    """A fresh copy where the target will be, for the job to delete: so each finds the same memory freshly freed."""
+    clear(target)
+    process(["cp", "-r", work / "dcp_fsdp", target])
+
+
 def once(work: Path, name: str, num_ranks: int, transport: str) -> Pair:
     """(predicted seconds, measured seconds, part of the machine that others used)."""
     verb, source, more = JOBS[name]
     target = work / "predicted"
     words = (f"source.path={work / source}", f"target.path={target}", f"engine.transport={transport}", *more)
-    clear(target)
     warm([work / source])
     wait_for_quiet(60)
+    replaced(work, target)
     plan, others = job(verb, num_ranks, *words, "dry_run=true", "engine.calibrate=true")
+    replaced(work, target)
     run, more_others = job(verb, num_ranks, *words)
     expected = plan["transports"][transport]
     for key in ("bytes_read", "bytes_exchanged", "bytes_written"):
