@@ -428,10 +428,12 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
     for key in ("tp", "pp", "vpp", "ep"):
-        if target[key] != 1 and target["format"] not in ("megatron", *(["meta"] if key == "tp" else [])):
+        if target[key] != 1 and key not in formats.RANKS.get(target["format"], ()):
             raise UsageError(
                 f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
             )
+    if target["release"] and target["format"] not in formats.RELEASES:
+        raise UsageError(f"target.release=true: {target['format']} has no such checkpoints. Leave it out.")
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
 

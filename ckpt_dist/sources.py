@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import configs, formats, megatron, quantised
+from ckpt_dist import configs, formats, megatron, merak, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 
 STEP = re.compile(
-    r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
+    r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)(?:_all_dp)?"
 )
 INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
 CONFIGS = ("config.json", "params.json")
@@ -142,7 +142,9 @@ def _tracked(asked: Path) -> Path | None:
     text = tracker.read_bytes()[:64].decode(errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdecimal()):
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
-    path = asked / (text if text == "release" else megatron.STEPS.format(int(text)))
+    names = [text if text == "release" else megatron.STEPS.format(int(text))]
+    names.append(megatron.STEPS.format(0 if text == "release" else int(text)) + merak.ALONE)
+    path = next((asked / n for n in names if (asked / n).is_dir()), asked / names[0])
     if not path.is_dir():
         raise CheckpointError(
             f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."

@@ -98,7 +98,7 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
             )
         return ""
     if asked == "auto":
-        choices = formats.DIALECTS.get(str(cfg_target.get("format")), (first.dialect,))
+        choices = formats.dialects(cfg_target, first.dialect)
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
