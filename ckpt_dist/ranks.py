@@ -42,7 +42,7 @@ Piece = tuple[
 
 @dataclass(frozen=True)
 class Rank:
-    """One of `tp` x `pp` x `ep` ranks: `t`, `p` and `e` count from 0."""
+    """One of `tp` x `pp` x `ep` ranks: `t`, `p` and `e` count from 0. What all have alike is read from the one of `replica`."""
 
     t: int
     p: int
@@ -50,6 +50,7 @@ class Rank:
     tp: int
     pp: int
     ep: int
+    replica: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def held(
             yield _grouped(whole, own, inner, ref, tensors, rank, args)
         else:
             cut = _cut(inner, ref, _next(tensors, name), rank, _latent(tensors, name, args))
-            if rank.e or (cut.dim is None and rank.t):
+            if rank.e or (cut.dim is None and rank.t != rank.replica):
                 continue
             pieces = list(cut.pieces(ref.shape, ref.stride, rank.t))
             if "linear_qkv." in inner and version < 2 and cut.dim is not None:
@@ -236,7 +237,7 @@ def _old_qkv(ref: TensorRef, args: Mapping[str, Any], version: float, rank: Rank
 class Piecewise:
     """A tensor of one rank that is to be made: the path in its dict, of which entry it is a part, and where that lies."""
 
-    path: tuple[str, str]
+    path: tuple[str, ...]
     entry: int
     shape: tuple[int, ...]
     pieces: list[Piece]
@@ -269,7 +270,7 @@ def holds(entries: Sequence[Entry], rank: Rank, stages: Sequence[int], spec: str
 def _ends(name: str, first: bool, last: bool, tied: bool) -> list[str]:
     """What the first and the last stage call a tensor that is of no layer; tied, the embedding is on both."""
     if name.startswith("embedding."):
-        copy = tied and last and not first and "word_embeddings" in name
+        copy = tied and last and not first and name.endswith("word_embeddings.weight")
         return [name] if first else ["output_layer.weight"] if copy else []
     return [name] if last else []
 

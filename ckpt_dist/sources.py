@@ -143,7 +143,8 @@ def _tracked(asked: Path) -> Path | None:
     if text != "release" and not (text.isascii() and text.isdecimal()):
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
     names = [text if text == "release" else megatron.STEPS.format(int(text))]
-    names.append(megatron.STEPS.format(0 if text == "release" else int(text)) + merak.ALONE)
+    number = 0 if text == "release" else int(text)
+    names += [megatron.STEPS.format(number) + merak.ALONE, f"global_step{number}"]
     path = next((asked / n for n in names if (asked / n).is_dir()), asked / names[0])
     if not path.is_dir():
         raise CheckpointError(

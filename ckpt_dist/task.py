@@ -67,13 +67,27 @@ def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
 
 def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     settings = cfg.get("model") or {}
-    return model.recognise(
+    m = model.recognise(
         source,
         family=settings.get("family", "auto"),
         dialect=keys.get("dialect", "auto"),
         keep=cfg.get("keep", ["weights"]),
         unmatched=cfg.get("unmatched", "error"),
     )
+    return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
+
+
+def _trimmed(m: Model) -> Model:
+    """Without the rows that were added so that ranks could share a vocabulary, as far as a config.json says its length."""
+    have, said = m.sizes.get("v", 0), m.source.config.get("vocab_size")
+    words = m.catalog.about.get("vocabulary", have)
+    if is_hf(m.source.config) and isinstance(said, int) and said < have:
+        text = f"{said} rows of the vocabulary, as config.json says; the other {have - said} are padding"
+        return replace(model.resized(m, "v", said), guesses=(*m.guesses, text))
+    if words < have:
+        text = f"all {have} rows of the vocabulary; {words} are said to be words: target.vocab_size={words} takes only these"
+        return replace(m, guesses=(*m.guesses, text))
+    return m
 
 
 def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:

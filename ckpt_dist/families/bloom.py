@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_dist import merak
+from ckpt_dist import megatron, merak
 
 model_types = ("bloom",)
 
@@ -63,9 +63,32 @@ _hf = {
     "lm_head.weight": "head: v e",
 }
 
+_m = megatron.LAYER
+_megatron = {
+    "embedding.word_embeddings.weight": "embed: v e",
+    "embedding.word_embeddings.norm.weight": "embed_norm: e",
+    "embedding.word_embeddings.norm.bias": "embed_norm_bias: e",
+    _m + "self_attention.linear_qkv.layer_norm_weight": "attn_norm: e",
+    _m + "self_attention.linear_qkv.layer_norm_bias": "attn_norm_bias: e",
+    _m + "self_attention.linear_qkv.weight": "q, k, v: (h (1 + 1 + 1) d) e",
+    _m + "self_attention.linear_qkv.bias": "q_bias, k_bias, v_bias: (h (1 + 1 + 1) d)",
+    _m + "self_attention.linear_proj.weight": "o: e (h d)",
+    _m + "self_attention.linear_proj.bias": "o_bias: e",
+    _m + "mlp.linear_fc1.layer_norm_weight": "mlp_norm: e",
+    _m + "mlp.linear_fc1.layer_norm_bias": "mlp_norm_bias: e",
+    _m + "mlp.linear_fc1.weight": "up: f e",
+    _m + "mlp.linear_fc1.bias": "up_bias: f",
+    _m + "mlp.linear_fc2.weight": "down: e f",
+    _m + "mlp.linear_fc2.bias": "down_bias: e",
+    "decoder.final_layernorm.weight": "norm: e",
+    "decoder.final_layernorm.bias": "norm_bias: e",
+    "output_layer.weight": "head: v e",
+}
+
 dialects = dict(
     hf=_hf,
     merak=merak.dialect(_hf, columns=("query_key_value", "dense_h_to_4h"), rows=("dense", "dense_4h_to_h")),
+    **megatron.dialects(_megatron),
 )
 
 
@@ -74,4 +97,9 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     return dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=c["n_head"], d=width // c["n_head"], f=4 * width)
 
 
-sizes = dict(hf=_from_hf)
+def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
+    count, _, width = megatron.heads(a)
+    return dict(l=a["num_layers"], e=a["hidden_size"], h=count, d=width)
+
+
+sizes = dict(hf=_from_hf, megatron=_from_args)

@@ -21,7 +21,7 @@ from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
 # the order in which a folder's content is tried
-FORMATS = ("catalog", "fsdp", "torch_dist", "megatron", "merak", "dcp", "hf", "meta", "sfpt", "torch")
+FORMATS = ("catalog", "fsdp", "torch_dist", "megatron", "merak", "megatron_deepspeed", "dcp", "hf", "meta", "sfpt", "torch")
 DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
     "hf": ("hf",),
     "meta": ("meta",),
@@ -29,13 +29,15 @@ DIALECTS = {  # formats whose files have names of one dialect only, or of the fi
     "megatron": ("megatron",),
     "sfpt": ("megatron", "megatron_stacked"),
     "merak": ("hf",),
+    "megatron_deepspeed": ("megatron",),
 }
 RANKS = {  # formats with files of their own for each of some kinds of ranks
     "meta": ("tp",),
     "megatron": ("tp", "pp", "vpp", "ep"),
     "merak": ("tp", "pp"),
+    "megatron_deepspeed": ("tp", "pp"),
 }
-RELEASES = ("megatron", "merak")  # formats that know a checkpoint to begin with, of no step
+RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 

@@ -129,12 +129,16 @@ def _states(tree: Mapping[str, Any]) -> list[State]:
         state = {}
         for place, leaf in pt.walk(model):
             if isinstance(leaf, pickles.TensorRef) and not str(place[-1]).endswith(STATE):
-                name = ".".join(map(str, place))
-                for old, new in OLD:
-                    name = re.sub(old, new, name)
-                state[name] = leaf
+                state[renamed(".".join(map(str, place)))] = leaf
         found.append(state)
     return found
+
+
+def renamed(name: str) -> str:
+    """What megatron-core calls a tensor, by whatever name: `encoder.layers.0.input_norm.weight` is its input_layernorm."""
+    for old, new in OLD:
+        name = re.sub(old, new, name)
+    return name
 
 
 def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Rank]:
@@ -221,13 +225,14 @@ def lay_out(spec: Spec) -> Layout:
     _refuse(spec, tp, pp, vpp, ep)
     step = int(o.get("step") or 1)
     stages = partition(_num_layers(spec), pp, vpp, o.get("partition"))
+    top = "release" if o.get("release") else megatron.STEPS.format(step)
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"))}
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
-    names = [f"{megatron.STEPS.format(step)}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
+    names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
     about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
     common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
-    return rank_files(spec, "megatron", names, each, common, str(step))
+    return rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
 
 
 def rank_files(
