@@ -177,6 +177,7 @@ RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "s
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
     "weights": choice("param", "ema"), "step": STEP,
+    "replicas": choice("first", "average"),
 }  # fmt: skip
 KEYS: dict[str, Kind] = {
     **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},

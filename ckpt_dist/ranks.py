@@ -108,6 +108,7 @@ class Part:
     shape: tuple[int, ...]
     pieces: list[Piece]
     ref: TensorRef
+    alike: bool = False  # each rank has all of it
 
 
 def held(
@@ -129,7 +130,7 @@ def held(
             pieces = list(cut.pieces(ref.shape, ref.stride, rank.t))
             if "linear_qkv." in inner and version < 2 and cut.dim is not None:
                 pieces = list(_old_qkv(ref, args, version, rank))
-            yield Part(whole + _stored(own, inner, tensors), ref.dtype, cut.whole(ref.shape), pieces, ref)
+            yield Part(whole + _stored(own, inner, tensors), ref.dtype, cut.whole(ref.shape), pieces, ref, cut.dim is None)
 
 
 def _stored(own: str, inner: str, tensors: Mapping[str, TensorRef]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, configs, cost, formats, initial, megatron, part, plan, quantised, sources, task
+from ckpt_dist import __version__, configs, cost, formats, initial, megatron, part, plan, quantised, replicas, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -53,7 +53,14 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
-        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
+            copies = replicas.others(group, m, cfg)
+        target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
+        if copies:
+            replicas.settle(group, report, [m, *copies], engine_of(cfg), average)
+        if average and copies:
+            even = [1 / (1 + len(copies))] * (1 + len(copies))
+            return _write(group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"})
+        return _write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
 
 
 def merge(cfg: Config) -> dict[str, Any]:

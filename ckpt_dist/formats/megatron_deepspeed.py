@@ -62,13 +62,14 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     files = [file for found in layers.values() for file in found]
     entries: dict[str, Entry] = {}
     rows: list[tuple[str, ranks.Piece, int, int]] = []
-    first = 0
+    first, alike = 0, set[str]()
     for number, found in layers.items():
         for t, file in enumerate(found):
             tree, storages = pt.open_archive(path / file)
             state = {renamed(kinds[number] + k): v for k, v in tree.items() if isinstance(v, pickles.TensorRef)}
             rank = Rank(t, 0, 0, tp, 1, 1, int(options.get("replica") or 0))
             for part in ranks.held(state, rank, first, args, float(about.get("checkpoint_version") or 0)):
+                alike |= {part.name} if part.alike and tp > 1 else set()
                 agree(path / file, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
                 at = pt.storage_record(storages, part.ref, f"{path / file}: {part.name}")
                 place = files.index(file)
@@ -77,7 +78,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     number_of = {name: k for k, name in enumerate(entries)}
     table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
     states = len([p for p in path.iterdir() if STATE.fullmatch(p.name)])
-    facts = {"tp": tp, "pp": max(states // tp, 1), "layers": count, "padded": True, **_vocabulary(about)}
+    facts = {"tp": tp, "pp": max(states // tp, 1), "layers": count, "padded": True, "replicated": sorted(alike), **_vocabulary(about)}
     return Catalog(
         "megatron_deepspeed", str(path), tuple(files), tuple(entries.values()), table, _extras(path, about), args,
         about=facts,
