@@ -250,6 +250,8 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
     args.setdefault("max_position_embeddings", lengths.get("p", 2048))
     args["seq_length"] = args["max_position_embeddings"]
     epsilon = config.get("layer_norm_epsilon", config.get("layer_norm_eps"))
+    if act := config.get("activation_function"):
+        args |= dict(openai_gelu=act == "gelu_new", bias_gelu_fusion=act in ("gelu_fast", "gelu_pytorch_tanh"))
     args |= {**SPLIT, **scaling, **({"norm_epsilon": epsilon} if epsilon is not None else {})}
     if "x" in lengths:
         args |= _experts(config, lengths, weights)
@@ -298,7 +300,7 @@ def _untold(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
     """What a config.json says that no arg was found for, as far as a model computes something else by it."""
     known = {*configs.NEUTRAL, *SHAPE, *(hf for _, hf in FIELDS)}
     acts = ("silu", "swish") if args["swiglu"] else ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-    normal: dict[str, tuple[Any, ...]] = {"hidden_act": acts, "activation_function": acts, "hidden_activation": acts}
+    normal: dict[str, tuple[Any, ...]] = {"hidden_act": acts, "activation_function": (*acts, "gelu"), "hidden_activation": acts}
     normal |= dict.fromkeys(("partial_rotary_factor", "moe_layer_freq", "ep_size"), (1,))
     if config.get("use_sliding_window") is False:
         known |= {"sliding_window"}

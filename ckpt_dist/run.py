@@ -323,7 +323,7 @@ def prepare(
     extras, lost = _extras(models[0], cfg)
     layout = _lay_out(d, models[0], extras, cfg, path)
     report.guesses += layout.catalog.about.get("guesses", ())
-    if target["format"] in ("megatron", "torch_dist"):
+    if target["format"] in ("megatron", "torch_dist", "megatron_deepspeed"):
         _translated(_args(d, models[0]), "config.json", report)
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
