@@ -439,6 +439,11 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
             raise UsageError(
                 f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
             )
+    known = formats.EMBEDDINGS.get(target["format"])
+    if known and target["embedding"] not in ("auto", *known):
+        raise UsageError(
+            f"target.embedding={target['embedding']}: {target['format']} has no such ranks. Give {' or '.join(known)}."
+        )
     if target["release"] and target["format"] not in formats.RELEASES:
         raise UsageError(f"target.release=true: {target['format']} has no such checkpoints. Leave it out.")
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))

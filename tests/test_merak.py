@@ -335,6 +335,8 @@ def test_what_is_wrong_is_said(
         (dict(pp=3, partition=[0, 9, 4, 15]), r"stage 1 would hold none"),
         (dict(pp=11), r"stage 8 would hold none of the 15 modules"),
         (dict(tp=3), r"4 attention heads cannot be divided by 3"),
+        (dict(tp=2, embedding="hidden"), r"target\.embedding=hidden: merak has no such ranks"),
+        (dict(format="hf", release=True), r"target\.release=true: hf has no such"),
         (dict(vpp=2), r"merak has no files of such ranks"),
         (dict(tp=2, model="identity"), r"its family is not|is of no known family"),
     ],
@@ -342,7 +344,7 @@ def test_what_is_wrong_is_said(
 def test_layouts_that_cannot_be(made: Made, tmp_path: Path, keys: dict[str, Any], says: str) -> None:
     model = {"model": keys.pop("model")} if "model" in keys else {}
     with pytest.raises(UsageError, match=says):
-        ckpt_dist.convert(made("gpt2"), tmp_path / "no", format="merak", **keys, **model)
+        ckpt_dist.convert(made("gpt2"), tmp_path / "no", **{"format": "merak", **keys, **model})
     assert not (tmp_path / "no").exists()
 
 
