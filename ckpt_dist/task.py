@@ -96,7 +96,8 @@ def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     dialect = _target_dialect(first, cfg_target)
     same = all(m.dialect == first.dialect for m in models)
     names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
-    if names_stay and cfg_target.get("vocab_size") is None:
+    ordered = cfg_target.get("format") in formats.ORDERED and first.family is not None and not first.unresolved
+    if names_stay and cfg_target.get("vocab_size") is None and not ordered:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = _plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
