@@ -11,7 +11,8 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def arguments(kind: str, **more: Any) -> argparse.Namespace:
     )  # fmt: skip
 
 
+@contextmanager
+def its_own_module() -> Iterator[type[enum.Enum]]:
+    """A class that only the machine of the run has."""
+    position = enum.Enum("PositionEmbeddingType", {"alibi": 3}, module="megatron.enums")
+    module = types.ModuleType("megatron.enums")
+    module.PositionEmbeddingType = position  # type: ignore[attr-defined]
+    before = {n: sys.modules.get(n) for n in ("megatron", "megatron.enums")}
+    sys.modules |= {"megatron": types.ModuleType("megatron"), "megatron.enums": module}
+    try:
+        yield position
+    finally:
+        for name, was in before.items():
+            sys.modules.pop(name)
+            sys.modules |= {name: was} if was else {}
+
+
 def write(folder: Path, kind: str, state: State, tp: int = 2, pp: int = 2, dp: int = 2) -> Path:
     step = folder / "global_step5"
     step.mkdir(parents=True)
@@ -98,27 +115,17 @@ def write(folder: Path, kind: str, state: State, tp: int = 2, pp: int = 2, dp: i
         for t in range(tp):
             part = {n: slice_of(n, v, tp, t) for n, v in held.items()}
             torch.save(part, step / f"layer_{number:02d}-model_{t:02d}-model_states.pt")
-    module = types.ModuleType("megatron.enums")
-
-    class PositionEmbeddingType(enum.Enum):
-        alibi = 3
-
-    PositionEmbeddingType.__module__, PositionEmbeddingType.__qualname__ = "megatron.enums", "PositionEmbeddingType"
-    module.PositionEmbeddingType = PositionEmbeddingType  # type: ignore[attr-defined]
-    before = {n: sys.modules.get(n) for n in ("megatron", "megatron.enums")}
-    sys.modules |= {"megatron": types.ModuleType("megatron"), "megatron.enums": module}
     args = arguments(kind, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    args.position_embedding_type = PositionEmbeddingType.alibi
     info = {"padded_vocab_size": VOCABULARY, "original_vocab_size": VOCABULARY - 3}
-    for k in range(tp * pp):
-        about = dict(module=None, args=args, checkpoint_version=3.0, iteration=5, tokens=7, checkpoint_info=info, dp_world_size=dp,
-                     mp_world_size=tp, global_steps=5, rng_tracker_states={"a": torch.ones(3)}, optimizer=None)  # fmt: skip
-        torch.save(about, step / f"mp_rank_{k:02d}_model_states.pt")
-        for d in range(dp):
-            torch.save({"optimizer_state_dict": {"a": torch.ones(3)}}, step / f"zero_pp_rank_{d}_mp_rank_{k:02d}_optim_states.pt")
-    for name, was in before.items():
-        sys.modules.pop(name)
-        sys.modules |= {name: was} if was else {}
+    with its_own_module() as position:
+        args.position_embedding_type = position(3)
+        for k in range(tp * pp):
+            about = dict(module=None, args=args, checkpoint_version=3.0, iteration=5, tokens=7, checkpoint_info=info, dp_world_size=dp,
+                         mp_world_size=tp, global_steps=5, rng_tracker_states={"a": torch.ones(3)}, optimizer=None)  # fmt: skip
+            torch.save(about, step / f"mp_rank_{k:02d}_model_states.pt")
+            for d in range(dp):
+                zero = step / f"zero_pp_rank_{d}_mp_rank_{k:02d}_optim_states.pt"
+                torch.save({"optimizer_state_dict": {"a": torch.ones(3)}}, zero)
     (folder / "latest").write_text("global_step5")
     (folder / "latest_checkpointed_iteration.txt").write_text("5")
     return folder
@@ -214,9 +221,10 @@ def test_the_old_jobs(made: Made, tmp_path: Path) -> None:
 
 
 def edited(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    tree = torch.load(file, weights_only=False)
-    change(tree)
-    torch.save(tree, file)
+    with its_own_module():
+        tree = torch.load(file, weights_only=False)
+        change(tree)
+        torch.save(tree, file)
 
 
 def copy_of(made: Made, folder: Path) -> Path:

@@ -84,7 +84,7 @@ def _ranks(path: Path) -> list[Rank]:
     lost = [r for r in all_ranks if not (path / _folder(r) / PART).is_file()]
     if lost:
         raise CheckpointError(
-            f"{path / _folder(lost[0])}{PART} is missing: the run had {tp} x {pp} tensor and pipeline ranks, the files of "
+            f"{path}/{_folder(lost[0])}{PART} is missing: the run had {tp} x {pp} tensor and pipeline ranks, the files of "
             f"{len(lost)} of them are not there. Fetch them."
         )
     return all_ranks
