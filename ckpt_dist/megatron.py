@@ -300,7 +300,11 @@ def _untold(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
     """What a config.json says that no arg was found for, as far as a model computes something else by it."""
     known = {*configs.NEUTRAL, *SHAPE, *(hf for _, hf in FIELDS)}
     acts = ("silu", "swish") if args["swiglu"] else ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-    normal: dict[str, tuple[Any, ...]] = {"hidden_act": acts, "activation_function": (*acts, "gelu"), "hidden_activation": acts}
+    normal: dict[str, tuple[Any, ...]] = {
+        "hidden_act": acts,
+        "activation_function": (*acts, "gelu"),
+        "hidden_activation": acts,
+    }
     normal |= dict.fromkeys(("partial_rotary_factor", "moe_layer_freq", "ep_size"), (1,))
     if config.get("use_sliding_window") is False:
         known |= {"sliding_window"}

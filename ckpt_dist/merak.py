@@ -71,7 +71,11 @@ def modules(names: Sequence[str]) -> Modules:
     there = [m for m in FRONT if any(_module(n) == m for n in names)]
     count = 1 + max(layer.values(), default=-1)
     number = {
-        n: len(there) + layer[n] if n in layer else there.index(_module(n)) if _module(n) in there else len(there) + count
+        n: len(there) + layer[n]
+        if n in layer
+        else there.index(_module(n))
+        if _module(n) in there
+        else len(there) + count
         for n in names
     }
     return Modules(number, len(there), count)

@@ -130,7 +130,9 @@ def held(
             pieces = list(cut.pieces(ref.shape, ref.stride, rank.t))
             if "linear_qkv." in inner and version < 2 and cut.dim is not None:
                 pieces = list(_old_qkv(ref, args, version, rank))
-            yield Part(whole + _stored(own, inner, tensors), ref.dtype, cut.whole(ref.shape), pieces, ref, cut.dim is None)
+            yield Part(
+                whole + _stored(own, inner, tensors), ref.dtype, cut.whole(ref.shape), pieces, ref, cut.dim is None
+            )
 
 
 def _stored(own: str, inner: str, tensors: Mapping[str, TensorRef]) -> str:

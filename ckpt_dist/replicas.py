@@ -22,8 +22,12 @@ from ckpt_dist.report import Report
 
 def others(group: Group, m: Model, cfg: Mapping[str, Any]) -> list[Model]:
     """The same checkpoint with the copies of each of the other ranks."""
-    ranks = range(1, int(m.catalog.about["tp"])) if m.catalog.about.get("replicated") else ()
-    return [scanned(group, lambda more, k=k: task.open_model({**cfg["source"], **more, "replica": k}, cfg)) for k in ranks]  # type: ignore[misc]
+    ranks = range(1, int(m.catalog.about["tp"])) if m.catalog.about.get("replicated") else range(0)
+
+    def opened(rank: int) -> Model:
+        return scanned(group, lambda more: task.open_model({**cfg["source"], **more, "replica": rank}, cfg))
+
+    return [opened(rank) for rank in ranks]
 
 
 def settle(group: Group, report: Report, models: Sequence[Model], engine: Mapping[str, Any], average: bool) -> None:

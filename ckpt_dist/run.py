@@ -15,7 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import __version__, configs, cost, formats, initial, megatron, part, plan, quantised, replicas, sources, task
+from ckpt_dist import (
+    __version__,
+    configs,
+    cost,
+    formats,
+    initial,
+    megatron,
+    part,
+    plan,
+    quantised,
+    replicas,
+    sources,
+    task,
+)
 from ckpt_dist.catalog import Extra
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage

@@ -32,7 +32,12 @@ KINDS: dict[str, Callable[[], Any]] = {
         n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, n_positions=16, activation_function="gelu"
     ),
     "bloom": lambda: transformers.BloomConfig(
-        hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, attention_dropout=0.0, hidden_dropout=0.0
+        hidden_size=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        vocab_size=VOCABULARY,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
     ),
 }
 State = dict[str, torch.Tensor]
@@ -47,7 +52,9 @@ def gpt2_layers(state: State) -> dict[int, State]:
     layers = {1: {"word_embeddings.weight": state["transformer.wte.weight"],
                   "position_embeddings.weight": state["transformer.wpe.weight"]}}  # fmt: skip
     for k in range(LAYERS):
-        own = {n.removeprefix(f"transformer.h.{k}."): v for n, v in state.items() if n.startswith(f"transformer.h.{k}.")}
+        own = {
+            n.removeprefix(f"transformer.h.{k}."): v for n, v in state.items() if n.startswith(f"transformer.h.{k}.")
+        }
         layers[k + 3] = {
             "input_layernorm.weight": own["ln_1.weight"],
             "input_layernorm.bias": own["ln_1.bias"],
@@ -66,7 +73,9 @@ def gpt2_layers(state: State) -> dict[int, State]:
 
 
 def bloom_layers(state: State) -> dict[int, State]:
-    norm = {f"word_embeddings.norm.{k}": state[f"transformer.word_embeddings_layernorm.{k}"] for k in ("weight", "bias")}
+    norm = {
+        f"word_embeddings.norm.{k}": state[f"transformer.word_embeddings_layernorm.{k}"] for k in ("weight", "bias")
+    }
     layers = {1: {"word_embeddings.weight": state["transformer.word_embeddings.weight"], **norm}}
     for k in range(LAYERS):
         prefix = f"transformer.h.{k}."
@@ -176,7 +185,9 @@ def test_to_other_formats_and_back(made: Made, tmp_path: Path, target: str, keys
     ckpt_dist.convert(top / "mds", tmp_path / "it", format=target, **given)
     ckpt_dist.convert(tmp_path / "it", tmp_path / "back", **{"model.config": str(top / "hf")})
     assert equal(tmp_path / "back", top / "hf")
-    assert ckpt_dist.fingerprint(tmp_path / "it", **{"model.config": str(top / "hf")}) == ckpt_dist.fingerprint(top / "hf")
+    assert ckpt_dist.fingerprint(tmp_path / "it", **{"model.config": str(top / "hf")}) == ckpt_dist.fingerprint(
+        top / "hf"
+    )
 
 
 def test_our_layer_files_are_its_own(made: Made, tmp_path: Path) -> None:
@@ -203,7 +214,9 @@ def test_the_old_jobs(made: Made, tmp_path: Path) -> None:
     """Each line of the documentation that scripts had."""
     _, top, _ = made
     step, wanted = top / "mds/global_step5", ckpt_dist.fingerprint(top / "hf")
-    report = ckpt_dist.convert(step, tmp_path / "merak", format="merak", tp=2, pp=4, release=True, **{"target.partition": [0, 2, 3, 5, 7]})
+    report = ckpt_dist.convert(
+        step, tmp_path / "merak", format="merak", tp=2, pp=4, release=True, **{"target.partition": [0, 2, 3, 5, 7]}
+    )
     assert report["target"] == str(tmp_path / "merak")
     file = tmp_path / "merak/release/mp_rank_01_pp_rank_003/partial_model_optim.pt"
     args = torch.load(file, weights_only=False)["args"]

@@ -121,7 +121,9 @@ def test_what_its_trainer_saved_is_read(case: str, tmp_path: Path) -> None:
     assert all(legacy.is_legacy(f.read_bytes()[:16]) for f in rank_files(TRAINED / case))
 
 
-@pytest.mark.skipif(find_spec("Merak") is None, reason="Merak (HPDL-Group/Merak 2.2.2, transformers 4.46) is not installed")
+@pytest.mark.skipif(
+    find_spec("Merak") is None, reason="Merak (HPDL-Group/Merak 2.2.2, transformers 4.46) is not installed"
+)
 def test_its_trainer_loads_ours(tmp_path: Path) -> None:
     """It loads, saves at once, and what it saved is the model we began with."""
     hf = hf_of(12, tmp_path / "hf")
@@ -194,7 +196,10 @@ def test_llamas_ranks_are_slices_of_its_linear_layers(made: Made, tmp_path: Path
 
 def test_which_stage_has_what(made: Made, tmp_path: Path) -> None:
     ckpt_dist.convert(made("gpt2"), tmp_path / "it", format="merak", pp=4, partition=[0, 3, 7, 11, 15])
-    held = [{merak.NUMBER.sub("", n, count=1) for n in torch.load(f, weights_only=True)["model"]} for f in rank_files(tmp_path / "it")]
+    held = [
+        {merak.NUMBER.sub("", n, count=1) for n in torch.load(f, weights_only=True)["model"]}
+        for f in rank_files(tmp_path / "it")
+    ]
     layers = [sorted({int(n.split(".")[2]) for n in names if ".h." in n}) for names in held]
     assert layers == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
     ends = [{n for n in names if ".h." not in n} for names in held]
@@ -204,7 +209,12 @@ def test_which_stage_has_what(made: Made, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pp", "method", "wanted"),
-    [(2, "uniform", [0, 4, 7]), (3, "uniform_floor", [0, 2, 4, 7]), (3, "uniform", [0, 3, 6, 7]), (7, "uniform", list(range(8)))],
+    [
+        (2, "uniform", [0, 4, 7]),
+        (3, "uniform_floor", [0, 2, 4, 7]),
+        (3, "uniform", [0, 3, 6, 7]),
+        (7, "uniform", list(range(8))),
+    ],
 )
 def test_partitions(pp: int, method: str, wanted: list[int]) -> None:
     names = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"]
@@ -384,7 +394,7 @@ def cut(file: Path, keep: Iterator[int] | range) -> None:
     data = file.read_bytes()
     for length in keep:
         file.write_bytes(data[:length])
-        with pytest.raises(CheckpointError, match="truncated|damaged|no file of torch"):
+        with pytest.raises(CheckpointError, match=r"truncated|damaged|no file of torch"):
             ckpt_dist.inspect(file)
 
 

@@ -47,13 +47,17 @@ def read(fd: int, where: str) -> tuple[Any, dict[str, Record]]:
             at = end
         magic, version, machine, tree, keys = found
         if (magic, version) != (MAGIC, VERSION) or not isinstance(keys, list):
-            raise CheckpointError(f"{where} is of version {version!r:.20} of torch's old format; only {VERSION} is known.")
+            raise CheckpointError(
+                f"{where} is of version {version!r:.20} of torch's old format; only {VERSION} is known."
+            )
         if not (isinstance(machine, dict) and machine.get("little_endian")):
             raise CheckpointError(f"{where} was written on a big-endian machine, which is not supported.")
         return tree, _records(data, at, keys, storages, where)
 
 
-def _records(data: Any, at: int, keys: list[Any], storages: dict[str, pickles.Storage], where: str) -> dict[str, Record]:
+def _records(
+    data: Any, at: int, keys: list[Any], storages: dict[str, pickles.Storage], where: str
+) -> dict[str, Record]:
     """Each storage after its count of elements; both numbers have to be those of the tree."""
     found = {}
     for key in keys:
@@ -67,7 +71,9 @@ def _records(data: Any, at: int, keys: list[Any], storages: dict[str, pickles.St
             )
         (count,) = struct.unpack_from("<q", data, at)
         if count not in (storage.numel, nbytes):
-            raise CheckpointError(f"{where} is damaged: storage {key!r} has {count} elements, the pickle {storage.numel}.")
+            raise CheckpointError(
+                f"{where} is damaged: storage {key!r} has {count} elements, the pickle {storage.numel}."
+            )
         found[key] = Record(key, at + 8, nbytes)
         at += 8 + nbytes
     return found

@@ -21,7 +21,19 @@ from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
 # the order in which a folder's content is tried
-FORMATS = ("catalog", "fsdp", "torch_dist", "megatron", "merak", "megatron_deepspeed", "dcp", "hf", "meta", "sfpt", "torch")
+FORMATS = (
+    "catalog",
+    "fsdp",
+    "torch_dist",
+    "megatron",
+    "merak",
+    "megatron_deepspeed",
+    "dcp",
+    "hf",
+    "meta",
+    "sfpt",
+    "torch",
+)
 DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
     "hf": ("hf",),
     "meta": ("meta",),

@@ -10,12 +10,12 @@ Invariant: all files of all layers are there and of one save, or the first that 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import megatron, ranks
+from ckpt_dist import ranks
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
@@ -78,7 +78,14 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     number_of = {name: k for k, name in enumerate(entries)}
     table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
     states = len([p for p in path.iterdir() if STATE.fullmatch(p.name)])
-    facts = {"tp": tp, "pp": max(states // tp, 1), "layers": count, "padded": True, "replicated": sorted(alike), **_vocabulary(about)}
+    facts = {
+        "tp": tp,
+        "pp": max(states // tp, 1),
+        "layers": count,
+        "padded": True,
+        "replicated": sorted(alike),
+        **_vocabulary(about),
+    }
     return Catalog(
         "megatron_deepspeed", str(path), tuple(files), tuple(entries.values()), table, _extras(path, about), args,
         about=facts,

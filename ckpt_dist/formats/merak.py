@@ -190,7 +190,9 @@ def _refuse(spec: Spec, tp: int) -> None:
     args = spec.options.get("args") or {}
     heads = megatron.heads(args)[0] if megatron.is_args(args) else tp
     if heads % tp:
-        raise UsageError(f"target.tp={tp}: {heads} attention heads cannot be divided by {tp} ranks. Choose another one.")
+        raise UsageError(
+            f"target.tp={tp}: {heads} attention heads cannot be divided by {tp} ranks. Choose another one."
+        )
     if tp > 1 and not any("_linear." in e.name for e in spec.entries):
         raise UsageError(
             f"target.tp={tp}: which layers of this model Merak divides is not known, since its family is not. Give the "

@@ -23,7 +23,10 @@ CASES = {  # folder: vocabulary, arguments of the converter
     "t2p1": (12, ("--merak_tp", "2")),
     "t4p2": (12, ("--merak_tp", "4", "--merak_pp", "2")),
     "t2p2": (11, ("--merak_tp", "2", "--merak_pp", "2")),
-    "t2p3": (12, ("--merak_tp", "2", "--merak_pp", "3", "--partition_method", "custom", "--custom_partition", "0,3,5,7")),
+    "t2p3": (
+        12,
+        ("--merak_tp", "2", "--merak_pp", "3", "--partition_method", "custom", "--custom_partition", "0,3,5,7"),
+    ),
     "t1p3": (12, ("--merak_pp", "3", "--partition_method", "uniform_floor")),
 }
 
@@ -53,7 +56,12 @@ def convert(tools: Path, out: Path) -> None:
     for name, (vocabulary, words) in CASES.items():
         source = out / f"hf-{vocabulary}"
         given = ["--load_path", source / "pytorch_model.bin", "--json_path", source / "config.json"]
-        command = [sys.executable, tools / "convert_merak_gpt2_checkpoint.py", "--convert_type", "transformers_to_merak"]
+        command = [
+            sys.executable,
+            tools / "convert_merak_gpt2_checkpoint.py",
+            "--convert_type",
+            "transformers_to_merak",
+        ]
         command += [*given, "--save_path", out / name, *words]
         subprocess.run([str(w) for w in command], check=True, stdout=subprocess.DEVNULL)
 
