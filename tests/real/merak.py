@@ -16,18 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LAYERS, WIDTH, HEADS, POSITIONS = 4, 8, 4, 8
+LAYERS, WIDTH, HEADS, POSITIONS = 2, 8, 4, 8
 CASES = {  # folder: vocabulary, arguments of the converter
-    "t1p1": (12, ()),
-    "t1p2": (12, ("--merak_pp", "2")),
-    "t2p1": (12, ("--merak_tp", "2")),
-    "t4p2": (12, ("--merak_tp", "4", "--merak_pp", "2")),
-    "t2p2": (11, ("--merak_tp", "2", "--merak_pp", "2")),
-    "t2p3": (
-        12,
-        ("--merak_tp", "2", "--merak_pp", "3", "--partition_method", "custom", "--custom_partition", "0,3,5,7"),
-    ),
-    "t1p3": (12, ("--merak_pp", "3", "--partition_method", "uniform_floor")),
+    "t1p1": (20, ()),
+    "t4p2": (20, ("--merak_tp", "4", "--merak_pp", "2")),
+    "t2p2": (20, ("--merak_tp", "2", "--merak_pp", "2")),
+    "padded": (11, ("--merak_tp", "2", "--merak_pp", "2")),
+    "t2p3": (20, ("--merak_tp", "2", "--merak_pp", "3", "--partition_method", "custom", "--custom_partition", "0,3,4,5")),
+    "t1p3": (20, ("--merak_pp", "3", "--partition_method", "uniform_floor")),
 }
 
 
@@ -43,7 +39,7 @@ def convert(tools: Path, out: Path) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    for vocabulary in (11, 12):
+    for vocabulary in (11, 20):
         torch.manual_seed(vocabulary)
         model = GPT2LMHeadModel(GPT2Config(**settings(vocabulary)))
         for p in model.parameters():
@@ -82,7 +78,7 @@ def train(load: Path, save: Path, tp: int, pp: int, *more: str) -> None:
     world = int(os.environ["WORLD_SIZE"])
     Merak.init(pp, tp, world // (tp * pp))
     (args,) = HfArgumentParser(MerakArguments).parse_args_into_dataclasses()
-    config = GPT2Config(**settings(12), return_dict=False, use_cache=False, attn_implementation="eager")
+    config = GPT2Config(**settings(20), return_dict=False, use_cache=False, attn_implementation="eager")
     MerakTrainer(model=GPT2LMHeadModel(config), args=args, train_dataset=_Texts()).train()
 
 
@@ -93,7 +89,7 @@ def _arguments(load: Path, save: Path, tp: int, pp: int, more: tuple[str, ...]) 
         per_device_train_batch_size=1, gradient_accumulation_steps=2, resume_from_checkpoint=load,
     )  # fmt: skip
     if pp > 1:
-        given |= dict(partition_method="custom", custom_partition="0,3,6")
+        given |= dict(partition_method="custom", custom_partition="0,2,4")
     if tp > 1 and "embedding=whole" not in more:
         given |= dict(parallel_vocab=True)
     if "zero" in more:
@@ -108,7 +104,7 @@ class _Texts:
     def __getitem__(self, k: int) -> dict[str, Any]:
         import torch
 
-        ids = torch.arange(POSITIONS) % 12
+        ids = torch.arange(POSITIONS) % 20
         return {"input_ids": ids, "labels": ids}
 
 
