@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,11 @@ DATA = Path(__file__).parent / "data"
 CONVERTED, TRAINED = DATA / "merak-1.1.0", DATA / "merak-2.2.2"
 CASES: dict[str, tuple[int, dict[str, Any]]] = {  # folder of the converter's -> vocabulary, our keys for the same
     "t1p1": (20, {}),
-    "t4p2": (20, dict(tp=4, pp=2)),
+    "t2p1": (20, dict(tp=2)),
     "t2p2": (20, dict(tp=2, pp=2)),
     "padded": (11, dict(tp=2, pp=2)),
     "t2p3": (20, dict(tp=2, pp=3, partition=[0, 3, 4, 5])),
-    "t1p3": (20, dict(pp=3, partition_method="uniform_floor")),
+    "floor": (20, dict(pp=2, partition_method="uniform_floor")),
 }
 SMALL: dict[str, Any] = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=3, vocab_size=64)
 KINDS: dict[str, Callable[[], Any]] = {
@@ -141,33 +140,23 @@ GRID = [dict(tp=t, pp=p) for t in (1, 2, 4) for p in (1, 2, 4)]
 CUSTOM = [dict(tp=2, pp=4, partition=[0, 3, 7, 11, 15]), dict(tp=1, pp=3, partition=[0, 1, 2, 15])]
 
 
-def tour(count: int) -> list[int]:
-    """A walk over all pairs of different places: every edge of the complete graph once, in both directions."""
-    left = {a: [b for b in range(count) if b != a] for a in range(count)}
-    stack, walk = [0], []
-    while stack:
-        if left[stack[-1]]:
-            stack.append(left[stack[-1]].pop())
-        else:
-            walk.append(stack.pop())
-    return walk[::-1]
+def test_from_every_layout_to_others(made: Made, tmp_path: Path) -> None:
+    """Two rounds over all layouts, in different orders: each layout's files are the same whatever they were made of.
 
-
-def test_all_layouts_to_all(made: Made, tmp_path: Path) -> None:
+    So what holds for these pairs holds for all; a round over all 110 was run once (docs/design/20-merak.md).
+    """
     hf, layouts = made("gpt2"), [*GRID, *CUSTOM]
-    wanted, walk = ckpt_dist.fingerprint(hf), tour(len(GRID) + len(CUSTOM))
-    assert len(set(pairwise(walk))) == len(layouts) * (len(layouts) - 1)
-    source, files = hf, {}
-    for step, at in enumerate(walk):
+    wanted, source, files = ckpt_dist.fingerprint(hf), hf, {}
+    for step in range(2 * len(layouts)):
+        at = (step if step < len(layouts) else 4 * step + 2) % len(layouts)
         target = tmp_path / f"{step}"
-        report = ckpt_dist.convert(source, target, format="merak", **layouts[at], **{"engine.verify": step % 11 == 0})
-        if "fingerprint" in report:
-            assert report["fingerprint"] == wanted
+        keys = {"engine.verify": step % 8 == 0, "engine.fsync": False}
+        report = ckpt_dist.convert(source, target, format="merak", **layouts[at], **keys)
+        assert report.get("fingerprint", wanted) == wanted and ("fingerprint" in report) == (step % 8 == 0)
         mine = {p.relative_to(target): p.read_bytes() for p in rank_files(target)}
-        assert files.setdefault(at, mine) == mine, layouts[at]  # whatever it was made of
-        if source != hf:
-            shutil.rmtree(source)
+        assert files.setdefault(at, mine) == mine, layouts[at]
         source = target
+    assert len(files) == len(layouts)
     ckpt_dist.convert(source, tmp_path / "back")
     assert equal(tmp_path / "back", hf) and ckpt_dist.fingerprint(tmp_path / "back") == wanted
 

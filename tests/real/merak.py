@@ -19,11 +19,14 @@ from typing import Any
 LAYERS, WIDTH, HEADS, POSITIONS = 2, 8, 4, 8
 CASES = {  # folder: vocabulary, arguments of the converter
     "t1p1": (20, ()),
-    "t4p2": (20, ("--merak_tp", "4", "--merak_pp", "2")),
+    "t2p1": (20, ("--merak_tp", "2")),
     "t2p2": (20, ("--merak_tp", "2", "--merak_pp", "2")),
     "padded": (11, ("--merak_tp", "2", "--merak_pp", "2")),
-    "t2p3": (20, ("--merak_tp", "2", "--merak_pp", "3", "--partition_method", "custom", "--custom_partition", "0,3,4,5")),
-    "t1p3": (20, ("--merak_pp", "3", "--partition_method", "uniform_floor")),
+    "t2p3": (
+        20,
+        ("--merak_tp", "2", "--merak_pp", "3", "--partition_method", "custom", "--custom_partition", "0,3,4,5"),
+    ),
+    "floor": (20, ("--merak_pp", "2", "--partition_method", "uniform_floor")),
 }
 
 
