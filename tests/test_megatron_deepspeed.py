@@ -25,11 +25,16 @@ import ckpt_dist
 from ckpt_dist.cli import main
 from ckpt_dist.errors import UsageError
 
-HEADS, WIDTH, LAYERS, VOCABULARY = 4, 32, 4, 64
+HEADS, WIDTH, LAYERS, VOCABULARY, POSITIONS = 4, 32, 4, 64, 16
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
 KINDS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: transformers.GPT2Config(
-        n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, n_positions=16, activation_function="gelu"
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        vocab_size=VOCABULARY,
+        n_positions=POSITIONS,
+        activation_function="gelu",
     ),
     "bloom": lambda: transformers.BloomConfig(
         hidden_size=WIDTH,
@@ -95,7 +100,7 @@ def arguments(kind: str, **more: Any) -> argparse.Namespace:
     """Args as such runs have them; one of them of a class that nobody else has."""
     return argparse.Namespace(
         num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=HEADS, ffn_hidden_size=4 * WIDTH, padded_vocab_size=VOCABULARY,
-        max_position_embeddings=16, layernorm_epsilon=1e-5, init_method_std=0.02, bias_gelu_fusion=False, params_dtype=torch.float32,
+        max_position_embeddings=POSITIONS, layernorm_epsilon=1e-5, init_method_std=0.02, bias_gelu_fusion=False, params_dtype=torch.float32,
         apply_residual_connection_post_layernorm=False, embed_layernorm=kind == "bloom", consumed_train_samples=640, **more,
     )  # fmt: skip
 
@@ -116,7 +121,7 @@ def its_own_module() -> Iterator[type[enum.Enum]]:
             sys.modules |= {name: was} if was else {}
 
 
-def write(folder: Path, kind: str, state: State, tp: int = 2, pp: int = 2, dp: int = 2) -> Path:
+def write(folder: Path, kind: str, state: State, tp: int = 2, pp: int = 2, dp: int = 2, enums: bool = True) -> Path:
     step = folder / "global_step5"
     step.mkdir(parents=True)
     layers = gpt2_layers(state) if kind == "gpt2" else bloom_layers(state)
@@ -127,7 +132,7 @@ def write(folder: Path, kind: str, state: State, tp: int = 2, pp: int = 2, dp: i
     args = arguments(kind, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     info = {"padded_vocab_size": VOCABULARY, "original_vocab_size": VOCABULARY - 3}
     with its_own_module() as position:
-        args.position_embedding_type = position(3)
+        args.position_embedding_type = position(3) if enums else "absolute"
         for k in range(tp * pp):
             about = dict(module=None, args=args, checkpoint_version=3.0, iteration=5, tokens=7, checkpoint_info=info, dp_world_size=dp,
                          mp_world_size=tp, global_steps=5, rng_tracker_states={"a": torch.ones(3)}, optimizer=None)  # fmt: skip
@@ -228,6 +233,32 @@ def test_the_old_jobs(made: Made, tmp_path: Path) -> None:
     assert (tmp_path / "megatron/release/mp_rank_01_001/model_optim_rng.pt").is_file()
     assert (tmp_path / "megatron/latest_checkpointed_iteration.txt").read_text() == "release"
     assert ckpt_dist.fingerprint(tmp_path / "megatron") == wanted
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The size of the model that Merak's own converter was given as such files (tests/real/merak.py)."""
+    for name, value in dict(HEADS=4, WIDTH=8, LAYERS=2, VOCABULARY=20, POSITIONS=8).items():
+        monkeypatch.setitem(globals(), name, value)
+    return Path(__file__).parent / "data/merak-1.1.0"
+
+
+def test_what_another_reader_makes_of_these_files(small: Path, tmp_path: Path) -> None:
+    """Merak's converter has BigScience's reader of such files: what it wrote of them is what we write of them."""
+    state = torch.load(small / "hf-20/pytorch_model.bin", weights_only=True)
+    write(tmp_path / "mds", "gpt2", state, enums=False)
+    ckpt_dist.convert(tmp_path / "mds", tmp_path / "ours", format="merak", tp=2, pp=2)
+    files = sorted((small / "deepspeed").rglob("*.pt"))
+    assert len(files) == 4
+    for file in files:
+        mine = torch.load(tmp_path / "ours" / file.relative_to(small / "deepspeed"), weights_only=False)["model"]
+        theirs = torch.load(file, weights_only=False)["model"]
+        masks = [n for n in theirs if n.endswith(("attn.bias", "attn.masked_bias"))]
+        assert masks and list(mine) == [n for n in theirs if n not in masks]
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    ckpt_dist.convert(small / "deepspeed", tmp_path / "hf")  # its args say how many heads there are
+    ckpt_dist.convert(tmp_path / "mds", tmp_path / "was")
+    assert equal(tmp_path / "hf", tmp_path / "was")
 
 
 # ---- copies that drifted apart, vocabularies

@@ -1,6 +1,7 @@
 """Merak itself (HPDL-Group/Merak), where it can be had: what it writes is kept in tests/data.
 
     python -m tests.real.merak convert TOOLS tests/data/merak-1.1.0      TOOLS: `tools` of Merak 1.1.0 (commit d72efe5)
+    python -m tests.real.merak deepspeed TOOLS tests/data/merak-1.1.0/deepspeed      the same from Megatron-DeepSpeed's files
     torchrun --nproc-per-node N -m tests.real.merak train LOAD SAVE TP PP [embedding=whole] [zero]
 
 Run with torch 2.13 on CPUs; the converter with transformers 5, the trainer (2.2.2, commit 1593043) with 4.46.3. It
@@ -65,6 +66,32 @@ def convert(tools: Path, out: Path) -> None:
         subprocess.run([str(w) for w in command], check=True, stdout=subprocess.DEVNULL)
 
 
+def deepspeed(tools: Path, out: Path) -> None:
+    """The model of `hf-20` as Megatron-DeepSpeed's files (of 2 x 2 ranks), and what the converter makes of them."""
+    import tempfile
+
+    import torch
+
+    from tests import test_megatron_deepspeed as mds
+
+    mds.HEADS, mds.WIDTH, mds.LAYERS, mds.VOCABULARY, mds.POSITIONS = HEADS, WIDTH, LAYERS, 20, POSITIONS
+    with tempfile.TemporaryDirectory() as top:
+        mds.write(Path(top) / "mds", "gpt2", torch.load(out.parent / "hf-20/pytorch_model.bin"), enums=False)
+        words = [
+            "--input_folder",
+            Path(top) / "mds/global_step5",
+            "--output_folder",
+            out,
+            "--merak_tp",
+            2,
+            "--merak_pp",
+            2,
+        ]
+        command = [sys.executable, tools / "deepspeed_to_transformers.py", *words]
+        env = {**os.environ, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+        subprocess.run([str(w) for w in command], check=True, stdout=subprocess.DEVNULL, env=env)
+
+
 def train(load: Path, save: Path, tp: int, pp: int, *more: str) -> None:
     """Load a checkpoint, do one step of length 0, save."""
     import torch
@@ -114,5 +141,7 @@ class _Texts:
 if __name__ == "__main__":
     if sys.argv[1] == "convert":
         convert(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1] == "deepspeed":
+        deepspeed(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         train(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), *sys.argv[6:])
