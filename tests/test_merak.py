@@ -116,6 +116,7 @@ def test_what_its_trainer_saved_is_read(case: str, tmp_path: Path) -> None:
     said = "\n".join(report["notes"])
     assert "dropped, copy of a tied weight" in said and "dropped, derived buffer" in said
     assert "_ckpt is the newest" in said
+    assert ("zero_dp_rank_00001_opt_states.pt" in said) == (case == "zero")
     assert all(legacy.is_legacy(f.read_bytes()[:16]) for f in rank_files(TRAINED / case))
 
 
@@ -244,6 +245,21 @@ def test_folders_of_every_generation(made: Made, tmp_path: Path) -> None:
     assert read(best / "best_model").endswith("best_model")
     ckpt_dist.convert(hf, tmp_path / "iter", format="merak", tp=2, release=False)
     assert read(tmp_path / "iter").endswith("iter_0000001")
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """A LoRA file is a flat dict; its stages become one file of tensors under the names that they have."""
+    names = [f"module.{k + 2}.transformer.h.{k}.attn.c_attn.lora_{ab}.default.weight" for k in range(4) for ab in "AB"]
+    state = {n: torch.randn(2, 8) for n in names}
+    for p in range(2):
+        held = {n: state[n] for n in names[4 * p : 4 * p + 4]}
+        old(tmp_path / f"it/iter_0000003/mp_rank_00_pp_rank_00{p}/lora_partial_model_optim.pt", held)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "stages")
+    old(tmp_path / "one/iter_0000003_all_dp/lora_model_optim.pt", state)
+    ckpt_dist.convert(tmp_path / "one", tmp_path / "alone")
+    found = load_file(tmp_path / "stages/model.safetensors")
+    assert equal(tmp_path / "alone", tmp_path / "stages") and found.keys() == {n.split(".", 2)[2] for n in names}
+    assert all(torch.equal(found[n.split(".", 2)[2]], t) for n, t in state.items())
 
 
 def test_a_vocabulary_that_ranks_do_not_share(made: Made, tmp_path: Path) -> None:

@@ -26,13 +26,20 @@ from ckpt_dist.ranks import Cut, Piece, Piecewise, Rank, strides_of
 
 FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_pp_rank_(\d{3,}))?")
 WHOLE, PART = "model_optim.pt", "partial_model_optim.pt"
+LORA = "lora_"  # in front of the name of a file that holds an adapter alone, as a flat dict
+ZERO = re.compile(r"zero_dp_rank_\d+(_mp_rank_\d+)?(_pp_rank_\d+)?_opt_states\.pt")
 FACTS = "ckpt_dist"  # a plain dict in each file: what no other tool asks for, and every reader needs
 
 
 def claims(path: Path) -> bool:
     if path.is_file():
-        return path.name == WHOLE
-    return path.is_dir() and ((path / WHOLE).is_file() or any((p / PART).is_file() for p in _folders(path)))
+        return path.name in (WHOLE, LORA + WHOLE)
+    return path.is_dir() and (_there(path, WHOLE) is not None or any(_there(p, PART) for p in _folders(path)))
+
+
+def _there(folder: Path, name: str) -> str | None:
+    """A rank's file in its folder: the model's, else an adapter's."""
+    return next((n for n in (name, LORA + name) if (folder / n).is_file()), None)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -43,8 +50,13 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """The pickles of all ranks; each rank's tensors become boxes of the whole ones."""
     path = path.parent if path.is_file() else path
     found = _ranks(path)
-    files = [f"{_folder(rank)}{PART}" if _folder(rank) else WHOLE for rank in found]
+    alone = found[0].tp * found[0].pp == 1
+    files = [f"{_folder(rank)}{_there(path / _folder(rank), WHOLE if alone else PART)}" for rank in found]
     opened = [pt.open_archive(path / f) for f in files]
+    opened = [
+        ({"model": t} if LORA in f and isinstance(t, Mapping) else t, s)
+        for f, (t, s) in zip(files, opened, strict=True)
+    ]
     _same_save(path, files, [tree for tree, _ in opened])
     facts = _facts(opened[0][0])
     entries: dict[str, Entry] = {}
@@ -59,7 +71,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
                 rows += [(name, piece, number, at + piece[2] * itemsize(ref.dtype)) for piece in pieces]
     number_of = {name: k for k, name in enumerate(entries)}
     table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
-    extras = tuple({x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values())
+    zero = [Extra(p.name, (p.name,), "optimizer", pickles.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
+    extras = (*{x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values(), *zero)
     about = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
     args = args_of(opened[0][0])
     config = args if megatron.is_args(args) else {}
@@ -69,19 +82,19 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
 def _ranks(path: Path) -> list[Rank]:
     """The ranks that wrote, by the names of their folders."""
     names = [p.name for p in _folders(path)]
-    kinds = [[WHOLE]] if (path / WHOLE).is_file() else []
+    kinds = [[whole]] if (whole := _there(path, WHOLE)) else []
     kinds += [some for staged in (False, True) if (some := [n for n in names if ("_pp_" in n) == staged])]
     if len(kinds) > 1:
         raise CheckpointError(
             f"{path} holds files of several saves: {' and '.join(k[0] for k in kinds)} are of other numbers of ranks. "
             "Move all but one of them to a folder of its own."
         )
-    if kinds == [[WHOLE]]:
+    if whole:
         return [Rank(0, 0, 0, 1, 1, 1)]
     places = [tuple(int(n or 0) for n in FOLDER.fullmatch(name).groups()) for name in names]  # type: ignore[union-attr]
     tp, pp = (1 + max(p[k] for p in places) for k in range(2))
     all_ranks = [Rank(t, p, 0, tp, pp, 1) for p in range(pp) for t in range(tp)]
-    lost = [r for r in all_ranks if not (path / _folder(r) / PART).is_file()]
+    lost = [r for r in all_ranks if not _there(path / _folder(r), PART)]
     if lost:
         raise CheckpointError(
             f"{path}/{_folder(lost[0])}{PART} is missing: the run had {tp} x {pp} tensor and pipeline ranks, the files of "
