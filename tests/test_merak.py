@@ -297,6 +297,21 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder / "release/mp_rank_01_pp_rank_001")
 
 
+def no_last_stage(folder: Path) -> None:
+    for stage in (folder / "release").glob("*_pp_rank_001"):
+        shutil.rmtree(stage)
+
+
+def no_layer(folder: Path) -> None:
+    for file in rank_files(folder):
+        edited(file, lambda tree: [tree["model"].pop(n) for n in list(tree["model"]) if ".h.3." in n])
+
+
+def no_end(folder: Path) -> None:
+    for file in rank_files(folder):
+        edited(file, lambda tree: [tree["model"].pop(n) for n in list(tree["model"]) if n.startswith("module.14.")])
+
+
 def mixed(folder: Path) -> None:
     shutil.copytree(folder / "release/mp_rank_00_pp_rank_000", folder / "release/mp_rank_00")
 
@@ -322,6 +337,9 @@ def other_model(folder: Path) -> None:
     ("spoil", "says"),
     [
         (remove, r"mp_rank_01_pp_rank_001/partial_model_optim\.pt is missing: the run had 2 x 2"),
+        (no_last_stage, r"mp_rank_00_pp_rank_001/partial_model_optim\.pt is missing: the run had 2 x 2"),
+        (no_end, r"lacks what comes after the layers\. Is the folder of a stage missing"),
+        (no_layer, r"lacks layer 3\. "),
         (mixed, r"several saves: mp_rank_00 and mp_rank_00_pp_rank_000"),
         (mixed_whole, r"several saves: model_optim\.pt and mp_rank_00_pp_rank_000"),
         (other_step, r"is of iteration 7, .* of 0\. The files are of two saves"),

@@ -23,6 +23,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.zips import Record
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.torch_dist import args_of
@@ -67,21 +68,31 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     found = _ranks(path, [p.name for p in folders], args)
     states = [_states(tree) for tree in trees]
     offsets = _offsets(path, files, states, found, args)
-    entries: dict[str, Entry] = {}
-    rows: list[tuple[str, ranks.Piece, int, int]] = []
+    parts = []
     for number, (rank, chunks, (tree, storages)) in enumerate(zip(found, states, opened, strict=True)):
-        where = path / files[number]
         version = float(tree.get("checkpoint_version") or 0)
         for chunk, state in enumerate(chunks):
-            for part in ranks.held(state, rank, offsets[chunk, rank.p], args, version):
-                agree(where, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
-                at = pt.storage_record(storages, part.ref, f"{where}: {part.name}")
-                rows += [(part.name, piece, number, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
+            held = ranks.held(state, rank, offsets[chunk, rank.p], args, version)
+            parts += [(part, number, storages) for part in held]
+    entries, table = together(path, files, parts)
     extras = tuple({x.name: x for tree in reversed(trees) for x in _extras(tree)}.values())
     about = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
-    number_of = {name: k for k, name in enumerate(entries)}
-    table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
-    return Catalog("megatron", str(path), tuple(files), tuple(entries.values()), table, extras, args, about=about)
+    return Catalog("megatron", str(path), tuple(files), entries, table, extras, args, about=about)
+
+
+def together(
+    path: Path, files: Sequence[str], parts: Sequence[tuple[ranks.Part, int, Mapping[str, Record]]]
+) -> tuple[tuple[Entry, ...], Chunks]:
+    """Whole tensors and where their boxes lie, from what the ranks hold: (part, number of its file, storages of that)."""
+    entries: dict[str, Entry] = {}
+    number_of: dict[str, int] = {}
+    rows: list[tuple[int, ranks.Piece, int, int]] = []
+    for part, file, storages in parts:
+        agree(path / files[file], entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
+        entry = number_of.setdefault(part.name, len(number_of))
+        at = pt.storage_record(storages, part.ref, f"{path / files[file]}: {part.name}")
+        rows += [(entry, piece, file, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
+    return tuple(entries.values()), chunk_table(rows)
 
 
 def _same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:

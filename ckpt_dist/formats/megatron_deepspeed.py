@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist import ranks
-from ckpt_dist.catalog import Catalog, Entry, Extra
+from ckpt_dist.catalog import Catalog, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
-from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
-from ckpt_dist.formats.megatron import agree, chunk_table, partition, rank_files, renamed
+from ckpt_dist.formats.megatron import partition, rank_files, renamed, together
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Piecewise, Rank
 
@@ -30,6 +29,7 @@ LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 STEPS, LATEST = "global_step{}", "latest"
 EMBEDDING, FIRST = 1, 3  # numbers of the embedding and of the first layer; between them is what has no weights
+BLOCK, ENDS = "encoder.layers.0.", "encoder.final_layernorm."  # what is in a layer's file, and in the last one
 OWN = (  # how modules of today's Megatron call what they did then
     (".pre_mlp_layernorm.", ".post_attention_layernorm."),
     (".self_attention.linear_qkv.", ".self_attention.query_key_value."),
@@ -58,41 +58,26 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     about = _state(path, tp)
     args = args_of(about)
     kinds = {number: _kind(path / files[0]) for number, files in layers.items()}
-    count = _count(path, kinds, args)
+    _all_there(path, kinds, args)
     files = [file for found in layers.values() for file in found]
-    entries: dict[str, Entry] = {}
-    rows: list[tuple[str, ranks.Piece, int, int]] = []
-    first, alike = 0, set[str]()
-    for number, found in layers.items():
-        for t, file in enumerate(found):
-            tree, storages = pt.open_archive(path / file)
-            state = {renamed(kinds[number] + k): v for k, v in tree.items() if isinstance(v, pickles.TensorRef)}
-            rank = Rank(t, 0, 0, tp, 1, 1, int(options.get("replica") or 0))
-            for part in ranks.held(state, rank, first, args, float(about.get("checkpoint_version") or 0)):
-                alike |= {part.name} if part.alike and tp > 1 else set()
-                agree(path / file, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
-                at = pt.storage_record(storages, part.ref, f"{path / file}: {part.name}")
-                place = files.index(file)
-                rows += [(part.name, piece, place, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
-        first += kinds[number] == BLOCK
-    number_of = {name: k for k, name in enumerate(entries)}
-    table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
-    states = len([p for p in path.iterdir() if STATE.fullmatch(p.name)])
-    facts = {
-        "tp": tp,
-        "pp": max(states // tp, 1),
-        "layers": count,
-        "padded": True,
-        "replicated": sorted(alike),
-        **_vocabulary(about),
-    }
+    blocks = [number for number, kind in kinds.items() if kind == BLOCK]
+    parts = []
+    for place, file in enumerate(files):
+        number, t = (int(n) for n in LAYER.fullmatch(file).groups())  # type: ignore[union-attr]
+        tree, storages = pt.open_archive(path / file)
+        state = {renamed(kinds[number] + k): v for k, v in tree.items() if isinstance(v, pickles.TensorRef)}
+        rank = Rank(t, 0, 0, tp, 1, 1, int(options.get("replica") or 0))
+        first = blocks.index(number) if number in blocks else 0
+        held = ranks.held(state, rank, first, args, float(about.get("checkpoint_version") or 0))
+        parts += [(part, place, storages) for part in held]
+    entries, table = together(path, files, parts)
+    alike = sorted({part.name for part, *_ in parts if part.alike}) if tp > 1 else []
+    pp = max(sum(bool(STATE.fullmatch(p.name)) for p in path.iterdir()) // tp, 1)
+    facts = {"tp": tp, "pp": pp, "padded": True, "replicated": alike, **_vocabulary(about)}
     return Catalog(
-        "megatron_deepspeed", str(path), tuple(files), tuple(entries.values()), table, _extras(path, about), args,
+        "megatron_deepspeed", str(path), tuple(files), entries, table, _extras(path, about), args,
         about=facts,
     )  # fmt: skip
-
-
-BLOCK, ENDS = "encoder.layers.0.", "encoder.final_layernorm."
 
 
 def _layers(path: Path) -> tuple[dict[int, list[str]], int]:
@@ -125,8 +110,8 @@ def _kind(path: Path) -> str:
     raise CheckpointError(f"{path}: {next(iter(tree), 'nothing')!r} is no tensor of an embedding, a layer or a norm.")
 
 
-def _count(path: Path, kinds: Mapping[int, str], args: Mapping[str, Any]) -> int:
-    """How many layers there are; none may be missing between two others."""
+def _all_there(path: Path, kinds: Mapping[int, str], args: Mapping[str, Any]) -> None:
+    """No layer is missing between two others, none that args say, and not the last norm."""
     blocks = [number for number, kind in kinds.items() if kind == BLOCK]
     gap = next((n for n in range(blocks[0], blocks[-1]) if n not in kinds), None) if blocks else FIRST
     if gap is not None:
@@ -135,7 +120,6 @@ def _count(path: Path, kinds: Mapping[int, str], args: Mapping[str, Any]) -> int
         raise CheckpointError(f"{path} holds {len(blocks)} layers, args say num_layers={args['num_layers']}.")
     if ENDS not in kinds.values():
         raise CheckpointError(f"{path}/layer_{blocks[-1] + 2:02d}-model_00-model_states.pt is missing: the last norm.")
-    return len(blocks)
 
 
 def _state(path: Path, tp: int) -> Mapping[str, Any]:

@@ -17,12 +17,11 @@ from ckpt_dist import megatron, merak
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
-from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
-from ckpt_dist.formats.megatron import agree, chunk_table, rank_files
+from ckpt_dist.formats.megatron import rank_files, together
 from ckpt_dist.formats.torch_dist import args_of
-from ckpt_dist.ranks import Cut, Piece, Piecewise, Rank, strides_of
+from ckpt_dist.ranks import Cut, Part, Piece, Piecewise, Rank, strides_of
 
 FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_pp_rank_(\d{3,}))?")
 WHOLE, PART = "model_optim.pt", "partial_model_optim.pt"
@@ -59,24 +58,21 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     ]
     _same_save(path, files, [tree for tree, _ in opened])
     facts = _facts(opened[0][0])
-    entries: dict[str, Entry] = {}
-    rows: list[tuple[str, Piece, int, int]] = []
-    for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True)):
-        for name, ref in _state(tree["model"]):
-            where = f"{path / files[number]}: {name}"
-            shape, pieces = _held(name, ref, rank, facts)
-            if pieces:
-                agree(path / files[number], entries, Entry(name, ref.dtype, shape, (name,)))
-                at = pt.storage_record(storages, ref, where)
-                rows += [(name, piece, number, at + piece[2] * itemsize(ref.dtype)) for piece in pieces]
-    number_of = {name: k for k, name in enumerate(entries)}
-    table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
+    parts = [
+        (part, number, storages)
+        for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True))
+        for part in (_held(name, ref, rank, facts) for name, ref in _state(tree["model"]))
+        if part.pieces
+    ]
+    entries, table = together(path, files, parts)
+    if LORA not in files[0]:
+        _whole(path, [e.name for e in entries])
     zero = [Extra(p.name, (p.name,), "optimizer", pickles.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
     extras = (*{x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values(), *zero)
     about = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
     args = args_of(opened[0][0])
     config = args if megatron.is_args(args) else {}
-    return Catalog("merak", str(path), tuple(files), tuple(entries.values()), table, extras, config, about=about)
+    return Catalog("merak", str(path), tuple(files), entries, table, extras, config, about=about)
 
 
 def _ranks(path: Path) -> list[Rank]:
@@ -93,6 +89,7 @@ def _ranks(path: Path) -> list[Rank]:
         return [Rank(0, 0, 0, 1, 1, 1)]
     places = [tuple(int(n or 0) for n in FOLDER.fullmatch(name).groups()) for name in names]  # type: ignore[union-attr]
     tp, pp = (1 + max(p[k] for p in places) for k in range(2))
+    pp = max(pp, 2) if "_pp_" in names[0] else pp  # a run of one stage has no numbers of stages in its names
     all_ranks = [Rank(t, p, 0, tp, pp, 1) for p in range(pp) for t in range(tp)]
     lost = [r for r in all_ranks if not _there(path / _folder(r), PART)]
     if lost:
@@ -144,10 +141,17 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
             yield Extra(stored, (stored,), what, pickles.Record())
 
 
-def _held(
-    name: str, ref: pickles.TensorRef, rank: Rank, facts: Mapping[str, Any]
-) -> tuple[tuple[int, ...], list[Piece]]:
-    """The whole tensor's shape, and the boxes of it that a rank's tensor holds; none where the first rank has all."""
+def _whole(path: Path, names: Sequence[str]) -> None:
+    """No file says how many stages there were: the first and the last tensors are there, and all layers."""
+    found = merak.modules(names)
+    lost = set(range(found.count)) - set(found.number.values())
+    if found.layers and lost:
+        what = "what comes after the layers" if found.count - 1 in lost else f"layer {min(lost) - found.front}"
+        raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
+
+
+def _held(name: str, ref: pickles.TensorRef, rank: Rank, facts: Mapping[str, Any]) -> Part:
+    """The boxes of the whole tensor that a rank's holds; none where the first rank has all."""
     cut = _cut(name, rank.tp, facts.get("parallel_vocab") is not False)
     shape, pieces = cut.whole(ref.shape), list(cut.pieces(ref.shape, ref.stride, rank.t))
     if _of_vocabulary(name):
@@ -155,7 +159,7 @@ def _held(
         shape = (min(shape[0], said) if isinstance(said, int) else shape[0], *shape[1:])
         pieces = [([lo[0], *lo[1:]], [min(hi[0], shape[0]), *hi[1:]], at, steps) for lo, hi, at, steps in pieces
                   if lo[0] < shape[0]]  # fmt: skip
-    return shape, pieces if cut.dim is not None or rank.t == 0 else []
+    return Part(name, ref.dtype, shape, pieces if cut.dim is not None or rank.t == 0 else [], ref)
 
 
 def _of_vocabulary(name: str) -> bool:
