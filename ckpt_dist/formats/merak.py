@@ -66,7 +66,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     ]
     entries, table = together(path, files, parts)
     if LORA not in files[0]:
-        _whole(path, [e.name for e in entries])
+        _whole(path, [e.name for e in entries], found[0].pp)
     zero = [Extra(p.name, (p.name,), "optimizer", pickles.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
     extras = (*{x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values(), *zero)
     about = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
@@ -141,10 +141,10 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
             yield Extra(stored, (stored,), what, pickles.Record())
 
 
-def _whole(path: Path, names: Sequence[str]) -> None:
+def _whole(path: Path, names: Sequence[str], pp: int) -> None:
     """No file says how many stages there were: the first and the last tensors are there, and all layers."""
     found = merak.modules(names)
-    lost = set(range(found.count)) - set(found.number.values())
+    lost = set(range(found.count - (pp == 1))) - set(found.number.values())  # some models end with a layer
     if found.layers and lost:
         what = "what comes after the layers" if found.count - 1 in lost else f"layer {min(lost) - found.front}"
         raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
