@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import formats, plan, quantised
-from ckpt_dist.box import Ints, expand
+from ckpt_dist.box import Ints, distinct, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, whole
 from ckpt_dist.engine import exchange
 from ckpt_dist.engine.fill import tile_dtypes
@@ -153,7 +153,7 @@ def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
 
     def touched() -> Ints:
         entries, tiled = plan.align(wholly(bound), mine)
-        return np.unique(entries.chunk[plan.join(entries, tiled).a])
+        return distinct(entries.chunk[plan.join(entries, tiled).a])
 
     catalog = fetch(group, m, group.together(touched))
 
@@ -224,7 +224,7 @@ def located(group: Group, who: exchange.Readers, bound: Bound, needed: Part, min
     if locate is None:
         return needed
     boxes, tiled = plan.align(plan.unique(views), mine)
-    rows = np.unique(boxes.chunk[plan.join(boxes, tiled).a])
+    rows = distinct(boxes.chunk[plan.join(boxes, tiled).a])
     chunks = locate(catalog, rows) if who.everywhere else _located(group, who, catalog, rows, locate)
     header = chunks.offset - catalog.chunks.offset[rows]
     return Part(replace(catalog, chunks=chunks, about={}), bound.views(chunks), header)

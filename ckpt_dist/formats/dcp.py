@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist.box import Ints, ints, row_major, volume
+from ckpt_dist.box import Ints, distinct, ints, row_major, volume
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files import metadata, pickles, safetensors, zips
@@ -228,7 +228,7 @@ def _addresses(
     path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int], where: str
 ) -> tuple[list[str], Ints, Ints, Ints]:
     """Files, and for each storage row its file, offset and length; all files there, or on another node, and long enough."""
-    used = [[t.texts[k] for k in np.unique(t.relative).tolist()] for t in tables]
+    used = [[t.texts[k] for k in distinct(t.relative).tolist()] for t in tables]
     files = sorted({inside(path, f, where) for f in set(chain.from_iterable(used))})
     number = {f: i for i, f in enumerate(files)}
     file = np.concatenate([ints([number.get(x, -1) for x in t.texts])[t.relative] for t in tables])
