@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
-from ckpt_dist import families, family
+from ckpt_dist import families, family, formats
 from ckpt_dist.cli import main
 from ckpt_dist.errors import UsageError
 from ckpt_dist.pattern import parse
@@ -137,6 +137,24 @@ def test_every_dialect_there_and_back(name: str, made: Callable[[str], tuple[Any
         ckpt_dist.convert(there, back, format="hf", **{"model.config": str(folder / "hf")}, quiet=True)
         assert equal(back, folder / "hf")
         assert ckpt_dist.fingerprint(back) == print_
+
+
+@pytest.mark.parametrize("name", sorted({NAMES.get(n, n) for n in CONFIGS}))
+def test_every_format_holds_every_family_that_has_its_dialect(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """The README's table of families x dialects x formats, cell by cell."""
+    _, folder = made(next(n for n in CONFIGS if NAMES.get(n, n) == name))
+    print_, spoken = ckpt_dist.fingerprint(folder / "hf"), family.load(name).dialects
+    for format in (f for f in formats.FORMATS if hasattr(formats.load(f), "lay_out")):
+        out = tmp_path / format / ("all.pt" if format == "torch" else "out")
+        if set(formats.DIALECTS.get(format, spoken)) & set(spoken):
+            ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
+            assert ckpt_dist.fingerprint(out, **{"model.config": str(folder / "hf")}) == print_, format
+        else:
+            with pytest.raises(UsageError, match=f"{name} has hf"):
+                ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
+            assert not out.exists()
 
 
 MIXED = ("qwen3_moe", "deepseek_v3")  # some of their layers are dense
