@@ -335,6 +335,8 @@ def prepare(
     report.guesses += layout.catalog.about.get("guesses", ())
     if target["format"] in ("megatron", "torch_dist"):
         _translated(_args(d, models[0]), "config.json", report)
+    if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
+        report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
     carries = target["format"] in formats.FOLDERS and not staging.single
