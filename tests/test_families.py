@@ -187,18 +187,25 @@ def test_every_family_is_here() -> None:
 
 
 TINY = """
+from ckpt_dist import megatron
 model_types = ("tiny",)
 weights = dict(embed="v e", mix="l e f", gain="l e", out="f v")
 optional = {}
 dialects = dict(
     hf={"emb": "embed: v e", "blocks.{l}.mix": "mix: e f", "blocks.{l}.gain": "gain: e", "out": "out: f v"},
     other={"embedding": "embed: e v", "mixes": "mix: l f e", "gains": "gain: l e", "outs": "out: (f v)"},
+    **megatron.dialects({
+        "embedding.word_embeddings.weight": "embed: v e",
+        "decoder.layers.{l}.mlp.linear_fc2.weight": "mix: e f",
+        "decoder.layers.{l}.mlp.linear_fc1.layer_norm_weight": "gain: e",
+        "output_layer.weight": "out: f v",
+    }),
 )
 sizes = dict(hf=lambda c: dict(l=c["layers"], e=c["width"], f=c["inner"], v=c["vocab"]))
 """
 
 
-@pytest.mark.parametrize("format", ["hf", "dcp", "torch"])
+@pytest.mark.parametrize("format", ["hf", "dcp", "torch", "torch_dist", "megatron", "sfpt"])
 def test_a_family_that_is_only_a_table(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("ckpt_dist.families.tiny")
     exec(TINY, module.__dict__)
@@ -215,7 +222,8 @@ def test_a_family_that_is_only_a_table(format: str, tmp_path: Path, monkeypatch:
         '{"model_type": "tiny", "layers": 4, "width": 6, "inner": 10, "vocab": 11}'
     )
     config = {"model.config": str(tmp_path / "hf")}
-    ckpt_dist.convert(tmp_path / "hf", tmp_path / "there", format=format, dialect="other", quiet=True)
+    dialect = "auto" if format in formats.DIALECTS and format != "hf" else "other"
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "there", format=format, dialect=dialect, quiet=True)
     ckpt_dist.convert(tmp_path / "there", tmp_path / "back", format="hf", dialect="hf", **config, quiet=True)
     assert equal(tmp_path / "back", tmp_path / "hf")
     if format == "hf":
