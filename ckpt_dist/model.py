@@ -22,6 +22,7 @@ from ckpt_dist.family import CANONICAL, Family, Rule
 from ckpt_dist.sources import Source
 
 ZEROS = "/dev/zero"
+FURTHER = "a layer that predicts further tokens (model=identity keeps all, in the same names)"
 PREFIX = re.compile(r"((model|module)\.)*")  # a framework adds one for each wrapper of the model
 NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
 
@@ -87,6 +88,9 @@ def recognise(
         elif name is not None and chosen and families.dropped(chosen, name):
             names[e] = None
             dropped.setdefault("derived buffer", []).append(entry.name)
+        elif name is not None and chosen and families.predicts(chosen, source.config, name):
+            names[e] = None
+            dropped.setdefault(FURTHER, []).append(entry.name)
         elif name is not None and chosen and families.match(chosen, spoken, name) is None:
             names[e] = None
             lost.append(name)

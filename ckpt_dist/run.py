@@ -27,7 +27,7 @@ from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import Bound, Model, bind_plain, canonical, resized
+from ckpt_dist.model import FURTHER, Bound, Model, bind_plain, canonical, resized
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
@@ -548,6 +548,8 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
         if kind in megatron.CLASSES:
             config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
             config["torch_dtype"] = main
+    if m.family and m.family.further and FURTHER in m.dropped:
+        config[m.family.further] = 0
     if config.pop("quantization_config", None):
         report.notes.append("quantization_config is left out of config.json: what is written is not quantised")
     if not configs.is_hf(config):

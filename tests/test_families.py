@@ -5,6 +5,7 @@ Not checked: families in the names of other frameworks than transformers (test_r
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -229,6 +230,30 @@ def test_a_family_that_is_only_a_table(format: str, tmp_path: Path, monkeypatch:
     if format == "hf":
         mixes = load_file(tmp_path / "there/model.safetensors")["mixes"]
         assert torch.equal(mixes, torch.stack([tensors[f"blocks.{k}.mix"].T for k in range(4)]))
+
+
+@pytest.mark.parametrize("format", ["hf", "torch_dist"])
+def test_layers_that_predict_further_tokens_are_left_out_and_said(
+    format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """As DeepSeek-V3 was published: one more layer than num_hidden_layers, which transformers ignores too."""
+    model, folder = made("deepseek_v3")
+    tensors, last = load_file(folder / "hf/model.safetensors"), model.config.num_hidden_layers
+    more = {n.replace(f".{last - 1}.", f".{last}.", 1): t for n, t in tensors.items() if f"layers.{last - 1}." in n}
+    more |= {f"model.layers.{last}.{n}.weight": torch.randn(32) for n in ("enorm", "hnorm", "shared_head.norm")}
+    more |= {f"model.layers.{last}.eh_proj.weight": torch.randn(32, 64)}
+    (tmp_path / "in").mkdir()
+    save_file(tensors | {n: t + 1 for n, t in more.items()}, tmp_path / "in/model.safetensors")
+    config = json.loads((folder / "hf/config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    report = ckpt_dist.convert(tmp_path / "in", tmp_path / "out", format=format, quiet=True)
+    assert any("predicts further tokens" in note and f"and {len(more) - 3} more" in note for note in report["notes"])
+    print_ = ckpt_dist.fingerprint(tmp_path / "out", **{"model.config": str(folder / "hf")})
+    assert print_ == ckpt_dist.fingerprint(folder / "hf")
+    if format == "hf":
+        assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
+        ckpt_dist.convert(tmp_path / "in", tmp_path / "all", format=format, quiet=True, model="identity")
+        assert load_file(tmp_path / "all/model.safetensors").keys() == tensors.keys() | more.keys()
 
 
 def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
