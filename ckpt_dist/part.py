@@ -119,9 +119,25 @@ def _unflat(catalog: Catalog, flat: Ints) -> Catalog:
     return replace(catalog, chunks=Chunks(entry, start, stop, strides, file, offset), about=about)
 
 
-def share(canon: Bound, finished: NDArray[np.bool_], group: Group) -> tuple[int, int]:
-    """This rank's run of the tiles: those that are not there already are divided by bytes."""
-    return plan.share(tile_bytes(canon) * ~finished, group.world)[group.rank]
+def share(canon: Bound, finished: NDArray[np.bool_], group: Group, local: bool = False) -> tuple[int, int]:
+    """This rank's run of the tiles: those that are not there already are divided by bytes, among all ranks or those of
+    its node."""
+    count, rank = (group.local_world, group.local_rank) if local else (group.world, group.rank)
+    return plan.share(tile_bytes(canon) * ~finished, count)[rank]
+
+
+def on_node(target: Views, chunks: Chunks, here: NDArray[np.bool_]) -> Views:
+    """What of a target lies in the files that a node holds."""
+    return target.take(np.flatnonzero(here[chunks.file[target.chunk]]))
+
+
+def needed(canon: Bound, target: Views) -> NDArray[np.bool_]:
+    """The tiles that something of a target is made of."""
+    tiled = canon.views(plan.tiles(canon.entries))
+    found = np.zeros(len(tile_bytes(canon)), bool)
+    views, tiled = plan.align(target, tiled)
+    found[tiled.chunk[plan.join(views, tiled).b]] = True
+    return found
 
 
 def tile_bytes(canon: Bound) -> Ints:
