@@ -184,7 +184,8 @@ def _readers(group: Group, m: Model, world: World, engine: Given) -> exchange.Re
     """Who reads in a collective job: everyone evenly, unless that was not asked for and some files are not seen."""
     if world.imagined or "saved" in m.catalog.about:
         length = part.ends(group, m)
-        return exchange.Readers(np.ones((world.ranks, len(length)), bool), length, True)
+        nodes = node_of(world.ranks, world.nodes)
+        return exchange.Readers(np.ones((world.ranks, len(length)), bool), length, nodes, True)
     found = part.readers(group, m, engine.get("transport") == "collective")
     return found.evenly() if found.everywhere else found
 
@@ -237,9 +238,9 @@ def _block(
         found += replace(none, direct=one, collective=two)
     if job.checked:
         m, bound = job.checked(disk.node)
-        nodes = [None if disk.node is None else n for n in node_of(world.ranks, world.nodes).tolist()]
-        table = np.stack([held(layout, node) for node in nodes])
-        seen = exchange.Readers(table, part.ends(group, m), disk.node is None)
+        nodes = node_of(world.ranks, world.nodes)
+        table = np.stack([held(layout, None if disk.node is None else n) for n in nodes.tolist()])
+        seen = exchange.Readers(table, part.ends(group, m), nodes, disk.node is None)
         w = wanted(m, bound, seen)
         one, two = _both(m, w, owner[w.moves.tile], world)
         if disk.node is not None:  # its own files, whatever the transport of the job

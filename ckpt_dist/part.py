@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import formats, plan, quantised
-from ckpt_dist.box import Ints, expand
+from ckpt_dist.box import Ints, expand, ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, whole
 from ckpt_dist.engine import exchange
 from ckpt_dist.engine.fill import tile_dtypes
@@ -187,18 +187,17 @@ def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
 def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
     catalog, length = m.catalog, ends(group, m)
+    looks = group.world > 1 and not m.source.reader and group.local_rank == 0
+    looked = group.gather((group.node, _visible(catalog.root, catalog.files) if looks else []))
+    nodes = ints([node for node, _ in looked])
     if group.world == 1 or m.source.reader:
-        return exchange.Readers(np.ones((group.world, len(length)), bool), length, balanced)
-    looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
-    node = 0
-    for rank, row in enumerate(looked):  # ranks of a node see what its first one sees
-        node = rank if row else node
-        looked[rank] = looked[node]
-    table = np.array(looked, bool)
+        return exchange.Readers(np.ones((group.world, len(length)), bool), length, nodes, balanced)
+    seen = {node: row for node, row in looked if row}  # ranks of a node see what its first one sees
+    table = np.array([seen.get(node, []) for node in nodes.tolist()], bool)
     for q in quantised.of(catalog):  # its scales may lie in another file
         table[:, q.file] &= table[:, q.scales.file]
     exchange.missing(table, catalog.files, catalog.root)
-    return exchange.Readers(table, length, balanced)
+    return exchange.Readers(table, length, nodes, balanced)
 
 
 def ends(group: Group, m: Model) -> Ints:
