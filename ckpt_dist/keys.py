@@ -122,6 +122,10 @@ def _some(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
     return read_all
 
 
+def _placement(value: Any) -> str | list[int]:
+    return str(value) if value in ("ranks", "all") else _some(_whole(0))(value)
+
+
 def _one_of(*choices: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in choices:
@@ -192,6 +196,8 @@ KEYS: dict[str, Kind] = {
     "target.partition": Kind("layers of each stage such as 3,5", _some(_whole(0))),
     "target.spec": choice("te", "local"),
     "target.embedding": choice("auto", "vocabulary", "hidden"),
+    "target.shared": FLAG,
+    "target.placement": Kind("ranks, all, or the node of each rank such as 0,0,1,1", _placement, ("ranks", "all")),
     "model.family": choice("auto", *FAMILIES),
     "model.config": PATH,
     "engine.memory": SIZE,

@@ -17,6 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
@@ -55,13 +58,35 @@ class Crc:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint that does not exist yet. `late` files are small and made when writing starts."""
+    """A checkpoint that does not exist yet. `late` files are small and made when all else is written.
+
+    Where each node has a disk of its own, `holders` are the nodes that hold each file (none said: all hold all), and
+    `own` makes late files that differ from node to node.
+    """
 
     catalog: Catalog
     sizes: tuple[int, ...]
     pieces: tuple[tuple[int, int, bytes], ...] = ()
     crcs: tuple[Crc, ...] = ()
     late: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    holders: tuple[frozenset[int], ...] = ()
+    own: Mapping[str, Callable[[int], bytes]] = field(default_factory=dict)
+
+
+def held(layout: Layout, node: int | None) -> NDArray[np.bool_]:
+    """Which files are on the disk of a node; None is a disk that all nodes share."""
+    files = len(layout.catalog.files)
+    if node is None or not layout.holders:
+        return np.ones(files, bool)
+    return np.array([node in nodes for nodes in layout.holders], bool)
+
+
+def holders(placement: Sequence[int], loads: Sequence[int]) -> tuple[frozenset[int], ...]:
+    """The nodes of each file, by the node of each rank and the file it loads: `holders([0, 1], [0, 0])` -> `({0, 1},)`."""
+    found: list[set[int]] = [set() for _ in range(max(loads) + 1)]
+    for node, file in zip(placement, loads, strict=True):
+        found[file].add(node)
+    return tuple(map(frozenset, found))
 
 
 def load(name: str) -> ModuleType:

@@ -23,7 +23,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.files.dtypes import itemsize
-from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import Layout, Spec, holders
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Rank
@@ -239,7 +239,23 @@ def lay_out(spec: Spec) -> Layout:
         for piece in one.pieces
     ]
     catalog = Catalog("megatron", "", tuple(names), spec.entries, _table(rows))
-    return replace(layout, catalog=catalog, late={megatron.TRACKER: lambda: str(step).encode()})
+    late = {megatron.TRACKER: lambda: str(step).encode()}
+    return replace(layout, catalog=catalog, late=late, holders=_holders(o.get("placement"), all_ranks))
+
+
+def _holders(placement: Sequence[int] | None, all_ranks: Sequence[Rank]) -> tuple[frozenset[int], ...]:
+    """The nodes of each rank's file: Megatron counts its ranks in the order tensor, expert, data, pipeline."""
+    if not placement:
+        return ()
+    one, count = all_ranks[0], len(placement)
+    if count % len(all_ranks):
+        raise UsageError(
+            f"target.placement: {count} ranks cannot load {one.tp} x {one.pp} x {one.ep} tensor, pipeline and expert ranks. "
+            "Give target.placement=[...], the node of each rank of the job that will load this."
+        )
+    number = {(rank.t, rank.p, rank.e): k for k, rank in enumerate(all_ranks)}
+    places = [(r % one.tp, r // (count // one.pp), r // one.tp % one.ep) for r in range(count)]
+    return holders(placement, [number[place] for place in places])
 
 
 def _refuse(spec: Spec, tp: int, pp: int, vpp: int, ep: int) -> None:

@@ -89,7 +89,8 @@ def lay_out(spec: Spec) -> Layout:
         for entry in spec.entries
         for key, place in _objects(entry)
     )
-    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects)))
+    options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
+    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects), options=options))
     args = dict(spec.options.get("args") or {})
     args |= dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, ckpt_format="torch_dist")
     common = {"args": pickles.Namespace(args), "iteration": step, "checkpoint_version": 3.0}
