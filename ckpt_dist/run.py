@@ -17,7 +17,20 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import __version__, configs, cost, formats, initial, megatron, part, plan, quantised, sources, task
+from ckpt_dist import (
+    __version__,
+    configs,
+    cost,
+    formats,
+    initial,
+    megatron,
+    part,
+    plan,
+    quantised,
+    replicas,
+    sources,
+    task,
+)
 from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -73,7 +86,14 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
-        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
+            copies = replicas.others(group, m, cfg)
+        target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
+        if copies:
+            replicas.settle(group, report, [m, *copies], engine_of(cfg), average)
+        if average and copies:
+            even = [1 / (1 + len(copies))] * (1 + len(copies))
+            return _write(group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"})
+        return _write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
 
 
 def merge(cfg: Config) -> dict[str, Any]:
@@ -357,7 +377,7 @@ def prepare(
     placement = _placement(group, cfg)
     layout = _lay_out(d, models[0], extras, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
-    if target["format"] in ("megatron", "torch_dist"):
+    if target["format"] in ("megatron", "torch_dist", "megatron_deepspeed"):
         _translated(_args(d, models[0]), "config.json", report)
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
@@ -507,10 +527,17 @@ def _lay_out(
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
     for key in ("tp", "pp", "vpp", "ep"):
-        if target[key] != 1 and target["format"] not in ("megatron", *(["meta"] if key == "tp" else [])):
+        if target[key] != 1 and key not in formats.RANKS.get(target["format"], ()):
             raise UsageError(
                 f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
             )
+    known = formats.EMBEDDINGS.get(target["format"])
+    if known and target["embedding"] not in ("auto", *known):
+        raise UsageError(
+            f"target.embedding={target['embedding']}: {target['format']} has no such ranks. Give {' or '.join(known)}."
+        )
+    if target["release"] and target["format"] not in formats.RELEASES:
+        raise UsageError(f"target.release=true: {target['format']} has no such checkpoints. Leave it out.")
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
 

@@ -69,13 +69,27 @@ def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
 
 def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     settings = cfg.get("model") or {}
-    return model.recognise(
+    m = model.recognise(
         source,
         family=settings.get("family", "auto"),
         dialect=keys.get("dialect", "auto"),
         keep=cfg.get("keep", ["weights"]),
         unmatched=cfg.get("unmatched", "error"),
     )
+    return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
+
+
+def _trimmed(m: Model) -> Model:
+    """Without the rows that were added so that ranks could share a vocabulary, as far as a config.json says its length."""
+    have, said = m.sizes.get("v", 0), m.source.config.get("vocab_size")
+    words = m.catalog.about.get("vocabulary", have)
+    if is_hf(m.source.config) and isinstance(said, int) and said < have:
+        text = f"{said} rows of the vocabulary, as config.json says; the other {have - said} are padding"
+        return replace(model.resized(m, "v", said), guesses=(*m.guesses, text))
+    if words < have:
+        text = f"all {have} rows of the vocabulary; {words} are said to be words: target.vocab_size={words} takes only these"
+        return replace(m, guesses=(*m.guesses, text))
+    return m
 
 
 def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
@@ -84,7 +98,8 @@ def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     dialect = _target_dialect(first, cfg_target)
     same = all(m.dialect == first.dialect for m in models)
     names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
-    if names_stay and cfg_target.get("vocab_size") is None:
+    ordered = cfg_target.get("format") in formats.ORDERED and first.family is not None and not first.unresolved
+    if names_stay and cfg_target.get("vocab_size") is None and not ordered:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = _plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
@@ -100,7 +115,7 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
             )
         return ""
     if asked == "auto":
-        choices = formats.DIALECTS.get(str(cfg_target.get("format")), (first.dialect,))
+        choices = formats.dialects(cfg_target, first.dialect)
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:

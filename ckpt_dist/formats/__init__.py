@@ -24,16 +24,39 @@ from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
 # the order in which a folder's content is tried
-FORMATS = ("catalog", "fsdp", "torch_dist", "megatron", "dcp", "hf", "meta", "sfpt", "torch")
+FORMATS = (
+    "catalog",
+    "fsdp",
+    "torch_dist",
+    "megatron",
+    "merak",
+    "megatron_deepspeed",
+    "dcp",
+    "hf",
+    "meta",
+    "sfpt",
+    "torch",
+)
 DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
     "hf": ("hf",),
     "meta": ("meta",),
     "torch_dist": ("megatron_stacked", "megatron"),
     "megatron": ("megatron",),
     "sfpt": ("megatron", "megatron_stacked"),
+    "merak": ("hf",),
+    "megatron_deepspeed": ("megatron",),
 }
+RANKS = {  # formats with files of their own for each of some kinds of ranks
+    "meta": ("tp",),
+    "megatron": ("tp", "pp", "vpp", "ep"),
+    "merak": ("tp", "pp"),
+    "megatron_deepspeed": ("tp", "pp"),
+}
+EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
+ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
+RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
-FOLDERS = ("hf", "meta")  # formats whose folders hold a model: weights, config, tokenizer
+FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,13 @@ def load(name: str) -> ModuleType:
     if name not in FORMATS:
         raise UsageError(f"Unknown format {name!r}.{nearest(name, FORMATS)} Formats: {', '.join(sorted(FORMATS))}.")
     return import_module(f"ckpt_dist.formats.{name}")
+
+
+def dialects(target: Mapping[str, Any], own: str) -> tuple[str, ...]:
+    """Those of a target's format, or the source's own: Merak's layers have other names where ranks divide them."""
+    if target.get("format") == "merak" and int(target.get("tp") or 1) > 1:
+        return ("merak",)
+    return DIALECTS.get(str(target.get("format")), (own,))
 
 
 def detect(path: Path) -> str:

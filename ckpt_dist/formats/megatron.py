@@ -74,13 +74,13 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
         version = float(tree.get("checkpoint_version") or 0)
         for chunk, state in enumerate(chunks):
             for part in ranks.held(state, rank, offsets[chunk, rank.p], args, version):
-                _agree(where, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
+                agree(where, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
                 at = pt.storage_record(storages, part.ref, f"{where}: {part.name}")
                 rows += [(part.name, piece, number, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
     extras = tuple({x.name: x for tree in reversed(trees) for x in _extras(tree)}.values())
     about = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
     number_of = {name: k for k, name in enumerate(entries)}
-    table = _table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
+    table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
     return Catalog("megatron", str(path), tuple(files), tuple(entries.values()), table, extras, args, about=about)
 
 
@@ -129,12 +129,16 @@ def _states(tree: Mapping[str, Any]) -> list[State]:
         state = {}
         for place, leaf in pt.walk(model):
             if isinstance(leaf, pickles.TensorRef) and not str(place[-1]).endswith(STATE):
-                name = ".".join(map(str, place))
-                for old, new in OLD:
-                    name = re.sub(old, new, name)
-                state[name] = leaf
+                state[renamed(".".join(map(str, place)))] = leaf
         found.append(state)
     return found
+
+
+def renamed(name: str) -> str:
+    """What megatron-core calls a tensor, by whatever name: `encoder.layers.0.input_norm.weight` is its input_layernorm."""
+    for old, new in OLD:
+        name = re.sub(old, new, name)
+    return name
 
 
 def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Rank]:
@@ -192,7 +196,7 @@ def _offsets(
     return offsets
 
 
-def _agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
+def agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
     known = entries.setdefault(entry.name, entry)
     if known != entry:
         raise CheckpointError(
@@ -201,7 +205,7 @@ def _agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
         )
 
 
-def _table(rows: Sequence[tuple[int, ranks.Piece, int, int]]) -> Chunks:
+def chunk_table(rows: Sequence[tuple[int, ranks.Piece, int, int]]) -> Chunks:
     """Chunks of (entry, piece, file, address)."""
     width = max((len(p[0]) for _, p, *_ in rows), default=0)
     return Chunks(
@@ -221,16 +225,30 @@ def lay_out(spec: Spec) -> Layout:
     _refuse(spec, tp, pp, vpp, ep)
     step = int(o.get("step") or 1)
     stages = partition(_num_layers(spec), pp, vpp, o.get("partition"))
+    top = "release" if o.get("release") else megatron.STEPS.format(step)
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"))}
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
-    names = [f"{megatron.STEPS.format(step)}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
+    names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
+    about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
+    common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
+    made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
+    return replace(made, holders=_holders(o.get("placement"), all_ranks))
+
+
+def rank_files(
+    spec: Spec,
+    format: str,
+    names: Sequence[str],
+    each: Sequence[Sequence[ranks.Piecewise]],
+    common: Sequence[Extra],
+    tracker: str,
+) -> Layout:
+    """Files that hold what `each` says of them, and `common` besides; beside their folder the tracker."""
     made = [one for group in each for one in group]
     parts = tuple(Entry(one.path[-1], spec.entries[one.entry].dtype, one.shape, one.path) for one in made)
     ends = np.cumsum([len(group) for group in each]).tolist()
     groups = [list(range(lo, hi)) for lo, hi in zip([0, *ends], ends, strict=False)]
-    about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
-    common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
     layout = pt.lay_out_files(replace(spec, entries=parts, extras=()), names, groups, common)
     at = layout.catalog.chunks
     rows = [
@@ -238,9 +256,8 @@ def lay_out(spec: Spec) -> Layout:
         for k, one in enumerate(made)
         for piece in one.pieces
     ]
-    catalog = Catalog("megatron", "", tuple(names), spec.entries, _table(rows))
-    late = {megatron.TRACKER: lambda: str(step).encode()}
-    return replace(layout, catalog=catalog, late=late, holders=_holders(o.get("placement"), all_ranks))
+    catalog = Catalog(format, "", tuple(names), spec.entries, chunk_table(rows))
+    return replace(layout, catalog=catalog, late={megatron.TRACKER: tracker.encode})
 
 
 def _holders(placement: Sequence[int] | None, all_ranks: Sequence[Rank]) -> tuple[frozenset[int], ...]:
