@@ -29,7 +29,7 @@ TARGET: tuple[str, ...] = (
     "vpp",
     "ep",
 )
-TARGET += ("partition", "spec", "embedding")
+TARGET += ("partition", "spec", "embedding", "universal")
 
 
 def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

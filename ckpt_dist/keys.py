@@ -176,7 +176,7 @@ RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "s
 
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
-    "weights": choice("param", "ema"), "step": STEP,
+    "weights": choice("param", "ema", "master"), "step": STEP,
 }  # fmt: skip
 KEYS: dict[str, Kind] = {
     **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},
@@ -191,6 +191,7 @@ KEYS: dict[str, Kind] = {
     **{f"target.{key}": COUNT for key in ("tp", "pp", "vpp", "ep")},
     "target.partition": Kind("layers of each stage such as 3,5", _some(_whole(0))),
     "target.spec": choice("te", "local"),
+    "target.universal": FLAG,
     "target.embedding": choice("auto", "vocabulary", "hidden"),
     "model.family": choice("auto", *FAMILIES),
     "model.config": PATH,

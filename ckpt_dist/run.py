@@ -50,10 +50,23 @@ def engine_of(cfg: Config) -> dict[str, Any]:
 
 def convert(cfg: Config) -> dict[str, Any]:
     """One checkpoint into another format, dialect or dtype."""
+    cfg = _universal(cfg)
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
         return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
+
+
+def _universal(cfg: Config) -> Config:
+    """A universal checkpoint is all of a run: fp32 weights, optimizer and state, as far as the source has them."""
+    target = cfg["target"]
+    if not target["universal"]:
+        return cfg
+    if target["format"] != "deepspeed":
+        raise UsageError(f"target.universal=true is of target.format=deepspeed, not {target['format']}.")
+    dtype = "float32" if target["dtype"] == "keep" else target["dtype"]
+    source = {**cfg["source"], "universal": True}
+    return {**cfg, "source": source, "target": {**target, "dtype": dtype}, "keep": ["weights", "optimizer", "state"]}
 
 
 def merge(cfg: Config) -> dict[str, Any]:
@@ -470,7 +483,7 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
         elif extra.role == "weight":
             lost.setdefault("not a tensor", []).append(extra.name)
-        elif extra.role not in wanted or format not in ("dcp", "torch"):
+        elif extra.role not in wanted or format not in ("dcp", "torch", "deepspeed"):
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
         else:
             if format == "torch" and extra.address is not None:

@@ -20,7 +20,12 @@ from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
 )
-INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
+INSIDE = {
+    "param": ("pytorch_model_fsdp_0", "actor", "model"),
+    "ema": ("pytorch_ema_model_fsdp_0", "ema"),
+    "master": (),
+}
+LATEST = ("latest", "latest_universal")  # DeepSpeed: the name of the folder that was saved last
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
     "config.json",
@@ -122,8 +127,8 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     if not asked.is_dir():
         formats.detect(asked)
     if step == "latest" and (tracked := _tracked(asked)):
-        note = f"{tracked.name} is the latest by {megatron.TRACKER}"
-        return _one(asked, tracked, weights, name, keys, config, (note,))
+        path, tracker = tracked
+        return _one(asked, path, weights, name, keys, config, (f"{path.name} is the latest by {tracker}",))
     numbered = steps(asked)
     if not numbered:
         _explain_ema(asked, weights)
@@ -134,20 +139,22 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     return _latest(asked, numbered, weights, name, keys, config)
 
 
-def _tracked(asked: Path) -> Path | None:
-    """The checkpoint that Megatron's tracker file names: newer ones were not saved to their end."""
-    tracker = asked / megatron.TRACKER
-    if not tracker.is_file():
+def _tracked(asked: Path) -> tuple[Path, str] | None:
+    """The checkpoint that the trainer's tracker file names, and that file: newer ones were not saved to their end."""
+    tracker = next((asked / n for n in (megatron.TRACKER, *LATEST) if (asked / n).is_file()), None)
+    if tracker is None:
         return None
-    text = tracker.read_bytes()[:64].decode(errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdecimal()):
+    text = tracker.read_bytes()[:256].decode(errors="replace").strip()
+    number = text.isascii() and text.isdecimal()
+    if tracker.name == megatron.TRACKER and text != "release" and not number:
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
-    path = asked / (text if text == "release" else megatron.STEPS.format(int(text)))
+    name = megatron.STEPS.format(int(text)) if tracker.name == megatron.TRACKER and number else text
+    path = asked / formats.inside(asked, name, str(tracker))
     if not path.is_dir():
         raise CheckpointError(
             f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."
         )
-    return path
+    return path, tracker.name
 
 
 def _one(
@@ -192,7 +199,7 @@ def _latest(
 def _here(path: Path, weights: str, name: str) -> Path | None:
     """The folder that holds the arrays: one inside a training checkpoint, or the path itself."""
     candidates = [path / n for n in INSIDE[weights]] if path.is_dir() else []
-    candidates += [path] if weights == "param" or path.name in INSIDE["ema"] else []
+    candidates += [path] if weights != "ema" or path.name in INSIDE["ema"] else []
     for folder in candidates:
         if not folder.exists():
             continue
@@ -221,11 +228,17 @@ def _scan(
     notes: tuple[str, ...],
 ) -> Source:
     name = formats.detect(folder) if name == "auto" else name
+    if keys.get("weights") == "master" and name not in formats.MASTERS:
+        raise UsageError(
+            f"source.weights=master: of {name} checkpoints ({folder}) only the model's own weights are read, master weights "
+            f"of {', '.join(formats.MASTERS)}. Leave it out."
+        )
     catalog: Catalog = formats.load(name).scan(folder, keys)
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     about = catalog.about
     saved = "saved" in about
+    notes = (*notes, *about.get("notes", ()))
     found, config_path = ({}, None) if saved and config is None else find_config(folder, path, asked, config)
     found = found or dict(catalog.config)
     if catalog.format == "hf":

@@ -61,7 +61,7 @@ def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     """Find, scan and recognise one source."""
     settings = cfg.get("model") or {}
     rules = (cfg.get("target") or {}).get("dtype", "keep")
-    asked = {**keys, "dtype_of": lambda entry: target_dtype(rules, entry)}
+    asked = {**keys, "dtype_of": lambda entry: target_dtype(rules, entry), "keep": cfg.get("keep")}
     return understand(open_source(asked, settings.get("config")), keys, cfg)
 
 

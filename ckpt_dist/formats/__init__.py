@@ -21,7 +21,7 @@ from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
 # the order in which a folder's content is tried
-FORMATS = ("catalog", "fsdp", "torch_dist", "megatron", "dcp", "hf", "meta", "sfpt", "torch")
+FORMATS = ("catalog", "fsdp", "deepspeed", "torch_dist", "megatron", "dcp", "hf", "meta", "sfpt", "torch")
 DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
     "hf": ("hf",),
     "meta": ("meta",),
@@ -29,6 +29,7 @@ DIALECTS = {  # formats whose files have names of one dialect only, or of the fi
     "megatron": ("megatron",),
     "sfpt": ("megatron", "megatron_stacked"),
 }
+MASTERS = ("deepspeed",)  # formats of which the optimizer's own copies of the weights are read
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta")  # formats whose folders hold a model: weights, config, tokenizer
 
