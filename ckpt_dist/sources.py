@@ -126,12 +126,13 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
         return _scan(asked, asked, folder, name, keys, config, ())
     if not asked.is_dir():
         formats.detect(asked)
+        _explain(asked, weights)
     if step == "latest" and (tracked := _tracked(asked)):
         path, tracker = tracked
         return _one(asked, path, weights, name, keys, config, (f"{path.name} is the latest by {tracker}",))
     numbered = steps(asked)
     if not numbered:
-        _explain_ema(asked, weights)
+        _explain(asked, weights)
         formats.detect(asked)
         raise CheckpointError(f"No {name} checkpoint at {asked}. {_content(asked)}")
     if step != "latest":
@@ -169,7 +170,7 @@ def _one(
     """The checkpoint at `path`, and no other."""
     folder = _here(path, weights, name)
     if folder is None:
-        _explain_ema(path, weights)
+        _explain(path, weights)
         formats.detect(path)
     return _scan(asked, path, folder or path, name, keys, config, notes)
 
@@ -182,7 +183,7 @@ def _latest(
         folder = _here(path, weights, name)
         try:
             if folder is None:
-                _explain_ema(path, weights)
+                _explain(path, weights)
                 formats.detect(path)
                 raise CheckpointError(f"{path} holds no {name} checkpoint.")
             source = _scan(asked, path, folder, name, keys, config, ())
@@ -206,12 +207,22 @@ def _here(path: Path, weights: str, name: str) -> Path | None:
         if name != "auto":
             if formats.load(name).claims(folder):
                 return folder
-        elif any(formats.load(n).claims(folder) for n in formats.FORMATS):
+        elif any(formats.load(n).claims(folder) for n in (formats.MASTERS if weights == "master" else formats.FORMATS)):
             return folder
     return None
 
 
-def _explain_ema(path: Path, weights: str) -> None:
+def _no_masters(folder: Path, name: str) -> UsageError:
+    return UsageError(
+        f"source.weights=master: of {name} checkpoints ({folder}) only the model's own weights are read, master weights of "
+        f"{', '.join(formats.MASTERS)}. Leave it out."
+    )
+
+
+def _explain(path: Path, weights: str) -> None:
+    """Why these weights are not there, if others are."""
+    if weights == "master" and (folder := _here(path, "param", "auto")) is not None:
+        raise _no_masters(folder, formats.detect(folder))
     if weights == "ema" and _here(path, "param", "auto") is not None:
         raise CheckpointError(
             f"{path} has no EMA weights (no {INSIDE['ema'][0]} folder); its plain weights are there: source.weights=param."
@@ -227,7 +238,196 @@ def _scan(
     config: str | None,
     notes: tuple[str, ...],
 ) -> Source:
-    name = formats.detect(folder) if name == "auto" else name
+    master = keys.get("weights") == "master"
+    name = formats.detect(folder, formats.MASTERS if master else formats.FORMATS) if name == "auto" else name
+    if keys.get("weights") == "master" and name not in formats.MASTERS:
+        raise _no_masters(folder, name)
+    catalog: Catalog
+    asked: Path
+    folder: Path
+    step: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_path: Path | None = None
+    notes: tuple[str, ...] = ()
+    reader: Any = None  # gives the bytes where they are computed, not stored
+
+
+def steps(parent: Path) -> dict[int, Path]:
+    """The numbered checkpoints of a folder, in order: `step-10`, `checkpoint-5`, `iter_0000100`, `global_step_3`.
+
+    Averages, `*-last` and other names without a number at their end are not among them.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(parent.iterdir()):
+        match = STEP.fullmatch(path.name)
+        if match is None or not path.is_dir() or (path / "average.yaml").exists():
+            continue
+        number = int(match[1])
+        if number in found:
+            raise CheckpointError(
+                f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself."
+            )
+        found[number] = path
+    return dict(sorted(found.items()))
+
+
+def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:
+    """Which steps of a folder: all, some by number, or the last so many; an unknown one is refused."""
+    found = steps(parent)
+    if not found:
+        raise CheckpointError(f"{parent} holds no checkpoints: no folder named like step-1000. {_content(parent)}")
+    if wanted is not None:
+        if len(set(wanted)) != len(wanted):
+            raise UsageError(f"steps={wanted}: a step is named twice.")
+        unknown = [s for s in wanted if s not in found]
+        if unknown:
+            raise CheckpointError(
+                f"{parent} has no step {unknown[0]}. It has {_some(list(found))}.{nearest(str(unknown[0]), map(str, found))}"
+            )
+        return {s: found[s] for s in sorted(wanted)}
+    if last is not None:
+        if last > len(found):
+            raise CheckpointError(f"last={last}, but {parent} has only {len(found)} steps: {_some(list(found))}.")
+        return dict(list(found.items())[-last:])
+    return found
+
+
+def _some(numbers: list[int]) -> str:
+    text = [str(n) for n in numbers]
+    return ", ".join(text if len(text) <= 12 else [*text[:5], "...", *text[-5:]])
+
+
+def _content(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+    return f"It holds {', '.join(names)}." if names else "The folder is empty."
+
+
+def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
+    """Find and scan what `source.path` (and step, weights, format) means. Runs on one rank; pure reading."""
+    asked = Path(keys["path"]).expanduser()
+    if not asked.exists():
+        formats.detect(asked)
+    weights, name = str(keys.get("weights", "param")), str(keys.get("format", "auto"))
+    step = keys.get("step", "latest")
+    folder = _here(asked, weights, name)
+    if folder is not None:
+        return _scan(asked, asked, folder, name, keys, config, ())
+    if not asked.is_dir():
+        formats.detect(asked)
+        _explain(asked, weights)
+    if step == "latest" and (tracked := _tracked(asked)):
+        path, tracker = tracked
+        return _one(asked, path, weights, name, keys, config, (f"{path.name} is the latest by {tracker}",))
+    numbered = steps(asked)
+    if not numbered:
+        _explain(asked, weights)
+        formats.detect(asked)
+        raise CheckpointError(f"No {name} checkpoint at {asked}. {_content(asked)}")
+    if step != "latest":
+        return _one(asked, choose(asked, [int(step)], None)[int(step)], weights, name, keys, config, ())
+    return _latest(asked, numbered, weights, name, keys, config)
+
+
+def _tracked(asked: Path) -> tuple[Path, str] | None:
+    """The checkpoint that the trainer's tracker file names, and that file: newer ones were not saved to their end."""
+    tracker = next((asked / n for n in (megatron.TRACKER, *LATEST) if (asked / n).is_file()), None)
+    if tracker is None:
+        return None
+    text = tracker.read_bytes()[:256].decode(errors="replace").strip()
+    number = text.isascii() and text.isdecimal()
+    if tracker.name == megatron.TRACKER and text != "release" and not number:
+        raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
+    name = megatron.STEPS.format(int(text)) if tracker.name == megatron.TRACKER and number else text
+    path = asked / formats.inside(asked, name, str(tracker))
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."
+        )
+    return path, tracker.name
+
+
+def _one(
+    asked: Path,
+    path: Path,
+    weights: str,
+    name: str,
+    keys: Mapping[str, Any],
+    config: str | None,
+    notes: tuple[str, ...],
+) -> Source:
+    """The checkpoint at `path`, and no other."""
+    folder = _here(path, weights, name)
+    if folder is None:
+        _explain(path, weights)
+        formats.detect(path)
+    return _scan(asked, path, folder or path, name, keys, config, notes)
+
+
+def _latest(
+    asked: Path, numbered: dict[int, Path], weights: str, name: str, keys: Mapping[str, Any], config: str | None
+) -> Source:
+    notes: list[str] = []
+    for number, path in reversed(numbered.items()):
+        folder = _here(path, weights, name)
+        try:
+            if folder is None:
+                _explain(path, weights)
+                formats.detect(path)
+                raise CheckpointError(f"{path} holds no {name} checkpoint.")
+            source = _scan(asked, path, folder, name, keys, config, ())
+            return replace(source, notes=(*notes, f"step {number} is the latest complete one of {len(numbered)}"))
+        except CheckpointError as error:
+            if isinstance(error, Missing) and not set(error.paths) <= set(keys.get("elsewhere", error.paths)):
+                raise  # other nodes are asked first
+            notes.append(f"step {number} passed over: {error}")
+    raise CheckpointError(
+        f"{asked} holds {len(numbered)} steps, none of them complete:\n  " + "\n  ".join(reversed(notes))
+    )
+
+
+def _here(path: Path, weights: str, name: str) -> Path | None:
+    """The folder that holds the arrays: one inside a training checkpoint, or the path itself."""
+    candidates = [path / n for n in INSIDE[weights]] if path.is_dir() else []
+    candidates += [path] if weights != "ema" or path.name in INSIDE["ema"] else []
+    for folder in candidates:
+        if not folder.exists():
+            continue
+        if name != "auto":
+            if formats.load(name).claims(folder):
+                return folder
+        elif any(formats.load(n).claims(folder) for n in (formats.MASTERS if weights == "master" else formats.FORMATS)):
+            return folder
+    return None
+
+
+def _no_masters(folder: Path, name: str) -> UsageError:
+    return UsageError(
+        f"source.weights=master: of {name} checkpoints ({folder}) only the model's own weights are read, master weights of "
+        f"{', '.join(formats.MASTERS)}. Leave it out."
+    )
+
+
+def _explain(path: Path, weights: str) -> None:
+    """Why these weights are not there, if others are."""
+    if weights == "master" and (folder := _here(path, "param", "auto")) is not None:
+        raise _no_masters(folder, formats.detect(folder))
+    if weights == "ema" and _here(path, "param", "auto") is not None:
+        raise CheckpointError(
+            f"{path} has no EMA weights (no {INSIDE['ema'][0]} folder); its plain weights are there: source.weights=param."
+        )
+
+
+def _scan(
+    asked: Path,
+    path: Path,
+    folder: Path,
+    name: str,
+    keys: Mapping[str, Any],
+    config: str | None,
+    notes: tuple[str, ...],
+) -> Source:
+    master = keys.get("weights") == "master"
+    name = formats.detect(folder, formats.MASTERS if master else formats.FORMATS) if name == "auto" else name
     if keys.get("weights") == "master" and name not in formats.MASTERS:
         raise UsageError(
             f"source.weights=master: of {name} checkpoints ({folder}) only the model's own weights are read, master weights "

@@ -144,7 +144,9 @@ def test_universal_is_that_of_ds_to_universal(case: str, tmp_path: Path) -> None
     again = to_torch(tmp_path / "u", tmp_path / "t")
     whole = to_torch(DATA / case, tmp_path / "w", **{"source.weights": "master", "keep": ["weights", "optimizer"]})
     moments = whole.pop("optimizer")["state"]
-    assert again.keys() == whole.keys() and all(torch.equal(again[n], t.float()) for n, t in whole.items() if n != "count")
+    assert again.keys() == whole.keys() and all(
+        torch.equal(again[n], t.float()) for n, t in whole.items() if n != "count"
+    )
     assert all(torch.equal(ours[f"{n}/{k}"], v) for n, of in moments.items() for k, v in of.items())
     assert {k for of in moments.values() for k in of} == {"step", "exp_avg", "exp_avg_sq"}
 
@@ -208,7 +210,7 @@ def test_what_is_not_read_is_refused_by_name(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "hf").mkdir()
     torch.save({"w": torch.ones(2)}, tmp_path / "hf/model.pt")
     assert "of torch checkpoints" in refused(capsys, tmp_path / "hf", out, master, code=2)
-    with pytest.raises(UsageError, match="target.universal=true"):
+    with pytest.raises(UsageError, match=r"target\.universal=true"):
         ckpt_dist.convert(DATA / "two_fp32-2", out, format="deepspeed")
     with pytest.raises(UsageError, match="not hf"):
         ckpt_dist.convert(DATA / "two_fp32-2", out, universal=True)
@@ -286,7 +288,9 @@ def test_of_a_real_run_master_weights_are_the_same(case: str, saved: Path, tmp_p
     if CASES[case].get("universal"):
         ckpt_dist.convert(saved / case, tmp_path / "u", format="deepspeed", universal=True)
         made = values(next((tmp_path / "u").glob("*_universal")))
-        assert all(torch.equal(made[n].flatten(), t.float().flatten()) for n, t in values(saved / case / "universal").items())
+        assert all(
+            torch.equal(made[n].flatten(), t.float().flatten()) for n, t in values(saved / case / "universal").items()
+        )
 
 
 @pytest.mark.parametrize(("case", "world", "stage"), [("one", 3, 2), ("two", 1, 3), ("three", 3, 1)])

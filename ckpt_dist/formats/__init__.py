@@ -72,11 +72,11 @@ def load(name: str) -> ModuleType:
     return import_module(f"ckpt_dist.formats.{name}")
 
 
-def detect(path: Path) -> str:
+def detect(path: Path, among: Sequence[str] = FORMATS) -> str:
     """The format of a checkpoint, recognised from its content."""
     if not path.exists():
         raise CheckpointError(f"No checkpoint at {path}: the path does not exist.{_neighbours(path)}")
-    for name in FORMATS:
+    for name in among:
         if load(name).claims(path):
             return name
     inside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]

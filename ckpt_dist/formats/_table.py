@@ -90,15 +90,18 @@ class Table:
     def again(self, entry: Entry, of: str) -> None:
         """The same chunks under another name."""
         number, known = self._new(entry, "The checkpoint"), list(self.entries).index(of)
-        for head, *more in [r for r in self.rows if len(r[0]) and r[0][0, 0] == known]:
-            self.rows.append((np.hstack([np.full_like(head[:, :1], number), head[:, 1:]]), *more))
+        for head, start, stop, strides in [r for r in self.rows if len(r[0]) and r[0][0, 0] == known]:
+            again = np.hstack([np.full_like(head[:, :1], number), head[:, 1:]])
+            self.rows.append((again, start, stop, strides))
 
     def catalog(self, format: str, root: Path, files: Sequence[str], extras: Sequence[Extra], about: Any) -> Catalog:
         width = max((len(e.shape) for e in self.entries.values()), default=0)
         head = np.concatenate([r[0] for r in self.rows]) if self.rows else np.zeros((0, 3), np.int64)
         start, stop, strides = (_stack([r[k] for r in self.rows], width, fill) for k, fill in ((1, 0), (2, 1), (3, 0)))
         chunks = Chunks(head[:, 0], start, stop, strides, head[:, 1], head[:, 2])
-        return Catalog(format, str(root), tuple(files), tuple(self.entries.values()), chunks, tuple(extras), about=about)
+        return Catalog(
+            format, str(root), tuple(files), tuple(self.entries.values()), chunks, tuple(extras), about=about
+        )
 
 
 def _stack(rows: Sequence[Ints], width: int, fill: int) -> Ints:

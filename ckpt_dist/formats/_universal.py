@@ -77,7 +77,9 @@ def _value(table: Table, root: Path, name: str, file: str, number: int, shape: A
             raise CheckpointError(f"{root / path} has {ref.shape[0]} elements, the model's file says {list(shape)}.")
         ref = replace(ref, shape=shape, stride=pt.tensor(ref.dtype, shape, "").stride)
     role = "weight" if file == WEIGHT else "optimizer"
-    table.whole(Entry(".".join(place), ref.dtype, ref.shape, place, role), ref, File(root / path, number, tree, storages))
+    table.whole(
+        Entry(".".join(place), ref.dtype, ref.shape, place, role), ref, File(root / path, number, tree, storages)
+    )
     return []
 
 
@@ -125,7 +127,7 @@ def lay_out(spec: Spec) -> Layout:
     step = spec.options.get("step")
     tag = "universal" if step is None else f"global_step{step}_universal"
     beside = {x.path: x.value for x in spec.extras}
-    info = {p[1]: v for p, v in beside.items() if p[0] == INFO and len(p) == 2}
+    info = {str(p[1]): v for p, v in beside.items() if p[0] == INFO and len(p) == 2}
     names, groups, own, parts = list[str](), list[list[int]](), list[list[Extra]](), list[tuple[int, Entry]]()
 
     def file(name: str, tensors: Sequence[tuple[int, tuple[str | int, ...]]], values: Mapping[Any, Any]) -> None:
@@ -162,7 +164,9 @@ def lay_out(spec: Spec) -> Layout:
 
 def _folder(name: str) -> str:
     if "/" in name or name in ("", ".", "..", STATE):
-        raise UsageError(f"target.universal=true: the weight {name!r} cannot be the name of a folder. Use another target.format.")
+        raise UsageError(
+            f"target.universal=true: the weight {name!r} cannot be the name of a folder. Use another target.format."
+        )
     return name
 
 
@@ -170,12 +174,22 @@ def _settings_of(beside: Mapping[Any, Any]) -> dict[tuple[str | int, ...], Any]:
     """Of optimizer_state.pt: as stages 1 and 2 want it, and as stage 3 does. One group is meant where none is known."""
     groups = beside.get(("optimizer", "param_groups")) or [{}]
     plain = {(p[1],): v for p, v in beside.items() if p[0] == "optimizer" and len(p) == 2 and p[1] != "param_groups"}
-    return {("ds_version",): VERSION, **plain, ("param_groups",): groups, ("optimizer_state_dict", "param_groups"): groups}
+    return {
+        ("ds_version",): VERSION,
+        **plain,
+        ("param_groups",): groups,
+        ("optimizer_state_dict", "param_groups"): groups,
+    }
 
 
 def _model_of(step: int | None) -> dict[tuple[str, ...], Any]:
     """What an engine wants to find in the file of a model, where the source says nothing."""
-    counters = {("dp_world_size",): 1, ("mp_world_size",): 1, ("global_steps",): step or 0, ("skipped_steps",): 0}
+    counters: dict[tuple[str, ...], Any] = {
+        ("dp_world_size",): 1,
+        ("mp_world_size",): 1,
+        ("global_steps",): step or 0,
+        ("skipped_steps",): 0,
+    }
     return {**counters, ("module",): {}, ("ds_version",): VERSION, (INFO, "universal_checkpoint_version"): 0.4}
 
 
@@ -186,10 +200,14 @@ def _flags(entry: Entry, info: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
         return any(re.match(str(pattern), entry.name) for pattern in info.get(key) or ())
 
     if listed("parameter_with_sub_params") or info.get("parameter_with_sub_params"):
-        raise UsageError("target.universal=true: parameter_with_sub_params of universal_checkpoint_info is not supported.")
+        raise UsageError(
+            "target.universal=true: parameter_with_sub_params of universal_checkpoint_info is not supported."
+        )
     if listed("tp_replicated_parameter_patterns") or listed("parameter_to_average_patterns"):
         return {}
     if listed("parameter_with_2_sub_params_cat_dim_0"):
         return {("cat_dim",): 0, ("param_n_sub_params",): 2}
-    vocabulary = {("vocab_tensor",): True} if listed("vocabulary_parameter_patterns") else {}
+    vocabulary: dict[tuple[str, ...], Any] = (
+        {("vocab_tensor",): True} if listed("vocabulary_parameter_patterns") else {}
+    )
     return {("cat_dim",): int(listed("parameter_with_row_parallelism_patterns")), **vocabulary}

@@ -26,7 +26,6 @@ BASE = ("base_optimizer_state", "optimizer_state_dict")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-
 @dataclass(frozen=True)
 class Save:
     """One save of all ranks. `groups` are the trained parameters of each group in their order; `starts`, where each
@@ -60,7 +59,9 @@ def save(main: File, files: Sequence[File]) -> Save:
         )
     groups = main.tree.get("param_shapes")
     if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
-        raise CheckpointError(f"{main.path} does not say which parameters are trained (param_shapes). Is it older than DeepSpeed 0.5?")
+        raise CheckpointError(
+            f"{main.path} does not say which parameters are trained (param_shapes). Is it older than DeepSpeed 0.5?"
+        )
     starts = tuple(_starts(g, shards[0][1].get("param_alignment_paddings"), k) for k, g in enumerate(groups))
     return Save(stages[0], tuple(groups), starts, tuple(shards))
 
@@ -139,10 +140,16 @@ def _parts(s: Save, flats: Sequence[Sequence[Slice]], what: str) -> dict[str, Pa
             raise CheckpointError(
                 f"{where}: the parameters need {need} elements on each of {world} ranks, the files hold {have}."
             )
-        lengths = [[t.length for t in of] for of in ranks]
-        return _placed(shapes, zero.parts(sizes, world, lengths), [t for of in ranks for t in of], where)
+        return _placed(
+            shapes,
+            zero.parts(sizes, world, [[t.length for t in of] for of in ranks]),
+            [t for of in ranks for t in of],
+            where,
+        )
     if len(flats) != len(s.groups):
-        raise CheckpointError(f"{where} has {len(flats)} groups, the model's file lists {len(s.groups)}. They are of two runs.")
+        raise CheckpointError(
+            f"{where} has {len(flats)} groups, the model's file lists {len(s.groups)}. They are of two runs."
+        )
     found: dict[str, Part] = {}
     for group, starts, slices in zip(s.groups, s.starts, flats, strict=True):
         sizes = ints([prod(shape) for shape in group.values()])
@@ -162,7 +169,9 @@ def masters(s: Save) -> dict[str, Part]:
     key = FLAT[s.stage == 3]
     each = [[flat(f, ref, key) for ref in tree.get(key) or ()] for f, tree in s.shards]
     if len({len(of) for of in each}) > 1:
-        raise CheckpointError(f"{s.where}: the ranks have {sorted({len(of) for of in each})} flat groups. They are of two runs.")
+        raise CheckpointError(
+            f"{s.where}: the ranks have {sorted({len(of) for of in each})} flat groups. They are of two runs."
+        )
     found = _parts(s, list(zip(*each, strict=True)), key)
     for file, tree in s.shards:
         _mapped(file, tree.get("param_slice_mappings"), found)
@@ -173,7 +182,9 @@ def _mapped(file: File, mappings: Any, found: Mapping[str, Part]) -> None:
     """A rank's own table of what it holds, where there is one, says the same."""
     if not isinstance(mappings, (list, tuple)):
         return
-    said = {n: pickles.state_of(record).get("numel") for m in mappings if isinstance(m, Mapping) for n, record in m.items()}
+    said = {
+        n: pickles.state_of(record).get("numel") for m in mappings if isinstance(m, Mapping) for n, record in m.items()
+    }
     have = {n: int((p.hi - p.lo)[p.file == file.number].sum()) for n, p in found.items()}
     wrong = [n for n in {**have, **said} if said.get(n, 0) != have.get(n, 0)]
     if wrong:
@@ -206,7 +217,10 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
             yield from _counters(table, s, key, [of[0] for of in values])
             continue
         try:
-            slices = [[flat(f, v, f"{key} of group {g}") for (f, _), v in zip(s.shards, of, strict=True)] for g, of in enumerate(values)]
+            slices = [
+                [flat(f, v, f"{key} of group {g}") for (f, _), v in zip(s.shards, of, strict=True)]
+                for g, of in enumerate(values)
+            ]
             parts = _parts(s, slices, key)
         except CheckpointError:
             if strict:

@@ -52,10 +52,11 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
         for name, ref in module.items():
             table.whole(Entry(name, ref.dtype, ref.shape, (name,)), ref, main)
     elif save:
-        more = models[1:] if partitioned and main.tree.get("frozen_param_shapes") else []
+        frozen = partitioned and bool(main.tree.get("frozen_param_shapes"))
+        more = models[1:] if frozen else []
         ranks = [main, *(opened(path, name, len(files) + k) for k, name in enumerate(more))]
         files += more
-        _masters(table, main, module, _zero.masters(save) | (_frozen(ranks, save) if more else {}))
+        _masters(table, main, module, _zero.masters(save) | (_frozen(ranks, save) if frozen else {}))
     else:
         raise CheckpointError(
             f"{path} has no fp32 master weights: no optimizer files lie beside {models[0]}. Leave source.weights out."
@@ -84,7 +85,9 @@ def _masters(table: Table, main: File, module: Mapping[str, pickles.TensorRef], 
         if part is not None:
             table.runs(Entry(name, part.dtype, part.shape, (name,)), part.lo, part.hi, part.file, part.address)
         elif 0 in module[name].shape and name not in buffers:
-            raise CheckpointError(f"{main.path}: {name!r} has no values: it is neither trained, nor frozen, nor a buffer.")
+            raise CheckpointError(
+                f"{main.path}: {name!r} has no values: it is neither trained, nor frozen, nor a buffer."
+            )
         else:
             table.whole(Entry(name, module[name].dtype, module[name].shape, (name,)), module[name], main)
 
@@ -124,7 +127,9 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
     models = sorted((int(m[1] or -1), m[0]) for n in names if (m := MODEL.fullmatch(n)))
     optims = sorted((int(m[1]), m[0]) for n in names if (m := OPTIM.fullmatch(n)))
     if not models:
-        raise CheckpointError(f"{path} holds {optims[0][1]} and no file of the model (mp_rank_00_model_states.pt). Fetch it.")
+        raise CheckpointError(
+            f"{path} holds {optims[0][1]} and no file of the model (mp_rank_00_model_states.pt). Fetch it."
+        )
     kinds = {rank < 0 for rank, _ in models}
     if len(kinds) > 1:
         raise CheckpointError(
@@ -137,7 +142,9 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
             wanted = re.sub(r"pp_rank_\d+", f"pp_rank_{lost[0]}", here)
             raise CheckpointError(f"{path}: the shard of rank {lost[0]} is missing ({wanted}). Fetch it again.")
         if len({r for r, _ in what}) < len(what):
-            raise CheckpointError(f"{path} holds two files of one rank: {what[0][1]} and {what[1][1]}. Move one run's away.")
+            raise CheckpointError(
+                f"{path} holds two files of one rank: {what[0][1]} and {what[1][1]}. Move one run's away."
+            )
     return [n for _, n in models], [n for _, n in optims]
 
 
@@ -197,6 +204,6 @@ def lay_out(spec: Spec) -> Layout:
     if not spec.options.get("universal"):
         raise UsageError(
             "target.format=deepspeed: what is written is a universal checkpoint, for engines of any world size and ZeRO stage; "
-            "say so with target.universal=true. They load it with \"checkpoint\": {\"load_universal\": true} in their config."
+            'say so with target.universal=true. They load it with "checkpoint": {"load_universal": true} in their config.'
         )
     return _universal.lay_out(spec)
