@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,9 @@ def test_a_model_of_transformers_computes_the_same(case: str, tmp_path: Path) ->
 def test_universal_is_that_of_ds_to_universal(case: str, tmp_path: Path) -> None:
     ckpt_dist.convert(DATA / case, tmp_path / "u", format="deepspeed", universal=True)
     folder = tmp_path / "u" / (tmp_path / "u/latest_universal").read_text()
-    ours, theirs = values(folder), GIVEN[case]["universal"]
+    ours, theirs = values(folder), dict(GIVEN[case]["universal"])
+    if alias := theirs.pop("head.weight/fp32", None):  # theirs of a second name is the 16-bit weight; nothing reads it
+        assert alias == digest(module_of(DATA / case)["head.weight"].flatten())
     assert {n: digest(ours[n].flatten()) for n in theirs} == theirs
     more = {n for n in ours if n not in theirs}  # stage 3: its step is elsewhere, what is not trained is nowhere
     assert more <= {n for n in more if n.endswith("/step") or n.startswith(("frozen.", "scale", "count", "head."))}
@@ -164,10 +168,38 @@ def refused(capsys: pytest.CaptureFixture[str], source: Path, target: Path, *wor
     return message
 
 
-def changed(path: Path, change: Any) -> None:
-    tree = torch.load(path, weights_only=False)
-    change(tree["optimizer_state_dict"])
-    torch.save(tree, path)
+class Foreign:
+    """What a class of DeepSpeed is to a test that only passes it on."""
+
+    args: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __reduce__(self) -> Any:
+        return type(self), self.args, self.__dict__
+
+
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Change an optimizer's file; the classes that it names are made up for as long."""
+    for module, name in (
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+        ("deepspeed.utils.tensor_fragment", "fragment_address"),
+    ):
+        parts = module.split(".")
+        for k in range(1, len(parts) + 1):
+            path = ".".join(parts[:k])
+            monkeypatch.setitem(sys.modules, path, sys.modules.get(path) or types.ModuleType(path))
+        monkeypatch.setattr(sys.modules[module], name, type(name, (Foreign,), {"__module__": module}), raising=False)
+
+    def change(path: Path, how: Any) -> None:
+        tree = torch.load(path, weights_only=False)
+        how(tree["optimizer_state_dict"])
+        torch.save(tree, path)
+
+    return change
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +248,7 @@ def test_what_is_not_read_is_refused_by_name(tmp_path: Path, capsys: pytest.Capt
         ckpt_dist.convert(DATA / "two_fp32-2", out, universal=True)
 
 
-def test_an_optimizer_that_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_optimizer_that_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: Any) -> None:
     out, keep = tmp_path / "out", "keep=weights,optimizer"
     folder = Path(shutil.copytree(DATA / "two_fp32-2/global_step3", tmp_path / "s"))
     for path in folder.glob("*optim_states.pt"):

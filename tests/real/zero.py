@@ -148,7 +148,7 @@ def resume(name: str, folder: Path, stage: int, rank: int) -> None:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    text = str(list(tensor.shape)).encode() + tensor.float().contiguous().numpy().tobytes()
+    text = str(list(tensor.shape)).encode() + tensor.detach().float().contiguous().numpy().tobytes()
     return hashlib.sha256(text).hexdigest()[:16]
 
 
