@@ -61,7 +61,8 @@ def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     """Find, scan and recognise one source."""
     settings = cfg.get("model") or {}
     rules = (cfg.get("target") or {}).get("dtype", "keep")
-    asked = {**keys, "dtype_of": lambda entry: target_dtype(rules, entry), "keep": cfg.get("keep")}
+    carried = {k: cfg.get(k) for k in ("keep", "unmatched")}
+    asked = {**keys, **carried, "dtype_of": lambda entry: target_dtype(rules, entry)}
     return understand(open_source(asked, settings.get("config")), keys, cfg)
 
 

@@ -222,9 +222,11 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
                 for g, of in enumerate(values)
             ]
             parts = _parts(s, slices, key)
-        except CheckpointError:
+        except CheckpointError as error:
             if strict:
-                raise
+                raise CheckpointError(
+                    f"{error} If it is no value of each weight, leave it out with unmatched=drop."
+                ) from None
             yield Extra(f"optimizer.{key}", ("optimizer", key), "optimizer", pickles.Record())
             continue
         for name, p in parts.items():

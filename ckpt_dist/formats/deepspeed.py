@@ -62,7 +62,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
             f"{path} has no fp32 master weights: no optimizer files lie beside {models[0]}. Leave source.weights out."
         )
     extras += _state(table, main)
-    extras += _zero.moments(table, save, "optimizer" in (keep or ())) if save else _unread(main, optims)
+    strict = "optimizer" in (keep or ()) and options.get("unmatched") != "drop"
+    extras += _zero.moments(table, save, strict) if save else _unread(main, optims)
     about = {"weights": "master" if master else "param", "notes": (_said(module, save, master, bool(optims)),)}
     return table.catalog("deepspeed", path, files, extras, about)
 
