@@ -122,12 +122,14 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     weights, name = str(keys.get("weights", "param")), str(keys.get("format", "auto"))
     step = keys.get("step", "latest")
     folder = _here(asked, weights, name)
-    if folder is not None:
+    beside = folder is None or keys.get("universal")  # a model beside the run it is of
+    tracked = _tracked(asked) if step == "latest" and beside else None
+    if folder is not None and tracked is None:
         return _scan(asked, asked, folder, name, keys, config, ())
     if not asked.is_dir():
         formats.detect(asked)
         _explain(asked, weights)
-    if step == "latest" and (tracked := _tracked(asked)):
+    if tracked is not None:
         path, tracker = tracked
         return _one(asked, path, weights, name, keys, config, (f"{path.name} is the latest by {tracker}",))
     numbered = steps(asked)
