@@ -478,12 +478,13 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
     format = cfg["target"]["format"]
+    holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
         if "saved" in m.catalog.about and extra.role in wanted:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
         elif extra.role == "weight":
             lost.setdefault("not a tensor", []).append(extra.name)
-        elif extra.role not in wanted or format not in ("dcp", "torch", "deepspeed"):
+        elif extra.role not in wanted or not holds:
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
         else:
             if format == "torch" and extra.address is not None:

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Entry, Extra, Key
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
+from ckpt_dist.files.dtypes import is_floating
 from ckpt_dist.formats import Layout, Spec, _zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats._table import File, Table, opened
@@ -33,7 +36,9 @@ FOLDER, STATE, WEIGHT, STEP = "zero", "optimizer_state.pt", "fp32.pt", "step.pt"
 MODELS = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 TRACKER = "latest_universal"
 OPTIMIZER = ("optimizer", "state")
+NESTED = ("optimizer_state_dict", "state", Key(0), "step")
 INFO = "universal_checkpoint_info"
+Values = Mapping[Any, Any]  # by path
 VERSION = "0.19.8"  # whose engines were seen to load what is written
 
 
@@ -122,44 +127,74 @@ def _settings(table: Table, state: File, names: Sequence[str]) -> Iterator[Extra
 # ---- writing
 
 
+@dataclass
+class _Files:
+    """Files to be: each has tensors and plain values at paths in its pickle. `of` is a tensor's entry, -1 for zeros."""
+
+    tag: str
+    names: list[str] = field(default_factory=list)
+    groups: list[list[int]] = field(default_factory=list)
+    own: list[list[Extra]] = field(default_factory=list)
+    tensors: list[Entry] = field(default_factory=list)
+    of: list[int] = field(default_factory=list)
+
+    def add(self, name: str, tensors: Sequence[tuple[int, Entry]], values: Values) -> None:
+        self.names.append(f"{self.tag}/{name}")
+        self.groups.append(list(range(len(self.of), len(self.of) + len(tensors))))
+        self.of += [k for k, _ in tensors]
+        self.tensors += [e for _, e in tensors]
+        self.own.append([Extra("", path, "state", value) for path, value in values.items()])
+
+
 def lay_out(spec: Spec) -> Layout:
     """One file for each value of each weight, one with the settings of the optimizer, the model's file twice."""
     step = spec.options.get("step")
-    tag = "universal" if step is None else f"global_step{step}_universal"
-    beside = {x.path: x.value for x in spec.extras}
-    info = {str(p[1]): v for p, v in beside.items() if p[0] == INFO and len(p) == 2}
-    names, groups, own, parts = list[str](), list[list[int]](), list[list[Extra]](), list[tuple[int, Entry]]()
-
-    def file(name: str, tensors: Sequence[tuple[int, tuple[str | int, ...]]], values: Mapping[Any, Any]) -> None:
-        names.append(f"{tag}/{name}")
-        groups.append(list(range(len(parts), len(parts) + len(tensors))))
-        parts.extend((k, replace(spec.entries[k], path=path)) for k, path in tensors)
-        own.append([Extra("", path, "state", value) for path, value in values.items()])
-
-    steps = {}
-    for k, entry in enumerate(spec.entries):
-        if entry.role == "weight":
-            file(f"{FOLDER}/{_folder(entry.name)}/{WEIGHT}", [(k, ("param",))], _flags(entry, info))
-        elif entry.path[:2] == OPTIMIZER and entry.path[-1] == "step":
-            steps[str(entry.path[2])] = k
-            file(f"{FOLDER}/{_folder(str(entry.path[2]))}/{STEP}", [(k, ())], {})
-        elif entry.path[:2] == OPTIMIZER and len(entry.path) == 4:
-            flags = _flags(replace(entry, name=str(entry.path[2])), info)
-            file(f"{FOLDER}/{_folder(str(entry.path[2]))}/{entry.path[3]}.pt", [(k, ("param",))], flags)
-    counters = {p[2]: v for p, v in beside.items() if p[:2] == OPTIMIZER and p[3:] == ("step",)}
+    files = _Files("universal" if step is None else f"global_step{step}_universal")
+    beside: Values = {x.path: x.value for x in spec.extras}
+    info = {str(p[1]): v for p, v in beside.items() if p[0] == INFO and len(p) > 1}
+    steps = [_value_file(files, k, entry, info) for k, entry in enumerate(spec.entries) if entry.role != "state"]
+    counters = {str(p[2]): v for p, v in beside.items() if p[:2] == OPTIMIZER and p[3:] == ("step",)}
     for name, value in counters.items():
-        file(f"{FOLDER}/{_folder(str(name))}/{STEP}", [], {(): value})
-    nested = ("optimizer_state_dict", "state", Key(0), "step")
-    first = [(next(iter(steps.values())), nested)] if steps else []
-    settings = _settings_of(beside) | ({nested: next(iter(counters.values()))} if counters and not steps else {})
-    file(f"{FOLDER}/{STATE}", first, settings)
-    state = [(k, e.path) for k, e in enumerate(spec.entries) if e.role == "state"]
+        files.add(f"{FOLDER}/{_folder(name)}/{STEP}", [], {(): value})
+    if not counters and all(e.role != "optimizer" for e in spec.entries):
+        steps += [_fresh(files, e, info) for e in spec.entries if e.role == "weight" and is_floating(e.dtype)]
+    found = [(k, replace(e, path=NESTED)) for k, e in filter(None, steps)][:1]
+    nested = {NESTED: next(iter(counters.values()))} if counters and not found else {}
+    files.add(f"{FOLDER}/{STATE}", found, {**_settings_of(beside), **nested})
+    state = [(k, e) for k, e in enumerate(spec.entries) if e.role == "state"]
     for name in MODELS:
-        file(name, state, {**_model_of(step), **{p: v for p, v in beside.items() if p[0] != "optimizer"}})
-    layout = pt.lay_out_files(replace(spec, entries=tuple(e for _, e in parts), extras=()), names, groups, own=own)
-    chunks = replace(layout.catalog.chunks, entry=ints([k for k, _ in parts]))
+        files.add(name, state, {**_model_of(step), **{p: v for p, v in beside.items() if p[0] != "optimizer"}})
+    return _laid_out(spec, files)
+
+
+def _laid_out(spec: Spec, files: _Files) -> Layout:
+    made = replace(spec, entries=tuple(files.tensors), extras=())
+    layout = pt.lay_out_files(made, files.names, files.groups, own=files.own)
+    of = ints(files.of)
+    chunks = replace(layout.catalog.chunks, entry=of).take(np.flatnonzero(of >= 0))
     catalog = replace(layout.catalog, format="deepspeed", entries=spec.entries, chunks=chunks)
-    return replace(layout, catalog=catalog, late={TRACKER: lambda: tag.encode()})
+    return replace(layout, catalog=catalog, late={TRACKER: files.tag.encode})
+
+
+def _value_file(files: _Files, k: int, entry: Entry, info: Mapping[str, Any]) -> tuple[int, Entry] | None:
+    """The file of one value of a weight; what it is, if it is the step."""
+    name, key = (entry.name, "fp32") if entry.role == "weight" else (str(entry.path[2]), str(entry.path[3]))
+    path = f"{FOLDER}/{_folder(name)}/{key}.pt"
+    if key == "step":
+        files.add(path, [(k, replace(entry, path=()))], {})
+        return k, entry
+    files.add(path, [(k, replace(entry, path=("param",)))], _flags(name, info))
+    return None
+
+
+def _fresh(files: _Files, entry: Entry, info: Mapping[str, Any]) -> tuple[int, Entry]:
+    """Moments that are zeros at step 0: an engine of stage 3 asks for them also where training begins."""
+    for key in ("exp_avg", "exp_avg_sq"):
+        zeros = [(-1, replace(entry, path=("param",)))]
+        files.add(f"{FOLDER}/{_folder(entry.name)}/{key}.pt", zeros, _flags(entry.name, info))
+    step = Entry("step", "float32", ())
+    files.add(f"{FOLDER}/{_folder(entry.name)}/{STEP}", [(-1, step)], {})
+    return -1, step
 
 
 def _folder(name: str) -> str:
@@ -170,7 +205,7 @@ def _folder(name: str) -> str:
     return name
 
 
-def _settings_of(beside: Mapping[Any, Any]) -> dict[tuple[str | int, ...], Any]:
+def _settings_of(beside: Values) -> dict[Any, Any]:
     """Of optimizer_state.pt: as stages 1 and 2 want it, and as stage 3 does. One group is meant where none is known."""
     groups = beside.get(("optimizer", "param_groups")) or [{}]
     plain = {(p[1],): v for p, v in beside.items() if p[0] == "optimizer" and len(p) == 2 and p[1] != "param_groups"}
@@ -182,9 +217,9 @@ def _settings_of(beside: Mapping[Any, Any]) -> dict[tuple[str | int, ...], Any]:
     }
 
 
-def _model_of(step: int | None) -> dict[tuple[str, ...], Any]:
+def _model_of(step: int | None) -> dict[Any, Any]:
     """What an engine wants to find in the file of a model, where the source says nothing."""
-    counters: dict[tuple[str, ...], Any] = {
+    counters: dict[Any, Any] = {
         ("dp_world_size",): 1,
         ("mp_world_size",): 1,
         ("global_steps",): step or 0,
@@ -193,13 +228,13 @@ def _model_of(step: int | None) -> dict[tuple[str, ...], Any]:
     return {**counters, ("module",): {}, ("ds_version",): VERSION, (INFO, "universal_checkpoint_version"): 0.4}
 
 
-def _flags(entry: Entry, info: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+def _flags(name: str, info: Mapping[str, Any]) -> dict[Any, Any]:
     """How tensor-parallel ranks of a loading engine divide a weight, by the patterns that the training program gave."""
 
     def listed(key: str) -> bool:
-        return any(re.match(str(pattern), entry.name) for pattern in info.get(key) or ())
+        return any(re.match(str(pattern), name) for pattern in info.get(key) or ())
 
-    if listed("parameter_with_sub_params") or info.get("parameter_with_sub_params"):
+    if info.get("parameter_with_sub_params"):
         raise UsageError(
             "target.universal=true: parameter_with_sub_params of universal_checkpoint_info is not supported."
         )
@@ -207,7 +242,5 @@ def _flags(entry: Entry, info: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
         return {}
     if listed("parameter_with_2_sub_params_cat_dim_0"):
         return {("cat_dim",): 0, ("param_n_sub_params",): 2}
-    vocabulary: dict[tuple[str, ...], Any] = (
-        {("vocab_tensor",): True} if listed("vocabulary_parameter_patterns") else {}
-    )
-    return {("cat_dim",): int(listed("parameter_with_row_parallelism_patterns")), **vocabulary}
+    whole: dict[Any, Any] = {("cat_dim",): int(listed("parameter_with_row_parallelism_patterns"))}
+    return whole | ({("vocab_tensor",): True} if listed("vocabulary_parameter_patterns") else {})

@@ -3,7 +3,8 @@
 FOLDER/<case>/<tag>         what save_checkpoint writes (latest, global_step3/...)
 FOLDER/<case>/fp32.pt       what DeepSpeed's own zero_to_fp32 makes of it
 FOLDER/<case>/universal     what its own ds_to_universal makes of it, where the case asks for it
-FOLDER/<case>/next.json     the losses of the steps after the save
+FOLDER/<case>/losses.json   the losses of the steps before and after the save
+FOLDER/<case>/start.pt      the weights before the first step
 
 `python -m tests.real.zero --record DATA FOLDER WORLD CASE...` keeps native checkpoints of some cases, and digests of what
 DeepSpeed made of them. `... FOLDER CASE --resume DIR STAGE`: an engine of that stage, at this world size, loads the universal checkpoint in DIR
@@ -113,12 +114,13 @@ def make(folder: Path, name: str, rank: int) -> None:
 
     case = CASES[name]
     engine = engine_of(case, case["stage"])
-    train(engine, 3)
+    first = train(engine, 3)
     info = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}, "note": {"seen": [1, 2]}}
     engine.save_checkpoint(str(folder / name), client_state=info)
     after = train(engine, 2)
     if rank == 0:
-        (folder / name / "next.json").write_text(json.dumps(after))
+        (folder / name / "losses.json").write_text(json.dumps([first, after]))
+        torch.save(model_of(case.get("model", "toy")).state_dict(), folder / name / "start.pt")
         if case["stage"]:
             torch.save(get_fp32_state_dict_from_zero_checkpoint(str(folder / name)), folder / name / "fp32.pt")
         if case.get("universal"):
@@ -171,7 +173,6 @@ def record(data: Path, folder: Path, world: str, names: list[str]) -> None:
         shutil.copy(made / "latest", kept / "latest")
         theirs = torch.load(made / "fp32.pt")
         row: dict[str, Any] = {"fp32": {n: digest(t) for n, t in theirs.items()}}
-        row["next"] = json.loads((made / "next.json").read_text())
         if CASES[name].get("universal"):
             row["universal"] = {n: digest(t.flatten()) for n, t in values(made / "universal").items()}
         if CASES[name].get("model") == "llama":
