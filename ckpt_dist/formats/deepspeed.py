@@ -25,7 +25,7 @@ from ckpt_dist.formats._table import File, Table, opened
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 LAYER = re.compile(r"layer_\d+-(?:model_\d+-)?model_states\.pt")
-EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
+EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_\d+_model_states\.pt")
 PARTS = (  # keys of a model's file that make up its tensors
     "module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params", "optimizer",
 )  # fmt: skip
@@ -40,17 +40,23 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     if _universal.claims(path):
         return _universal.scan(path, _models(path), _state)
     models, optims = _files(path)
-    partitioned, keep = models[0].startswith("zero_pp_rank"), options.get("keep")
+    experts, keep = sorted(p.name for p in path.iterdir() if EXPERT.fullmatch(p.name)), options.get("keep")
+    partitioned, strict = models[0].startswith("zero_pp_rank"), options.get("unmatched") != "drop"
     master = partitioned or options.get("weights") == "master" or bool(options.get("universal") and optims)
     main, files, table, extras = opened(path, models[0], 0), [models[0]], Table(), list[Extra]()
-    module = _module(main)
-    save = None
-    if optims and (master or keep is None or "optimizer" in keep):
+    module, save = _module(main), None
+    if experts and (master or (strict and "optimizer" in (keep or ()))):
+        raise CheckpointError(
+            f"{path} is of a mixture of experts ({len(experts)} files such as {experts[0]}), of which the optimizer's files are "
+            "not read: only the model's own weights are, without source.weights=master and keep=optimizer."
+        )
+    if optims and not experts and (master or keep is None or "optimizer" in keep):
         save = _zero.save(main, [opened(path, name, 1 + k) for k, name in enumerate(optims)])
         files += optims
     if not master:
         for name, ref in module.items():
             table.whole(Entry(name, ref.dtype, ref.shape, (name,)), ref, main)
+        files += _experts(table, path, main, experts, len(files))
     elif save:
         frozen = partitioned and bool(main.tree.get("frozen_param_shapes"))
         more = models[1:] if frozen else []
@@ -59,12 +65,15 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
         _masters(table, main, module, _zero.masters(save) | (_frozen(ranks, save) if frozen else {}))
     else:
         raise CheckpointError(
-            f"{path} has no fp32 master weights: no optimizer files lie beside {models[0]}. Leave source.weights out."
+            f"{path} has no fp32 master weights that have names: no optimizer files of ZeRO lie beside {models[0]}. "
+            "Leave source.weights out."
         )
     extras += _state(table, main)
-    strict = "optimizer" in (keep or ()) and options.get("unmatched") != "drop"
-    extras += _zero.moments(table, save, strict) if save else _unread(main, optims)
-    about = {"weights": "master" if master else "param", "notes": (_said(module, save, master, bool(optims)),)}
+    extras += _zero.moments(table, save, strict and "optimizer" in (keep or ())) if save else _unread(main, optims)
+    about = {
+        "weights": "master" if master else "param",
+        "notes": (_said(module, save, master, bool(optims and not experts)),),
+    }
     return table.catalog("deepspeed", path, files, extras, about)
 
 
@@ -99,6 +108,23 @@ def _aliases(main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[
     place = {(r.storage.key, r.offset, r.shape): n for n, r in module.items() if n in held and 0 not in r.shape}
     same = {n: place.get((r.storage.key, r.offset, r.shape), n) for n, r in module.items() if n not in held}
     return {**same, **({str(k): str(v) for k, v in said.items()} if isinstance(said, Mapping) else {})}
+
+
+def _experts(table: Table, path: Path, main: File, names: Sequence[str], first: int) -> Sequence[str]:
+    """Experts lie in a file each, under names with their numbers in the whole model; those of all of a layer are there."""
+    layers: dict[str | None, set[int]] = {}
+    for k, name in enumerate(names):
+        layer, expert = EXPERT.fullmatch(name).groups()  # type: ignore[union-attr]
+        layers.setdefault(layer, set()).add(int(expert))
+        file = opened(path, name, first + k)
+        for label, ref in file.tree.items():
+            table.whole(Entry(str(label), ref.dtype, ref.shape, (str(label),)), ref, file)
+    said = main.tree.get("num_experts")
+    counts = said if isinstance(said, (list, tuple)) and len(said) == len(layers) else [0] * len(layers)
+    for (layer, found), count in zip(sorted(layers.items(), key=lambda row: int(row[0] or 0)), counts, strict=True):
+        if lost := set(range(max(count, max(found) + 1))) - found:
+            raise CheckpointError(f"{path}: expert {min(lost)} of layer {layer or 0} is missing. Fetch its file.")
+    return names
 
 
 def _said(module: Mapping[str, pickles.TensorRef], save: _zero.Save | None, master: bool, more: bool) -> str:
@@ -155,10 +181,6 @@ def _refuse(path: Path, names: Sequence[str]) -> None:
         raise CheckpointError(
             f"{path} is a pipeline's checkpoint: {len(layers)} files such as {layers[0]}, with names that count the items of a "
             "list of layers. Those of Megatron-DeepSpeed are read with source.format=megatron_deepspeed."
-        )
-    if experts := sorted(n for n in names if EXPERT.fullmatch(n)):
-        raise CheckpointError(
-            f"{path} is of a mixture of experts: {len(experts)} files such as {experts[0]}, which are not read yet."
         )
     found = sorted({m[2] for n in names if (m := MODEL.fullmatch(n) or OPTIM.fullmatch(n))})
     if len(found) > 1:

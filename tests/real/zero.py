@@ -2,6 +2,7 @@
 
 FOLDER/<case>/<tag>         what save_checkpoint writes (latest, global_step3/...)
 FOLDER/<case>/fp32.pt       what DeepSpeed's own zero_to_fp32 makes of it
+FOLDER/<case>/together.pt   of a mixture of experts: what all ranks have, as the program has it
 FOLDER/<case>/universal     what its own ds_to_universal makes of it, where the case asks for it
 FOLDER/<case>/losses.json   the losses of the steps before and after the save
 FOLDER/<case>/start.pt      the weights before the first step
@@ -32,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two_fp32": dict(stage=2, bf16=False),
     "three": dict(stage=3, bf16=True, universal=True),
     "three_cut": dict(stage=3, bf16=False, groups=2, sub_group_size=50),
+    "experts": dict(stage=1, bf16=True, model="experts"),
     "llama": dict(stage=1, bf16=True, model="llama"),
     "llama_three": dict(stage=3, bf16=True, model="llama"),
 }
@@ -63,6 +65,37 @@ class Toy(nn.Module):
         return nn.functional.cross_entropy(self.head(self.last(self.frozen(x))).float().flatten(0, 1), ids.flatten())
 
 
+class Experts(nn.Module):
+    """Two layers of four experts, two on each rank."""
+
+    def __init__(self) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(MoE(6, nn.Linear(6, 6), num_experts=4, ep_size=2) for _ in range(2))
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), ids.flatten())
+
+
+def together(engine: Any) -> dict[str, torch.Tensor]:
+    """The weights of all ranks, experts under their numbers in the whole model."""
+    found: dict[str, torch.Tensor] = {}
+    each: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(each, engine.module.state_dict())
+    for rank, state in enumerate(each):
+        for name, value in state.items():
+            head, mark, tail = name.partition("deepspeed_experts.")
+            local, dot, rest = tail.partition(".")
+            found[head + mark + str(rank * 2 + int(local)) + dot + rest if mark else name] = value
+    return found
+
+
 def model_of(kind: str, blank: bool = False) -> nn.Module:
     torch.manual_seed(5)
     if kind == "llama":
@@ -70,7 +103,7 @@ def model_of(kind: str, blank: bool = False) -> nn.Module:
 
         made: nn.Module = LlamaForCausalLM(LlamaConfig(**LLAMA, attn_implementation="eager"))
     else:
-        made = Toy()
+        made = Experts() if kind == "experts" else Toy()
     for p in made.parameters():
         if blank and p.requires_grad:
             p.data.zero_()
@@ -82,7 +115,12 @@ def engine_of(case: dict[str, Any], stage: int, blank: bool = False, **more: Any
 
     made = model_of(case.get("model", "toy"), blank)
     trained = [p for p in made.parameters() if p.requires_grad]
-    groups = [{"params": trained[:2], "lr": 0.02}, {"params": trained[2:]}] if case.get("groups") == 2 else trained
+    if "experts" in case.get("model", ""):
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+        groups: Any = split({"params": [*made.parameters()], "name": "all"})
+    else:
+        groups = [{"params": trained[:2], "lr": 0.02}, {"params": trained[2:]}] if case.get("groups") == 2 else trained
     zero = dict(stage=stage, stage3_param_persistence_threshold=0)
     if "sub_group_size" in case:
         zero["sub_group_size"] = case["sub_group_size"]
@@ -115,8 +153,18 @@ def make(folder: Path, name: str, rank: int) -> None:
     case = CASES[name]
     engine = engine_of(case, case["stage"])
     first = train(engine, 3)
-    info = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}, "note": {"seen": [1, 2]}}
+    info: dict[str, Any] = {
+        "universal_checkpoint_info": {"universal_checkpoint_version": 0.4},
+        "note": {"seen": [1, 2]},
+    }
+    if name == "experts":
+        info.pop("universal_checkpoint_info")  # refused there
     engine.save_checkpoint(str(folder / name), client_state=info)
+    if name == "experts":
+        whole = together(engine)
+        if rank == 0:
+            torch.save(whole, folder / name / "together.pt")
+        return
     after = train(engine, 2)
     if rank == 0:
         (folder / name / "losses.json").write_text(json.dumps([first, after]))
@@ -171,10 +219,12 @@ def record(data: Path, folder: Path, world: str, names: list[str]) -> None:
         tag = (made / "latest").read_text()
         shutil.copytree(made / tag, kept / tag)
         shutil.copy(made / "latest", kept / "latest")
-        theirs = torch.load(made / "fp32.pt")
-        row: dict[str, Any] = {"fp32": {n: digest(t) for n, t in theirs.items()}}
+        kind = "together" if name == "experts" else "fp32"
+        theirs = torch.load(made / f"{kind}.pt")
+        row: dict[str, Any] = {kind: {n: digest(t) for n, t in theirs.items()}}
         if CASES[name].get("universal"):
             row["universal"] = {n: digest(t.flatten()) for n, t in values(made / "universal").items()}
+            shutil.copytree(made / "universal", kept / "universal")
         if CASES[name].get("model") == "llama":
             from transformers import LlamaConfig, LlamaForCausalLM
 
