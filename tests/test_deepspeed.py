@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import types
+import zipfile
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,10 @@ def test_what_was_taken_is_said() -> None:
 def test_a_model_of_transformers_computes_the_same(case: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    LlamaConfig(**LLAMA).save_pretrained(tmp_path / "config")
-    options = {"source.weights": "master", "model.config": str(tmp_path / "config")}
-    ckpt_dist.convert(DATA / case, tmp_path / "hf", format="hf", **options)
+    run = Path(shutil.copytree(DATA / case, tmp_path / "checkpoint-3"))  # as the Trainer of transformers leaves it
+    LlamaConfig(**LLAMA).save_pretrained(run)
+    torch.save({"lm_head.weight": torch.zeros(2)}, run / "pytorch_model.bin")
+    ckpt_dist.convert(run, tmp_path / "hf", format="hf", **{"source.weights": "master"})
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", attn_implementation="eager", output_loading_info=True, dtype=torch.float32
     )
@@ -127,9 +129,7 @@ def test_a_model_of_transformers_computes_the_same(case: str, tmp_path: Path) ->
     with torch.no_grad():
         logits = model.eval()(IDS).logits[0, -1]
     assert torch.equal(logits, torch.tensor(GIVEN[case]["logits"]))
-    assert ckpt_dist.fingerprint(DATA / case, **{"a.weights": "master", "model.config": str(tmp_path / "config")}) == (
-        ckpt_dist.fingerprint(tmp_path / "hf")
-    )
+    assert ckpt_dist.fingerprint(run, **{"a.weights": "master"}) == ckpt_dist.fingerprint(tmp_path / "hf")
 
 
 # ---- universal checkpoints, judged by ds_to_universal
@@ -153,6 +153,21 @@ def test_universal_is_that_of_ds_to_universal(case: str, tmp_path: Path) -> None
     )
     assert all(torch.equal(ours[f"{n}/{k}"], v) for n, of in moments.items() for k, v in of.items())
     assert {k for of in moments.values() for k in of} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_universal_of_weights_alone_begins_at_step_0(tmp_path: Path) -> None:
+    weights = {"a.weight": torch.randn(3, 4).bfloat16(), "count": torch.tensor([3])}
+    torch.save(weights, tmp_path / "w.pt")
+    ckpt_dist.convert(tmp_path / "w.pt", tmp_path / "u", format="deepspeed", universal=True)
+    made = values(tmp_path / "u/universal")
+    assert torch.equal(made["a.weight/fp32"], weights["a.weight"].float()) and torch.equal(
+        made["count/fp32"], weights["count"]
+    )
+    assert all(torch.equal(made[f"a.weight/{k}"], torch.zeros(3, 4)) for k in ("exp_avg", "exp_avg_sq"))
+    assert made["a.weight/step"] == 0 and set(made) == {"count/fp32", *(f"a.weight/{k}" for k in ("fp32", "exp_avg", "exp_avg_sq", "step"))}  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "u/universal/zero/a.weight/exp_avg.pt") as archive:
+        assert archive.testzip() is None
+    assert to_torch(tmp_path / "u", tmp_path / "t").keys() == weights.keys()
 
 
 @pytest.mark.parametrize("case", ["two-3", "three-2"])
@@ -311,6 +326,8 @@ def test_a_consolidation_of_16_ranks_stays_within_its_memory(tmp_path: Path) -> 
     before, after = peak("convert", source, tmp_path / "target", format="torch")
     print(f"{size >> 20} MiB: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
     assert size > 10 * MEMORY and after - before < MEMORY + (256 << 20)
+    report = json.loads((tmp_path / "target/ckpt_dist.json").read_text())["report"]
+    assert report["bytes_read"] == 4 * sum((1000 + k) * 4099 for k in range(31))  # each element once
     made = torch.load(tmp_path / "target/model.pt", weights_only=True, mmap=True)
     assert {tuple(t.shape) for t in made.values()} == {(1000 + k, 4099) for k in range(31)}
 
