@@ -144,7 +144,8 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
 
 def _tracked(asked: Path) -> tuple[Path, str] | None:
     """The checkpoint that the trainer's tracker file names, and that file: newer ones were not saved to their end."""
-    tracker = next((asked / n for n in (megatron.TRACKER, *LATEST) if (asked / n).is_file()), None)
+    trackers = (*LATEST, megatron.TRACKER)  # Megatron-DeepSpeed writes both, its folders are DeepSpeed's
+    tracker = next((asked / n for n in trackers if (asked / n).is_file()), None)
     if tracker is None:
         return None
     text = tracker.read_bytes()[:256].decode(errors="replace").strip()

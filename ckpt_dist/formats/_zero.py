@@ -29,12 +29,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class Save:
     """One save of all ranks. `groups` are the trained parameters of each group in their order; `starts`, where each
-    begins in its group's line (stages 1 and 2)."""
+    begins in its group's line (stages 1 and 2). `shuffled`: by round_robin_gradients, which the order of `groups` knows
+    and the ranks' own mappings do not (DeepSpeed 0.19.8)."""
 
     stage: int
     groups: tuple[Shapes, ...]
     starts: tuple[Ints, ...]
     shards: tuple[tuple[File, Mapping[str, Any]], ...]
+    shuffled: bool = False
 
     @property
     def where(self) -> Path:
@@ -63,7 +65,10 @@ def save(main: File, files: Sequence[File]) -> Save:
             f"{main.path} does not say which parameters are trained (param_shapes). Is it older than DeepSpeed 0.5?"
         )
     starts = tuple(_starts(g, shards[0][1].get("param_alignment_paddings"), k) for k, g in enumerate(groups))
-    return Save(stages[0], tuple(groups), starts, tuple(shards))
+    settings = main.tree.get("ds_config")
+    settings = settings.get("zero_optimization") if isinstance(settings, Mapping) else None
+    shuffled = isinstance(settings, Mapping) and settings.get("round_robin_gradients") is True
+    return Save(stages[0], tuple(groups), starts, tuple(shards), shuffled)
 
 
 def _inner(file: File) -> Mapping[str, Any]:
@@ -173,7 +178,7 @@ def masters(s: Save) -> dict[str, Part]:
             f"{s.where}: the ranks have {sorted({len(of) for of in each})} flat groups. They are of two runs."
         )
     found = _parts(s, list(zip(*each, strict=True)), key)
-    for file, tree in s.shards:
+    for file, tree in () if s.shuffled else s.shards:
         _mapped(file, tree.get("param_slice_mappings"), found)
     return found
 
@@ -232,7 +237,7 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
         for name, p in parts.items():
             path = ("optimizer", "state", name, key)
             table.runs(Entry(".".join(path), p.dtype, p.shape, path, "optimizer"), p.lo, p.hi, p.file, p.address)
-    groups = holders[0].get("param_groups") if isinstance(holders[0], Mapping) else None
+    groups = holders[0].get("param_groups") if isinstance(holders[0], Mapping) else [{} for _ in s.groups]
     yield Extra("optimizer.param_groups", ("optimizer", "param_groups"), "optimizer", groups)
     for key, value in s.shards[0][1].items():
         if isinstance(value, (int, float, str)):

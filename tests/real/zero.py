@@ -32,7 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
     "two": dict(stage=2, bf16=True, groups=2, universal=True),
     "two_fp32": dict(stage=2, bf16=False),
     "three": dict(stage=3, bf16=True, universal=True),
-    "three_cut": dict(stage=3, bf16=False, groups=2, sub_group_size=50),
+    "three_cut": dict(stage=3, bf16=False, groups=2, zero=dict(sub_group_size=50)),
+    "robin": dict(stage=2, bf16=True, groups=2, universal=True, zero=dict(round_robin_gradients=True)),
+    "aligned": dict(stage=1, bf16=True, groups=2, universal=True, zero=dict(parameter_alignment=True)),
+    "elastic": dict(stage=1, bf16=True, groups=2, zero=dict(elastic_checkpoint=True)),
     "experts": dict(stage=1, bf16=True, model="experts"),
     "llama": dict(stage=1, bf16=True, model="llama"),
     "llama_three": dict(stage=3, bf16=True, model="llama"),
@@ -121,9 +124,7 @@ def engine_of(case: dict[str, Any], stage: int, blank: bool = False, **more: Any
         groups: Any = split({"params": [*made.parameters()], "name": "all"})
     else:
         groups = [{"params": trained[:2], "lr": 0.02}, {"params": trained[2:]}] if case.get("groups") == 2 else trained
-    zero = dict(stage=stage, stage3_param_persistence_threshold=0)
-    if "sub_group_size" in case:
-        zero["sub_group_size"] = case["sub_group_size"]
+    zero = dict(stage=stage, stage3_param_persistence_threshold=0, **case.get("zero", {}))
     config = dict(
         train_micro_batch_size_per_gpu=2,
         optimizer=dict(type="Adam", params=dict(lr=0.01, torch_adam=True)),
