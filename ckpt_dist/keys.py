@@ -180,7 +180,7 @@ RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "s
 
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
-    "weights": choice("param", "ema"), "step": STEP,
+    "weights": choice("param", "ema", "master"), "step": STEP,
     "replicas": choice("first", "average"),
 }  # fmt: skip
 KEYS: dict[str, Kind] = {
@@ -198,6 +198,7 @@ KEYS: dict[str, Kind] = {
     "target.partition_method": choice("uniform", "uniform_floor"),
     "target.release": FLAG,
     "target.spec": choice("te", "local"),
+    "target.universal": FLAG,
     "target.embedding": choice("auto", "vocabulary", "hidden", "whole"),
     "target.shared": FLAG,
     "target.placement": Kind("ranks, all, or the node of each rank such as 0,0,1,1", _placement, ("ranks", "all")),

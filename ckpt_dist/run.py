@@ -83,6 +83,7 @@ def engine_of(cfg: Config) -> dict[str, Any]:
 
 def convert(cfg: Config) -> dict[str, Any]:
     """One checkpoint into another format, dialect or dtype."""
+    cfg = _universal(cfg)
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
@@ -94,6 +95,18 @@ def convert(cfg: Config) -> dict[str, Any]:
             even = [1 / (1 + len(copies))] * (1 + len(copies))
             return _write(group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"})
         return _write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
+
+
+def _universal(cfg: Config) -> Config:
+    """A universal checkpoint is all of a run: fp32 weights, optimizer and state, as far as the source has them."""
+    target = cfg["target"]
+    if not target["universal"]:
+        return cfg
+    if target["format"] != "deepspeed":
+        raise UsageError(f"target.universal=true is of target.format=deepspeed, not {target['format']}.")
+    dtype = "float32" if target["dtype"] == "keep" else target["dtype"]
+    source = {**cfg["source"], "universal": True}
+    return {**cfg, "source": source, "target": {**target, "dtype": dtype}, "keep": ["weights", "optimizer", "state"]}
 
 
 def merge(cfg: Config) -> dict[str, Any]:
@@ -571,12 +584,13 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
     format = cfg["target"]["format"]
+    holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
         if "saved" in m.catalog.about and extra.role in wanted:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
         elif extra.role == "weight":
             lost.setdefault("not a tensor", []).append(extra.name)
-        elif extra.role not in wanted or format not in ("dcp", "torch"):
+        elif extra.role not in wanted or not holds:
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
         else:
             if format == "torch" and extra.address is not None:

@@ -22,7 +22,12 @@ STEP = re.compile(
 )
 DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
 NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
-INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
+INSIDE = {
+    "param": ("pytorch_model_fsdp_0", "actor", "model"),
+    "ema": ("pytorch_ema_model_fsdp_0", "ema"),
+    "master": (),
+}
+LATEST = ("latest", "latest_universal")  # DeepSpeed: the name of the folder that was saved last
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
     "config.json",
@@ -119,19 +124,22 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     weights, name = str(keys.get("weights", "param")), str(keys.get("format", "auto"))
     step = keys.get("step", "latest")
     folder = _here(asked, weights, name)
-    if folder is not None:
+    beside = folder is None or keys.get("universal")  # a model beside the run it is of
+    tracked = _tracked(asked) if step == "latest" and beside else None
+    if folder is not None and tracked is None:
         return _scan(asked, asked, folder, name, keys, config, ())
     if not asked.is_dir():
         formats.detect(asked)
+        _explain(asked, weights)
     if step == "latest" and (named := _named(asked)):
         source = open_source({**keys, "path": named[0]}, config)
         return replace(source, asked=asked, notes=(named[1], *source.notes))
-    if step == "latest" and (tracked := _tracked(asked)):
-        note = f"{tracked.name} is the latest by {megatron.TRACKER}"
-        return _one(asked, tracked, weights, name, keys, config, (note,))
+    if tracked is not None:
+        path, tracker = tracked
+        return _one(asked, path, weights, name, keys, config, (f"{path.name} is the latest by {tracker}",))
     numbered = steps(asked)
     if not numbered:
-        _explain_ema(asked, weights)
+        _explain(asked, weights)
         formats.detect(asked)
         raise CheckpointError(f"No {name} checkpoint at {asked}. {_content(asked)}")
     if step != "latest":
@@ -150,23 +158,28 @@ def _named(asked: Path) -> tuple[Path, str] | None:
     return (here, f"{here.name} is the only checkpoint there") if here else None
 
 
-def _tracked(asked: Path) -> Path | None:
-    """The checkpoint that Megatron's tracker file names: newer ones were not saved to their end."""
-    tracker = asked / megatron.TRACKER
-    if not tracker.is_file():
+def _tracked(asked: Path) -> tuple[Path, str] | None:
+    """The checkpoint that the trainer's tracker file names, and that file: newer ones were not saved to their end."""
+    trackers = (*LATEST, megatron.TRACKER)  # Megatron-DeepSpeed writes both, its folders are DeepSpeed's
+    tracker = next((asked / n for n in trackers if (asked / n).is_file()), None)
+    if tracker is None:
         return None
-    text = tracker.read_bytes()[:64].decode(errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdecimal()):
+    text = tracker.read_bytes()[:256].decode(errors="replace").strip()
+    number = text.isascii() and text.isdecimal()
+    if tracker.name == megatron.TRACKER and text != "release" and not number:
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
-    names = [text if text == "release" else megatron.STEPS.format(int(text))]
-    number = 0 if text == "release" else int(text)
-    names += [megatron.STEPS.format(number) + merak.ALONE, f"global_step{number}", NAMED[1]]
-    path = next((asked / n for n in names if (asked / n).is_dir()), asked / names[0])
+    names = [text]
+    if tracker.name == megatron.TRACKER:
+        count = int(text) if number else 0
+        names = [megatron.STEPS.format(count) if number else text, megatron.STEPS.format(count) + merak.ALONE]
+        names += [f"global_step{count}", NAMED[1]]
+    paths = [asked / formats.inside(asked, n, str(tracker)) for n in names]
+    path = next((p for p in paths if p.is_dir()), paths[0])
     if not path.is_dir():
         raise CheckpointError(
             f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."
         )
-    return path
+    return path, tracker.name
 
 
 def _one(
@@ -181,7 +194,7 @@ def _one(
     """The checkpoint at `path`, and no other."""
     folder = _here(path, weights, name)
     if folder is None:
-        _explain_ema(path, weights)
+        _explain(path, weights)
         formats.detect(path)
     return _scan(asked, path, folder or path, name, keys, config, notes)
 
@@ -194,7 +207,7 @@ def _latest(
         folder = _here(path, weights, name)
         try:
             if folder is None:
-                _explain_ema(path, weights)
+                _explain(path, weights)
                 formats.detect(path)
                 raise CheckpointError(f"{path} holds no {name} checkpoint.")
             source = _scan(asked, path, folder, name, keys, config, ())
@@ -211,19 +224,29 @@ def _latest(
 def _here(path: Path, weights: str, name: str) -> Path | None:
     """The folder that holds the arrays: one inside a training checkpoint, or the path itself."""
     candidates = [path / n for n in INSIDE[weights]] if path.is_dir() else []
-    candidates += [path] if weights == "param" or path.name in INSIDE["ema"] else []
+    candidates += [path] if weights != "ema" or path.name in INSIDE["ema"] else []
     for folder in candidates:
         if not folder.exists():
             continue
         if name != "auto":
             if formats.load(name).claims(folder):
                 return folder
-        elif any(formats.load(n).claims(folder) for n in formats.FORMATS):
+        elif any(formats.load(n).claims(folder) for n in (formats.MASTERS if weights == "master" else formats.FORMATS)):
             return folder
     return None
 
 
-def _explain_ema(path: Path, weights: str) -> None:
+def _no_masters(folder: Path, name: str) -> UsageError:
+    return UsageError(
+        f"source.weights=master: of {name} checkpoints ({folder}) only the model's own weights are read, master weights of "
+        f"{', '.join(formats.MASTERS)}. Leave it out."
+    )
+
+
+def _explain(path: Path, weights: str) -> None:
+    """Why these weights are not there, if others are."""
+    if weights == "master" and (folder := _here(path, "param", "auto")) is not None:
+        raise _no_masters(folder, formats.detect(folder))
     if weights == "ema" and _here(path, "param", "auto") is not None:
         raise CheckpointError(
             f"{path} has no EMA weights (no {INSIDE['ema'][0]} folder); its plain weights are there: source.weights=param."
@@ -239,12 +262,16 @@ def _scan(
     config: str | None,
     notes: tuple[str, ...],
 ) -> Source:
-    name = formats.detect(folder) if name == "auto" else name
+    master = keys.get("weights") == "master"
+    name = formats.detect(folder, formats.MASTERS if master else formats.FORMATS) if name == "auto" else name
+    if master and name not in formats.MASTERS:
+        raise _no_masters(folder, name)
     catalog: Catalog = formats.load(name).scan(folder, keys)
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     about = catalog.about
     saved = "saved" in about
+    notes = (*notes, *about.get("notes", ()))
     found, config_path = ({}, None) if saved and config is None else find_config(folder, path, asked, config)
     found = found or dict(catalog.config)
     if catalog.format == "hf":

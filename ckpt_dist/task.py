@@ -63,8 +63,12 @@ def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     """Find, scan and recognise one source."""
     settings = cfg.get("model") or {}
     rules = (cfg.get("target") or {}).get("dtype", "keep")
-    asked = {**keys, "dtype_of": lambda entry: target_dtype(rules, entry)}
-    return understand(open_source(asked, settings.get("config")), keys, cfg)
+    carried = {k: cfg.get(k) for k in ("keep", "unmatched")}
+    asked = {**keys, **carried, "dtype_of": lambda entry: target_dtype(rules, entry)}
+    source = open_source(asked, settings.get("config"))
+    if keys.get("universal") and source.catalog.format != "deepspeed":
+        cfg = {**cfg, "keep": ["weights"]}  # nobody else's optimizer has DeepSpeed's words
+    return understand(source, keys, cfg)
 
 
 def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:

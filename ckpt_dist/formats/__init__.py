@@ -27,10 +27,11 @@ from ckpt_dist.errors import CheckpointError, UsageError, nearest
 FORMATS = (
     "catalog",
     "fsdp",
+    "megatron_deepspeed",
+    "deepspeed",
     "torch_dist",
     "megatron",
     "merak",
-    "megatron_deepspeed",
     "dcp",
     "hf",
     "meta",
@@ -55,6 +56,7 @@ RANKS = {  # formats with files of their own for each of some kinds of ranks
 EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
 RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
+MASTERS = ("deepspeed",)  # formats of which the optimizer's own copies of the weights are read
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 
@@ -126,11 +128,11 @@ def dialects(target: Mapping[str, Any], own: str) -> tuple[str, ...]:
     return DIALECTS.get(str(target.get("format")), (own,))
 
 
-def detect(path: Path) -> str:
+def detect(path: Path, among: Sequence[str] = FORMATS) -> str:
     """The format of a checkpoint, recognised from its content."""
     if not path.exists():
         raise CheckpointError(f"No checkpoint at {path}: the path does not exist.{_neighbours(path)}")
-    for name in FORMATS:
+    for name in among:
         if load(name).claims(path):
             return name
     inside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]

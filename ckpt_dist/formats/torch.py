@@ -128,16 +128,22 @@ def lay_out(spec: Spec) -> Layout:
 
 
 def lay_out_files(
-    spec: Spec, names: Sequence[str], groups: Sequence[Sequence[int]], each: Sequence[Extra] = ()
+    spec: Spec,
+    names: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    each: Sequence[Extra] = (),
+    own: Sequence[Sequence[Extra]] = (),
 ) -> Layout:
-    """Archives as torch.save lays them out, with `each` in all of them; a storage's CRC is known only when its bytes are."""
+    """Archives as torch.save lays them out, with `each` in all of them and `own` in one each; a storage's CRC is known
+    only when its bytes are."""
     file = np.zeros(len(spec.entries), np.int64)
     offset = np.zeros(len(spec.entries), np.int64)
     lengths: list[int] = []
     pieces: list[tuple[int, int, bytes]] = []
     crcs: list[Crc] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-        tree = _tree([spec.entries[i] for i in group], [*each, *(spec.extras if number == 0 else ())])
+        beside = [*each, *(own[number] if own else ()), *(spec.extras if number == 0 else ())]
+        tree = _tree([spec.entries[i] for i in group], beside)
         storages = [
             int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group
         ]
@@ -187,6 +193,8 @@ def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
     leaves = [(e.path, tensor(e.dtype, e.shape, str(k))) for k, e in enumerate(entries)]
     leaves += [(x.path, x.value) for x in extras if x.address is None]
     root: dict[Any, Any] = {}
+    if len(leaves) == 1 and not leaves[0][0]:  # a file may be one tensor or value without a name
+        return leaves[0][1]
     for path, leaf in leaves:
         node = root
         for part in path[:-1]:
