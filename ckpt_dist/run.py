@@ -53,7 +53,17 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+        cfg = _as_stored(cfg, m)
         return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
+
+
+def _as_stored(cfg: Config, m: Model) -> Config:
+    """With the source's own format where `target.format=same` asks for it."""
+    if cfg["target"]["format"] != "same":
+        return cfg
+    if m.catalog.format == "fsdp" or m.source.reader:
+        raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
+    return {**cfg, "target": {**cfg["target"], "format": m.catalog.format}}
 
 
 def merge(cfg: Config) -> dict[str, Any]:
@@ -88,13 +98,17 @@ def average(cfg: Config) -> dict[str, Any]:
         with report.phase("scan"):
             models = part.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
+        cfg = _as_stored(cfg, models[-1])
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
-        target = _average_target(cfg, label)
+        target = _average_target(cfg, label, models[-1])
+        beside = cfg["target"]["format"] == "nemo"  # a file more in the folder of each rank
+        cfg = {**cfg, "target": {**cfg["target"], "path": str(target)}}
         table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
-        return _write(group, report, models, cfg, target, lambda d: _mean(d, given), about, given=given)
+        place = target.parent if beside else target
+        return _write(group, report, models, cfg, place, lambda d: _mean(d, given), about, into=beside, given=given)
 
 
 def seed(cfg: Config) -> dict[str, Any]:
@@ -138,7 +152,8 @@ def _open_all(cfg: Config, more: Mapping[str, Any]) -> list[Model]:
         ]  # weights= goes by the order of steps=
     if len(found) < 2:
         raise UsageError(f"An average needs at least two checkpoints; {paths[0]} gives {len(found)}.")
-    return [task.open_model({**cfg["source"], **more, "path": str(p)}, cfg) for p in found]
+    as_is = cfg["target"]["format"] in ("same", "nemo")  # each rank's tensors for themselves, under their own names
+    return [task.open_model({**cfg["source"], **more, "path": str(p), "as_is": as_is}, cfg) for p in found]
 
 
 def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report: Report) -> tuple[list[float], bool]:
@@ -155,13 +170,23 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     return [float(w) for w in given], True
 
 
-def _average_target(cfg: Config, label: str) -> Path:
+def _average_target(cfg: Config, label: str, m: Model) -> Path:
     """`target.path`, or `<name>-averaged` below it when a name is given, or beside the steps when nothing is."""
     path, name = cfg["target"].get("path"), cfg.get("name")
+    if cfg["naming"] == "nemo":
+        steps = ["_".join(map(str, cfg["steps"]))] if cfg.get("steps") else []
+        return Path(path or _among(cfg, m)).absolute() / "-".join([label, *steps, "averaged"])
     if path and not name:
         return Path(path)
     parent = Path(path) if path else Path(_paths(cfg)[0]).absolute().parent
     return parent / f"{label}-averaged"
+
+
+def _among(cfg: Config, m: Model) -> Path:
+    """The folder of the steps; where several checkpoints are named, that of the last."""
+    if isinstance(cfg["source"]["path"], str):
+        return Path(cfg["source"]["path"])
+    return Path(m.catalog.root) if m.catalog.format == "nemo" else m.source.asked.parent
 
 
 def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
@@ -313,10 +338,10 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = task.design(models, target)
     _same_tensors(models, d.sources)
-    extras, lost = _extras(models[0], cfg)
-    layout = _lay_out(d, models[0], extras, cfg, path)
+    extras, lost = _extras(models[-1], cfg)  # of several what is no weight is the last one's
+    layout = _lay_out(d, models[-1], extras, cfg, path)
     report.guesses += layout.catalog.about.get("guesses", ())
-    if target["format"] in ("megatron", "torch_dist"):
+    if target["format"] in ("megatron", "torch_dist", "zarr"):
         _translated(_args(d, models[0]), "config.json", report)
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
@@ -614,8 +639,9 @@ def record(
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
     if cfg["target"]["format"] in formats.ALONE:
         return {}
+    beside = f"{Path(cfg['target']['path']).name}." if cfg["target"]["format"] == "nemo" else ""  # of files among others
     recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
-    found = {"ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
+    found = {f"{beside}ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
     if about["verb"] == "average":
         from omegaconf import OmegaConf
 
@@ -630,7 +656,7 @@ def record(
             "sources": each,
             "recipe": _plain(cfg),
         }
-        found["average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
+        found[f"{beside}average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
     return found
 
 

@@ -16,11 +16,12 @@ from ckpt_dist import configs, formats, megatron, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
+from ckpt_dist.formats import nemo
 
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
 )
-INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
+INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model", "weights", "model_weights"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
     "config.json",
@@ -65,17 +66,23 @@ def steps(parent: Path) -> dict[int, Path]:
     Averages, `*-last` and other names without a number at their end are not among them.
     """
     found: dict[int, Path] = {}
-    for path in sorted(parent.iterdir()):
-        match = STEP.fullmatch(path.name)
-        if match is None or not path.is_dir() or (path / "average.yaml").exists():
+    for path in [*sorted(p for p in parent.iterdir() if p.is_dir()), *nemo.files(parent)]:
+        number = number_of(path)
+        if number is None or (path / "average.yaml").exists():
             continue
-        number = int(match[1])
         if number in found:
             raise CheckpointError(
                 f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself."
             )
         found[number] = path
     return dict(sorted(found.items()))
+
+
+def number_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; none for a copy of the last one, and for a save that did not end."""
+    name = path.name.removesuffix(nemo.ENDING)
+    match = STEP.fullmatch(name) or nemo.NAMED.search(name)
+    return int(match[1]) if match and not nemo.passed(path) else None
 
 
 def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:
@@ -234,8 +241,7 @@ def _scan(
     if saved:  # everything as it was where it was saved
         notes = (*notes, f"{folder} is a saved catalog of {about['folder']}")
         return Source(catalog, Path(about["asked"]), Path(about["folder"]), about["step"], found, None, notes)
-    match = STEP.fullmatch(path.name)
-    return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
+    return Source(catalog, asked, folder, number_of(path), found, config_path, notes)
 
 
 def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tuple[dict[str, Any], Path | None]:

@@ -138,12 +138,10 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
     """The CRCs, the late files, and the small files that travel along."""
     try:
         _patch_crcs(staging.folder, layout, runs)
-        for name, make in layout.late.items():
-            (staging.folder / name).write_bytes(make())
-        for name, content in small.items():
+        for name, content in {**layout.late, **small}.items():
             path = staging.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+            path.write_bytes(content if isinstance(content, bytes) else content() if callable(content) else content.read_bytes())
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published."

@@ -21,11 +21,12 @@ from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
 # the order in which a folder's content is tried
-FORMATS = ("catalog", "fsdp", "torch_dist", "megatron", "dcp", "hf", "meta", "sfpt", "torch")
+FORMATS = ("catalog", "fsdp", "archive", "torch_dist", "zarr", "nemo", "megatron", "dcp", "hf", "meta", "sfpt", "torch")
 DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
     "hf": ("hf",),
     "meta": ("meta",),
     "torch_dist": ("megatron_stacked", "megatron"),
+    "zarr": ("megatron_stacked", "megatron"),
     "megatron": ("megatron",),
     "sfpt": ("megatron", "megatron_stacked"),
 }

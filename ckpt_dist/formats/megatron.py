@@ -32,10 +32,10 @@ FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 STATE = "_extra_state"  # of a layer of Transformer Engine: a tensor of bytes, a file, or None
 OLD = (  # names from before megatron-core, and how it calls the same
-    (r"^(module\.)*", ""),
+    (r"^((model|module)\.)*", ""),  # of wrappers, and of NeMo
     (r"^language_model\.", ""),
     (r"^(encoder|transformer)\.", "decoder."),
-    (r"^word_embeddings_for_head\.", "output_layer."),
+    (r"^word_embeddings(_for_head)?\.", "output_layer."),
     (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
     (r"\.(self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
     (r"\.(self_)?attention\.dense\.", ".self_attention.linear_proj."),
@@ -61,10 +61,16 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     folders = sorted(p for p in path.iterdir() if FOLDER.fullmatch(p.name) and _file(p))
     files = [f"{p.name}/{_file(p)}" for p in folders]
     opened = [pt.open_archive(path / f) for f in files]
+    same_save(path, files, [tree for tree, _ in opened])
+    args = args_of(opened[0][0])
+    return assembled(path, files, opened, _ranks(path, [p.name for p in folders], args), args)
+
+
+def assembled(
+    path: Path, files: Sequence[str], opened: Sequence[tuple[Any, Any]], found: Sequence[Rank], args: Mapping[str, Any]
+) -> Catalog:
+    """The whole tensors of all ranks' files; `opened` are their dicts and the places of their storages."""
     trees = [tree for tree, _ in opened]
-    _same_save(path, files, trees)
-    args = args_of(trees[0])
-    found = _ranks(path, [p.name for p in folders], args)
     states = [_states(tree) for tree in trees]
     offsets = _offsets(path, files, states, found, args)
     entries: dict[str, Entry] = {}
@@ -84,7 +90,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     return Catalog("megatron", str(path), tuple(files), tuple(entries.values()), table, extras, args, about=about)
 
 
-def _same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
+def same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
     for file, tree in zip(files, trees, strict=True):
         if not isinstance(tree, Mapping) or not _models(tree):
             raise CheckpointError(f"{path / file} holds no model: a dict with the key model (or model0) is expected.")
