@@ -102,7 +102,7 @@ def average(cfg: Config) -> dict[str, Any]:
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
         target = _average_target(cfg, label, models[-1])
         beside = cfg["target"]["format"] == "nemo"  # a file more in the folder of each rank
-        cfg = {**cfg, "target": {**cfg["target"], "path": str(target)}}
+        cfg = {**cfg, "target": {**cfg["target"], "path": str(target)}} if beside else cfg
         table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")

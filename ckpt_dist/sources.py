@@ -80,9 +80,13 @@ def steps(parent: Path) -> dict[int, Path]:
 
 def number_of(path: Path) -> int | None:
     """The step that a checkpoint's name says; none for a copy of the last one, and for a save that did not end."""
-    name = path.name.removesuffix(nemo.ENDING)
+    return None if nemo.passed(path) else _said(path.name)
+
+
+def _said(name: str) -> int | None:
+    name = name.removesuffix(nemo.ENDING)
     match = STEP.fullmatch(name) or nemo.NAMED.search(name)
-    return int(match[1]) if match and not nemo.passed(path) else None
+    return int(match[1]) if match else None
 
 
 def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:
@@ -96,7 +100,8 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
         unknown = [s for s in wanted if s not in found]
         if unknown:
             raise CheckpointError(
-                f"{parent} has no step {unknown[0]}. It has {_some(list(found))}.{nearest(str(unknown[0]), map(str, found))}"
+                f"{parent} has no step {unknown[0]}{_why(parent, unknown[0])}. It has {_some(list(found))}."
+                f"{nearest(str(unknown[0]), map(str, found))}"
             )
         return {s: found[s] for s in sorted(wanted)}
     if last is not None:
@@ -104,6 +109,11 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
             raise CheckpointError(f"last={last}, but {parent} has only {len(found)} steps: {_some(list(found))}.")
         return dict(list(found.items())[-last:])
     return found
+
+
+def _why(parent: Path, step: int) -> str:
+    names = [p.name for p in sorted(parent.iterdir()) if _said(p.name) == step and nemo.passed(p)]
+    return f": {names[0]} is passed over as a copy, or for the mark of an unfinished save" if names else ""
 
 
 def _some(numbers: list[int]) -> str:

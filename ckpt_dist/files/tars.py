@@ -30,6 +30,7 @@ def directory(path: Path) -> dict[str, Member]:
     """All files by name, without a leading `./`."""
     with open(path, "rb") as file:
         head = file.read(2)
+        file.seek(0)
         if head in PACKED:
             raise CheckpointError(
                 f"{path} is packed with {PACKED[head]}, so nothing in it has an address. Unpack it first and give the folder: "

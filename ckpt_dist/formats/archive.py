@@ -41,7 +41,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     if torch_dist.METADATA in held:
         sizes = {n: m.nbytes for n, m in held.items()}
         found = zarr.described(path, sizes, lambda name: _read(path, held[name]), {})
-        return replace(_in_place(found, path, held), config=torch_dist.args_of(_common(path, held)) or args)
+        config = torch_dist.args_of(_common(path, held)) or args
+        return replace(_in_place(found, path, held), config=config, about={})
     names = sorted(n for n in members if PurePosixPath(n).name == nemo.WEIGHTS)
     if not names:
         some = ", ".join(sorted(members)[:8])

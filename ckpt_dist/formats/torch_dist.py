@@ -125,10 +125,9 @@ def _plain(value: Any) -> bool:
 
 def lay_out(spec: Spec) -> Layout:
     """A dcp folder with the objects that Megatron asks for, and what is beside them."""
-    states = spec.source.about.get("states", {}) if spec.source else {}
     names = [f"{key}/shard_{place}" for key, place in layer_states(spec.entries)]
-    objects = [states.get(name) or Extra(name, (name,), "state", [None]) for name in names]
-    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects)))
+    objects = {name: Extra(name, (name,), "state", [None]) for name in names} | held_states(spec, "torch_dist")
+    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects.values())))
     return placed(spec, layout, "torch_dist")
 
 
@@ -177,6 +176,14 @@ def _context(spec: Spec, folder: str) -> dict[str, Path]:
         return {}
     files = sorted(p for p in above.rglob("*") if p.is_file() and not p.is_symlink())
     return {f"context/{p.relative_to(above)}": p for p in files}
+
+
+def held_states(spec: Spec, backend: str) -> dict[str, Any]:
+    """The states of layers that a source has under the same names: they are passed on."""
+    source = spec.source
+    if source is None or source.format != backend or not {e.name for e in spec.entries} <= {e.name for e in source.entries}:
+        return {}
+    return dict(source.about.get("states", {}))
 
 
 def layer_states(entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:

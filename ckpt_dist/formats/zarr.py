@@ -34,7 +34,7 @@ DTYPES = {
 }  # fmt: skip
 CHUNK_BYTES = 64 << 20
 OBJECT = re.compile(r"/shard_[\d._]+\.pt$")
-MOST_CHUNKS = 1 << 24  # of one array: more than any checkpoint has files
+MOST_CHUNKS, MOST_DIMS = 1 << 20, 32  # of one array: more than any checkpoint has files
 
 
 def claims(path: Path) -> bool:
@@ -110,7 +110,7 @@ def described(
     owner = np.repeat(np.arange(len(rows)), [len(r[0]) for r in rows])
     chunks = Chunks(owner, start, stop, strides, np.arange(len(files)), np.zeros(len(files), np.int64))
     objects = sorted(n for n in sizes if OBJECT.search(n))
-    states = frozenset(o for o in objects if torch_dist.STATE in o)
+    states = {o: path / o for o in objects if torch_dist.STATE in o}
     extras = tuple(Extra(o.removesuffix(".pt"), (o,), role((o,)), None) for o in objects if o not in states)
     return Catalog("zarr", str(path), tuple(files), entries, chunks, extras, about={"states": states})
 
@@ -127,7 +127,7 @@ def _array(name: str, text: bytes, path: Path) -> tuple[Entry, Grid]:
         shape, chunk = (tuple(_length(n, least) for n in said[key]) for key, least in (("shape", 0), ("chunks", 1)))
         stored, order, separator = str(said["dtype"]), str(said.get("order", "C")), said.get("dimension_separator", ".")
         coded = [said.get("compressor"), *(said.get("filters") or ())]
-        if said["zarr_format"] != 2 or len(shape) != len(chunk) or order not in "CF" or separator not in (".", "/"):
+        if said["zarr_format"] != 2 or not len(chunk) == len(shape) <= MOST_DIMS or order not in "CF" or separator not in (".", "/"):
             raise ValueError(f"zarr_format {said['zarr_format']}, shape {shape}, chunks {chunk}, order {order}")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error!s:.200}. Fetch it again.") from None
@@ -193,7 +193,9 @@ def _rows(entry: Entry) -> Grid:
 
 
 def _header(entry: Entry, grid: Grid) -> str:
-    stored = next(word for word, dtype in DTYPES.items() if dtype == entry.dtype)
+    stored = next((word for word, dtype in DTYPES.items() if dtype == entry.dtype), None)
+    if stored is None:
+        raise CheckpointError(f"{entry.name}: Megatron's zarr has no word for {entry.dtype}. Give target.dtype=bfloat16.")
     said = dict(
         chunks=grid.chunk, compressor=None, dtype=stored, fill_value=None, filters=None, order="C", shape=grid.shape, zarr_format=2
     )
@@ -201,10 +203,7 @@ def _header(entry: Entry, grid: Grid) -> str:
 
 
 def _states(spec: Spec) -> dict[str, Any]:
-    """A layer's state from the source if that has it, else none."""
-    held = spec.source.about.get("states", ()) if spec.source and spec.source.format == "zarr" else ()
-    found: dict[str, Any] = {}
-    for key, place in torch_dist.layer_states(spec.entries):
-        name = f"{key}/shard_{place}.pt"
-        found[name] = (Path(spec.source.root) / name).read_bytes if name in held and spec.source else lambda: pt.archive(None)
-    return found
+    """A layer's state: the source's where that has it, else none."""
+    names = [f"{key}/shard_{place}.pt" for key, place in torch_dist.layer_states(spec.entries)]
+    held = torch_dist.held_states(spec, "zarr")
+    return {name: lambda: pt.archive(None) for name in names} | {name: path.read_bytes for name, path in held.items()}
