@@ -28,14 +28,15 @@ PASSED = re.compile(r"-(last|unfinished|EMA)$|-averaged")  # copies, marks of sa
 RANK = re.compile(r"mp_rank_(\d\d)|tp_rank_(\d\d)_pp_rank_(\d\d\d)")
 OF_FSDP = re.compile(r"(mp_rank_\d\d_)?fsdp_shard_\d+")
 MODEL = re.compile(r"model\d+")
+HELD = re.compile(rf"(?:(?P<rank>{RANK.pattern})\.)?(?P<model>state_dict|model\d+)\.(?P<key>.+)")  # as it is: mp_rank_00.state_dict.model.NAME
 KNOWN = re.compile(r"\b(language_model|decoder\.layers)\.")
 
 
 def passed(path: Path) -> bool:
-    """Whether a name is that of a copy or a result, or has the mark of a save that did not end beside it."""
+    """Whether a name is that of a rank, a copy or a result, or has the mark of a save that did not end beside it."""
     name = path.name.removesuffix(ENDING)
     folder = path.parent.parent if RANK.fullmatch(path.parent.name) else path.parent
-    return PASSED.search(name) is not None or (folder / f"{name}-unfinished").exists()
+    return bool(PASSED.search(name) or RANK.fullmatch(name)) or (folder / f"{name}-unfinished").exists()
 
 
 def files(folder: Path) -> list[Path]:
@@ -51,7 +52,8 @@ def _folders(folder: Path) -> list[str]:
 
 def claims(path: Path) -> bool:
     if path.is_dir():
-        return len(files(path)) == 1 and (bool(_folders(path)) or (path / WEIGHTS).is_file())
+        found = files(path)
+        return len(found) == 1 and (bool(_folders(path)) or _of_nemo(found[0]))
     return path.suffix == ENDING and path.is_file() and (bool(RANK.fullmatch(path.parent.name)) or _of_nemo(path))
 
 
@@ -120,19 +122,17 @@ def _as_is(root: Path, names: Sequence[str], opened: Sequence[tuple[Any, Any]]) 
     _ranks(root, [Path(n).parent.name for n in names])
     entries, refs, extras = [], [], []
     for number, (name, (tree, storages)) in enumerate(zip(names, opened, strict=True)):
-        folder = str(Path(name).parent)
-        for place, leaf in _leaves(root / name, tree):
-            path = (folder, *place)
-            label = ".".join(path)
+        for place, leaf in _leaves(tree):
+            label = ".".join([*Path(name).parts[:-1], *place])
             if not isinstance(leaf, pickles.TensorRef) or megatron.STATE in label:
-                extras.append(Extra(label, path, "state", pickles.Record()))
+                extras.append(Extra(label, (label,), "state", pickles.Record()))
                 continue
-            entries.append(Entry(label, leaf.dtype, leaf.shape, path))
+            entries.append(Entry(label, leaf.dtype, leaf.shape, (label,)))
             refs.append((leaf, number, pt.storage_record(storages, leaf, f"{root / name}: {label}")))
     return Catalog("nemo", str(root), tuple(names), tuple(entries), pt.chunks(entries, refs), tuple(extras))
 
 
-def _leaves(where: Path, tree: Any) -> Iterator[tuple[tuple[str, str], Any]]:
+def _leaves(tree: Any) -> Iterator[tuple[tuple[str, str], Any]]:
     state = _state(tree) if isinstance(tree, Mapping) else {}
     for key, part in state.items():
         for place, leaf in pt.walk(part):
@@ -141,16 +141,18 @@ def _leaves(where: Path, tree: Any) -> Iterator[tuple[tuple[str, str], Any]]:
 
 def lay_out(spec: Spec) -> Layout:
     """`{"state_dict": {...}}` in a file for each rank that the source has."""
-    if not all(len(e.path) == 3 and (e.path[1] == "state_dict" or MODEL.fullmatch(str(e.path[1]))) for e in spec.entries):
+    found = [HELD.fullmatch(e.name) for e in spec.entries]
+    if None in found:
         raise UsageError(
             "target.format=nemo: NeMo 1's files are written for averages of such files only. For a run of NeMo write "
             "target.format=torch_dist with target.key=module (NeMo 2) or target.key=model (NeMo 1)."
         )
     name = Path(str(spec.options["path"])).name + ENDING
-    folders = list(dict.fromkeys(str(e.path[0]) for e in spec.entries))
-    groups = [[k for k, e in enumerate(spec.entries) if e.path[0] == folder] for folder in folders]
-    entries = tuple(replace(e, path=e.path[1:]) for e in spec.entries)
-    empty = () if any(e.path[0] == "state_dict" for e in entries) else (Extra("state_dict", ("state_dict",), "state", {}),)
+    parts = [(m["rank"] or "", m["model"], m["key"]) for m in found if m]
+    folders = list(dict.fromkeys(folder for folder, *_ in parts))
+    groups = [[k for k, part in enumerate(parts) if part[0] == folder] for folder in folders]
+    entries = tuple(replace(e, path=part[1:]) for e, part in zip(spec.entries, parts, strict=True))
+    empty = () if any(key == "state_dict" for _, key, _ in parts) else (Extra("state_dict", ("state_dict",), "state", {}),)
     names = [str(Path(folder) / name) for folder in folders]
     layout = pt.lay_out_files(replace(spec, entries=entries, extras=()), names, groups, empty)
     return replace(layout, catalog=replace(layout.catalog, format="nemo"))
