@@ -69,6 +69,7 @@ def test_what_megatron_wrote_is_read(tmp_path: Path) -> None:
 
 def test_an_average_is_what_nemos_script_makes_and_zarr_reads(tmp_path: Path) -> None:
     shutil.copytree(RUN, tmp_path / "run")
+    shutil.copytree(step_10(), tmp_path / "run/gpt--val_loss=2.35-step=30-consumed_samples=240.0-last")
     ckpt_dist.average(tmp_path / "run", recipe="nemo_average", name="gpt", steps=[10, 20], quiet=True)
     made = tmp_path / "run/gpt-10_20-averaged"
     reference, found = torch.load(DATA / "reference.pt"), arrays(made)
