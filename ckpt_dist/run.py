@@ -639,7 +639,9 @@ def record(
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
     if cfg["target"]["format"] in formats.ALONE:
         return {}
-    beside = f"{Path(cfg['target']['path']).name}." if cfg["target"]["format"] == "nemo" else ""  # of files among others
+    beside = (
+        f"{Path(cfg['target']['path']).name}." if cfg["target"]["format"] == "nemo" else ""
+    )  # of files among others
     recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
     found = {f"{beside}ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
     if about["verb"] == "average":

@@ -21,7 +21,10 @@ from ckpt_dist.formats import nemo
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
 )
-INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model", "weights", "model_weights"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
+INSIDE = {
+    "param": ("pytorch_model_fsdp_0", "actor", "model", "weights", "model_weights"),
+    "ema": ("pytorch_ema_model_fsdp_0", "ema"),
+}
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
     "config.json",

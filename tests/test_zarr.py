@@ -88,7 +88,10 @@ def test_an_average_is_what_nemos_script_makes_and_zarr_reads(tmp_path: Path) ->
     pytest.importorskip("ml_dtypes")
     for name, value in found.items():
         read = np.ascontiguousarray(zarr.open(str(made / name), mode="r")[:])
-        assert torch.equal(torch.from_numpy(read.view(np.uint8)), value.contiguous().view(torch.uint8).view(-1).view(read.view(np.uint8).shape))
+        assert torch.equal(
+            torch.from_numpy(read.view(np.uint8)),
+            value.contiguous().view(torch.uint8).view(-1).view(read.view(np.uint8).shape),
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "mixtral"])

@@ -141,7 +141,9 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
         for name, content in {**layout.late, **small}.items():
             path = staging.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content() if callable(content) else content.read_bytes())
+            path.write_bytes(
+                content if isinstance(content, bytes) else content() if callable(content) else content.read_bytes()
+            )
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published."

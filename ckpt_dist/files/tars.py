@@ -40,7 +40,9 @@ def directory(path: Path) -> dict[str, Member]:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 return _members(path, archive)
         except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-            raise CheckpointError(f"{path} is no tar archive that can be read: {error!s:.200}. Fetch it again.") from None
+            raise CheckpointError(
+                f"{path} is no tar archive that can be read: {error!s:.200}. Fetch it again."
+            ) from None
 
 
 def _members(path: Path, archive: tarfile.TarFile) -> dict[str, Member]:
@@ -52,11 +54,15 @@ def _members(path: Path, archive: tarfile.TarFile) -> dict[str, Member]:
         if count >= MOST_MEMBERS:
             raise CheckpointError(f"{path} has more than {MOST_MEMBERS} members, which no checkpoint has.")
         if pure.is_absolute() or ".." in pure.parts or "\0" in one.name:
-            raise CheckpointError(f"{path} names the file {one.name!r}, which lies outside the archive's folder; refused.")
+            raise CheckpointError(
+                f"{path} names the file {one.name!r}, which lies outside the archive's folder; refused."
+            )
         if one.isdir():
             continue
         if not one.isreg() or one.issparse():
-            raise CheckpointError(f"{path}: {one.name!r} is a link, a device or a sparse file, which no checkpoint needs; refused.")
+            raise CheckpointError(
+                f"{path}: {one.name!r} is a link, a device or a sparse file, which no checkpoint needs; refused."
+            )
         if one.offset_data + one.size > total:
             raise CheckpointError(
                 f"{path} is truncated: {name!r} ends at byte {one.offset_data + one.size}, the file has {total}. Fetch it again."

@@ -36,7 +36,9 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     args = torch_dist.settings_in(_read(path, members[CONFIG])) if CONFIG in members else {}
     held = {n.removeprefix(FOLDER): m for n, m in members.items() if n.startswith(FOLDER)}
     if ".metadata" in held:
-        found = _in_place(dcp.described(path, {f"{path}: .metadata": _read(path, held[".metadata"])}, _sizes(path, held)), path, held)
+        found = _in_place(
+            dcp.described(path, {f"{path}: .metadata": _read(path, held[".metadata"])}, _sizes(path, held)), path, held
+        )
         return torch_dist.around(found, _common(path, held) or torch_dist.common_in(found), args)
     if torch_dist.METADATA in held:
         sizes = {n: m.nbytes for n, m in held.items()}

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist.catalog import Catalog, Entry, Extra, whole
+from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec, megatron, torch_dist
@@ -28,7 +28,9 @@ PASSED = re.compile(r"-(last|unfinished|EMA)$|-averaged")  # copies, marks of sa
 RANK = re.compile(r"mp_rank_(\d\d)|tp_rank_(\d\d)_pp_rank_(\d\d\d)")
 OF_FSDP = re.compile(r"(mp_rank_\d\d_)?fsdp_shard_\d+")
 MODEL = re.compile(r"model\d+")
-HELD = re.compile(rf"(?:(?P<rank>{RANK.pattern})\.)?(?P<model>state_dict|model\d+)\.(?P<key>.+)")  # as it is: mp_rank_00.state_dict.model.NAME
+HELD = re.compile(
+    rf"(?:(?P<rank>{RANK.pattern})\.)?(?P<model>state_dict|model\d+)\.(?P<key>.+)"
+)  # as it is: mp_rank_00.state_dict.model.NAME
 KNOWN = re.compile(r"\b(language_model|decoder\.layers)\.")
 
 
@@ -102,7 +104,12 @@ def _as_megatron(where: Path, tree: Any) -> dict[str, Any]:
         raise CheckpointError(f"{where} holds no model: a dict with the key state_dict (or model0) is expected.")
     rest = {k: v for k, v in tree.items() if k in ("optimizer_states", "lr_schedulers")}
     models = {"model" if k == "state_dict" else k: v for k, v in state.items()}
-    return {**rest, **models, "iteration": tree.get("global_step"), "checkpoint_version": tree.get("checkpoint_version", 3.0)}
+    return {
+        **rest,
+        **models,
+        "iteration": tree.get("global_step"),
+        "checkpoint_version": tree.get("checkpoint_version", 3.0),
+    }
 
 
 def _ranks(root: Path, folders: Sequence[str]) -> list[Rank]:
@@ -113,7 +120,9 @@ def _ranks(root: Path, folders: Sequence[str]) -> list[Rank]:
     lost = [(t, p) for t in range(tp) for p in range(pp) if (t, p) not in places]
     if lost or len(set(places)) < len(places):
         what = f"tensor rank {lost[0][0]} of stage {lost[0][1]}" if lost else "one rank alone"
-        raise CheckpointError(f"{root}: folders {', '.join(folders)} lack {what} of {tp} x {pp} ranks. Fetch the checkpoint again.")
+        raise CheckpointError(
+            f"{root}: folders {', '.join(folders)} lack {what} of {tp} x {pp} ranks. Fetch the checkpoint again."
+        )
     return [Rank(t, p, 0, tp, pp, 1) for t, p in places]
 
 
@@ -152,7 +161,9 @@ def lay_out(spec: Spec) -> Layout:
     folders = list(dict.fromkeys(folder for folder, *_ in parts))
     groups = [[k for k, part in enumerate(parts) if part[0] == folder] for folder in folders]
     entries = tuple(replace(e, path=part[1:]) for e, part in zip(spec.entries, parts, strict=True))
-    empty = () if any(key == "state_dict" for _, key, _ in parts) else (Extra("state_dict", ("state_dict",), "state", {}),)
+    empty = (
+        () if any(key == "state_dict" for _, key, _ in parts) else (Extra("state_dict", ("state_dict",), "state", {}),)
+    )
     names = [str(Path(folder) / name) for folder in folders]
     layout = pt.lay_out_files(replace(spec, entries=entries, extras=()), names, groups, empty)
     return replace(layout, catalog=replace(layout.catalog, format="nemo"))

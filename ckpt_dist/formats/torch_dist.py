@@ -137,7 +137,9 @@ def placed(spec: Spec, layout: Layout, backend: str) -> Layout:
     key = key_of(spec)
     folder = f"{megatron.STEPS.format(step)}/" if key is None else NEMO[key]
     late = {**layout.late, METADATA: json.dumps({**BACKENDS, "sharded_backend": backend}).encode}
-    late |= {COMMON: partial(_made_common, spec, step)} if key is None else {COMMON: partial(_common_of_nemo, spec, step)}
+    late |= (
+        {COMMON: partial(_made_common, spec, step)} if key is None else {COMMON: partial(_common_of_nemo, spec, step)}
+    )
     late = {folder + name: make for name, make in late.items()}
     if key is None:
         late[megatron.TRACKER] = lambda: str(step).encode()
@@ -181,7 +183,11 @@ def _context(spec: Spec, folder: str) -> dict[str, Path]:
 def held_states(spec: Spec, backend: str) -> dict[str, Any]:
     """The states of layers that a source has under the same names: they are passed on."""
     source = spec.source
-    if source is None or source.format != backend or not {e.name for e in spec.entries} <= {e.name for e in source.entries}:
+    if (
+        source is None
+        or source.format != backend
+        or not {e.name for e in spec.entries} <= {e.name for e in source.entries}
+    ):
         return {}
     return dict(source.about.get("states", {}))
 

@@ -101,7 +101,9 @@ def described(
         _complete(path, names, sizes, prod(grid.chunk) * itemsize(entry.dtype), elsewhere)
         files += names
         start = places * ints(grid.chunk)
-        rows.append((start, np.minimum(start + ints(grid.chunk), ints(grid.shape)), np.tile(grid.strides(), (len(places), 1))))
+        rows.append(
+            (start, np.minimum(start + ints(grid.chunk), ints(grid.shape)), np.tile(grid.strides(), (len(places), 1)))
+        )
     width = max((len(e.shape) for e in entries), default=0)
     start, stop, strides = (
         np.concatenate([np.zeros((0, width), np.int64), *(_wider(r[k], width, fill) for r in rows)])
@@ -127,7 +129,12 @@ def _array(name: str, text: bytes, path: Path) -> tuple[Entry, Grid]:
         shape, chunk = (tuple(_length(n, least) for n in said[key]) for key, least in (("shape", 0), ("chunks", 1)))
         stored, order, separator = str(said["dtype"]), str(said.get("order", "C")), said.get("dimension_separator", ".")
         coded = [said.get("compressor"), *(said.get("filters") or ())]
-        if said["zarr_format"] != 2 or not len(chunk) == len(shape) <= MOST_DIMS or order not in "CF" or separator not in (".", "/"):
+        if (
+            said["zarr_format"] != 2
+            or not len(chunk) == len(shape) <= MOST_DIMS
+            or order not in "CF"
+            or separator not in (".", "/")
+        ):
             raise ValueError(f"zarr_format {said['zarr_format']}, shape {shape}, chunks {chunk}, order {order}")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error!s:.200}. Fetch it again.") from None
@@ -141,7 +148,9 @@ def _array(name: str, text: bytes, path: Path) -> tuple[Entry, Grid]:
         raise CheckpointError(f"{where}: the dtype {stored!r:.60} is not read; known are {', '.join(DTYPES)}.")
     grid = Grid(shape, chunk, separator, order == "F")
     if prod(grid.counts) > MOST_CHUNKS:
-        raise CheckpointError(f"{where} says {prod(grid.counts)} chunks, more than the {MOST_CHUNKS} of any checkpoint.")
+        raise CheckpointError(
+            f"{where} says {prod(grid.counts)} chunks, more than the {MOST_CHUNKS} of any checkpoint."
+        )
     return Entry(name, DTYPES[stored], shape, (name,), role((name,))), grid
 
 
@@ -195,9 +204,18 @@ def _rows(entry: Entry) -> Grid:
 def _header(entry: Entry, grid: Grid) -> str:
     stored = next((word for word, dtype in DTYPES.items() if dtype == entry.dtype), None)
     if stored is None:
-        raise CheckpointError(f"{entry.name}: Megatron's zarr has no word for {entry.dtype}. Give target.dtype=bfloat16.")
+        raise CheckpointError(
+            f"{entry.name}: Megatron's zarr has no word for {entry.dtype}. Give target.dtype=bfloat16."
+        )
     said = dict(
-        chunks=grid.chunk, compressor=None, dtype=stored, fill_value=None, filters=None, order="C", shape=grid.shape, zarr_format=2
+        chunks=grid.chunk,
+        compressor=None,
+        dtype=stored,
+        fill_value=None,
+        filters=None,
+        order="C",
+        shape=grid.shape,
+        zarr_format=2,
     )
     return json.dumps(said, indent=4)
 
