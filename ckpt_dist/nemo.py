@@ -28,6 +28,7 @@ WORDS = dict(  # of NeMo -> of args
     encoder_seq_length="seq_length",
 )
 NORMS = dict(rmsnorm="RMSNorm", layernorm="LayerNorm", layernorm1p="LayerNorm", low_precision_layernorm="LayerNorm")
+LLAMA_3 = dict(low_freq_factor=1, high_freq_factor=4, old_context_len=8192)
 GATED = ("swiglu", "fast-swiglu")
 
 
@@ -51,4 +52,15 @@ def settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(share, bool):
         given["untie_embeddings_and_output_weights"] = not share
     given.setdefault("rotary_percent", 1.0)
-    return given
+    if "seq_length" in given:
+        given.setdefault("max_position_embeddings", given["seq_length"])
+    return given | _scaling(given)
+
+
+def _scaling(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The longer rotary embedding of Llama 3.1: Megatron has it with its own numbers, and a factor."""
+    if given.get("scale_positional_embedding"):
+        return dict(use_rope_scaling=True)
+    if "scale_factor" not in given or any(given.get(key, value) != value for key, value in LLAMA_3.items()):
+        return {}
+    return dict(use_rope_scaling=True, rope_scaling_factor=given["scale_factor"], scale_factor=None)

@@ -190,7 +190,8 @@ def _one(
 def _latest(
     asked: Path, numbered: dict[int, Path], weights: str, name: str, keys: Mapping[str, Any], config: str | None
 ) -> Source:
-    notes: list[str] = []
+    newer = [p.name for p in sorted(asked.iterdir()) if nemo.passed(p) and (_said(p.name) or 0) > max(numbered)]
+    notes = [f"{name} is passed over as a copy, or for the mark of an unfinished save" for name in newer]
     for number, path in reversed(numbered.items()):
         folder = _here(path, weights, name)
         try:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 
 import ckpt_dist
+from ckpt_dist import nemo
 from ckpt_dist.cli import main
 from ckpt_dist.errors import CheckpointError, UsageError
 from tests.test_megatron import OLDER, rank_files, transformer
@@ -88,6 +90,16 @@ def nemo2(run: Path, state: State, step: int) -> Path:
     return folder
 
 
+def class_of_lightning() -> type[dict[str, Any]]:
+    """The class that Lightning keeps hyper-parameters in, as far as a pickle knows it."""
+    name = "lightning_fabric.utilities.data"
+    made = type("AttributeDict", (dict,), {"__module__": name})
+    for k in range(1, 4):
+        sys.modules.setdefault(".".join(name.split(".")[:k]), types.ModuleType(name))
+    sys.modules[name].AttributeDict = made  # type: ignore[attr-defined]
+    return made
+
+
 def nearby(state: State, step: int) -> State:
     generator = torch.Generator().manual_seed(step)
     return {n: t + 0.01 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
@@ -121,7 +133,9 @@ def test_a_checkpoint_of_nemo_2_is_found_by_any_of_its_folders(llama: Path, stac
     folder, wanted = nemo2(tmp_path / "run", stacked, 10), ckpt_dist.fingerprint(llama)
     for path in (folder, folder / "weights", tmp_path / "run"):
         assert ckpt_dist.fingerprint(path) == wanted
-    assert ckpt_dist.inspect(tmp_path / "run")["step"] == 10
+    (tmp_path / "run" / (NAME2.format(12) + "-last")).mkdir()
+    found = ckpt_dist.inspect(tmp_path / "run")
+    assert found["step"] == 10 and any("step=12-last is passed over" in n for n in found["notes"])
     ckpt_dist.convert(tmp_path / "run", tmp_path / "back", quiet=True)
     config, first = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "back", llama))
     same = (
@@ -227,6 +241,17 @@ def test_megatron_reads_the_average(stacked: State, tmp_path: Path) -> None:
     close({n: found[n] for n in stacked}, mean(states))
 
 
+def test_settings_of_both_tools_become_args() -> None:
+    one = nemo.settings({"cfg": {**SETTINGS, "encoder_seq_length": 64, "scale_positional_embedding": True}})
+    two = nemo.settings({"config": {**SETTINGS, "seq_length": 64, "scale_factor": 32.0, "old_context_len": 8192}})
+    assert one["normalization"] == two["normalization"] == "RMSNorm" and one["swiglu"] and one["norm_epsilon"] == 1e-6
+    assert one["untie_embeddings_and_output_weights"] is True and one["seq_length"] == 64
+    assert one["use_rope_scaling"] and two["use_rope_scaling"] and two["rope_scaling_factor"] == 32.0
+    strange = nemo.settings({"config": {**SETTINGS, "scale_factor": 4.0, "low_freq_factor": 2}})
+    assert strange["scale_factor"] == 4.0 and "use_rope_scaling" not in strange  # stays, and is said to be lost
+    assert nemo.settings({"cfg": {"sample_rate": 16000}}) == nemo.settings({"cfg": [1]}) == nemo.settings({}) == {}
+
+
 # ---- files of ranks
 
 
@@ -307,18 +332,20 @@ def test_an_average_of_files_is_a_file_more_in_each_folder(
             wanted = mean([e[key] for e in each])
             assert list(made[key]) == list(wanted)
             assert all(torch.equal(made[key][n], t) and t.dtype == torch.bfloat16 for n, t in wanted.items())
-    ckpt_dist.average(
-        run, recipe="nemo_average", name="all", quiet=True
-    )  # neither the copy nor the average above is taken
+    with pytest.raises(UsageError, match=r"already holds .*gpt-10_30-averaged.ckpt; nothing was written"):
+        ckpt_dist.average(run, recipe="nemo_average", name="gpt", steps=[10, 30], quiet=True)
+    given = {"recipe": "nemo_average", "name": "all", "engine.verify": True}
+    ckpt_dist.average(run, quiet=True, **given)  # of the copy and the average above nothing
     notes = json.loads((run / "all-averaged.ckpt_dist.json").read_text())["report"]["notes"]
     assert [n for n in notes if n.startswith("step ")] == [f"step {s}: weight 0.333333" for s in (10, 20, 30)]
 
 
 def test_counts_are_copied_and_never_summed(tmp_path: Path) -> None:
+    told = class_of_lightning()(cfg=OmegaConf.create(SETTINGS), sizes=(1, 2))
     for step in (1, 2, 3):
         state = {"model.norm.num_batches_tracked": torch.tensor(step * 7), "model.w": torch.full((4,), float(step))}
         state["model.decoder.layers.0.ids"] = torch.tensor([5, 6])
-        torch.save(lightning(step, state_dict=state), tmp_path / f"asr--step={step}.ckpt")
+        torch.save(lightning(step, state_dict=state, hyper_parameters=told), tmp_path / f"asr--step={step}.ckpt")
     ckpt_dist.average(tmp_path, recipe="nemo_average", name="asr", quiet=True)
     made = torch.load(tmp_path / "asr-averaged.ckpt")["state_dict"]
     assert made["model.norm.num_batches_tracked"].item() == 21 and made["model.decoder.layers.0.ids"].tolist() == [5, 6]

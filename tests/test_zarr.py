@@ -70,7 +70,8 @@ def test_what_megatron_wrote_is_read(tmp_path: Path) -> None:
 def test_an_average_is_what_nemos_script_makes_and_zarr_reads(tmp_path: Path) -> None:
     shutil.copytree(RUN, tmp_path / "run")
     shutil.copytree(step_10(), tmp_path / "run/gpt--val_loss=2.35-step=30-consumed_samples=240.0-last")
-    ckpt_dist.average(tmp_path / "run", recipe="nemo_average", name="gpt", steps=[10, 20], quiet=True)
+    given = {"recipe": "nemo_average", "name": "gpt", "steps": [10, 20], "engine.verify": True}
+    ckpt_dist.average(tmp_path / "run", quiet=True, **given)
     made = tmp_path / "run/gpt-10_20-averaged"
     reference, found = torch.load(DATA / "reference.pt"), arrays(made)
     for name, value in torch.load(DATA / "averaged.pt").items():
@@ -198,6 +199,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zero chunk": (header(lambda h: h.update(chunks=[0, 4])), r"is damaged"),
     "text": (header(lambda h: h.update(shape=["4", 4])), r"is damaged"),
     "bomb": (header(lambda h: h.update(shape=[1 << 40, 4], chunks=[1, 1])), r"chunks, more than"),
+    "no header": (lambda f: (f / "w/.zarray").unlink(), r"w/[01].0 is a chunk of an array whose .zarray is missing"),
     "common": (lambda f: (f / "common.pt").unlink(), r"common.pt is missing"),
 }  # fmt: skip
 

@@ -26,7 +26,6 @@ ENDING, WEIGHTS = ".ckpt", "model_weights.ckpt"  # the second is what `.nemo` ar
 NAMED = re.compile(r"-step=0*(\d+)(?!\d)")  # in names such as gpt--val_loss=2.35-step=1000-consumed_samples=256000.0
 PASSED = re.compile(r"-(last|unfinished|EMA)$|-averaged")  # copies, marks of saves, results
 RANK = re.compile(r"mp_rank_(\d\d)|tp_rank_(\d\d)_pp_rank_(\d\d\d)")
-OF_FSDP = re.compile(r"(mp_rank_\d\d_)?fsdp_shard_\d+")
 MODEL = re.compile(r"model\d+")
 HELD = re.compile(
     rf"(?:(?P<rank>{RANK.pattern})\.)?(?P<model>state_dict|model\d+)\.(?P<key>.+)"

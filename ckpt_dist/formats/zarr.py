@@ -33,6 +33,7 @@ DTYPES = {
     "<i2": "int16", "|i1": "int8", "|u1": "uint8", "|b1": "bool", "<u2": "uint16", "<u4": "uint32", "<u8": "uint64",
 }  # fmt: skip
 CHUNK_BYTES = 64 << 20
+CHUNK = re.compile(r"/\d+(\.\d+)*$")
 OBJECT = re.compile(r"/shard_[\d._]+\.pt$")
 MOST_CHUNKS, MOST_DIMS = 1 << 20, 32  # of one array: more than any checkpoint has files
 
@@ -91,6 +92,9 @@ def described(
     """What some files hold, by their names below `path`, their sizes, and the contents of the small ones."""
     heads = sorted(n.removesuffix("/" + ARRAY) for n in sizes if n.endswith("/" + ARRAY))
     arrays = {name: _array(name, read(f"{name}/{ARRAY}"), path) for name in heads}
+    bare = next((n for n in sizes if CHUNK.search(n) and n.split("/")[0] not in arrays), None)
+    if bare:
+        raise CheckpointError(f"{path / bare} is a chunk of an array whose {ARRAY} is missing. Fetch the checkpoint again.")
     entries = tuple(entry for entry, _ in arrays.values())
     files: list[str] = []
     rows: list[tuple[Ints, Ints, Ints]] = []
