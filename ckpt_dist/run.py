@@ -63,7 +63,12 @@ def _as_stored(cfg: Config, m: Model) -> Config:
         return cfg
     if m.catalog.format == "fsdp" or m.source.reader:
         raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
-    return {**cfg, "target": {**cfg["target"], "format": m.catalog.format}}
+    about, target = m.catalog.about, {**cfg["target"], "format": m.catalog.format}
+    if m.catalog.format == "megatron":
+        asked = {k: target[k] for k in ("tp", "pp", "vpp", "ep") if target[k] != 1}
+        uneven = len(set(about["partition"])) > 1 and not asked and target["partition"] is None
+        target |= {k: about[k] for k in ("tp", "pp", "vpp", "ep", "spec", *(["partition"] if uneven else []))} | asked
+    return {**cfg, "target": target}
 
 
 def merge(cfg: Config) -> dict[str, Any]:

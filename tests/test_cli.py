@@ -208,7 +208,9 @@ def test_recipe_choices_are_the_recipes() -> None:
     assert tuple(config.recipes("convert")) == keys.RECIPES == keys.KEYS["recipe"].choices
     assert all(t for verb in ("convert", "average") for t in config.recipes(verb).values())
     named = [*keys.RECIPES, *config.recipes("average")]
-    assert sorted(named) == sorted(f.stem for f in (ROOT / "conf/recipe").glob("*.yaml")) and not config.recipes("merge")
+    assert sorted(named) == sorted(f.stem for f in (ROOT / "conf/recipe").glob("*.yaml")) and not config.recipes(
+        "merge"
+    )
 
 
 @pytest.mark.parametrize(("verb", "name"), [*(("convert", n) for n in keys.RECIPES), ("average", "nemo_average")])
@@ -218,7 +220,9 @@ def test_a_recipe_is_only_defaults_of_keys_and_what_is_given_wins(verb: str, nam
     assert {k: usual[k] for k in said} == said
     assert {k for k in usual if usual[k] != plain[k]} <= {*said, "recipe"} and usual.keys() == plain.keys()
     for key in said:
-        other = {"keep": "[weights]", "model.family": "llama", "target.dialect": "hf", "naming": "plain"}.get(key, "fsdp")
+        other = {"keep": "[weights]", "model.family": "llama", "target.dialect": "hf", "naming": "plain"}.get(
+            key, "fsdp"
+        )
         other = "hf" if key == "target.format" and usual[key] != "hf" else "dcp" if key == "target.format" else other
         changed = flat(f"{key}={other}", f"recipe={name}", verb=verb)
         assert {k for k in usual if changed[k] != usual[k]} == {key}

@@ -10,8 +10,9 @@ Invariant: the files of all ranks are there and of one save, or the first that i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def assembled(
                 at = pt.storage_record(storages, part.ref, f"{where}: {part.name}")
                 rows += [(part.name, piece, number, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
     extras = tuple({x.name: x for tree in reversed(trees) for x in _extras(tree)}.values())
-    about = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
+    starts = [*(offsets[k] for k in sorted(offsets)), _count(entries)]
+    about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
+    about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)}
     number_of = {name: k for k, name in enumerate(entries)}
     table = _table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
     return Catalog("megatron", str(path), tuple(files), tuple(entries.values()), table, extras, args, about=about)
@@ -198,6 +201,11 @@ def _offsets(
     return offsets
 
 
+def _spec(states: Sequence[Sequence[State]]) -> str:
+    """Whose modules the names are of: Megatron's own have a norm before the layer that Transformer Engine has it in."""
+    return "local" if any(".input_layernorm." in n for chunks in states for state in chunks for n in state) else "te"
+
+
 def _agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
     known = entries.setdefault(entry.name, entry)
     if known != entry:
@@ -275,7 +283,11 @@ def _num_layers(spec: Spec) -> int:
                 f"target.format=megatron: {entry.name!r} is not what a layer of Megatron is called. Leave target.dialect and "
                 "target.key out, and give the model's family if it was not found: model=FAMILY."
             )
-    return 1 + max((int(m[2]) for e in spec.entries if (m := ranks.LAYER.fullmatch(e.name))), default=-1)
+    return _count(e.name for e in spec.entries)
+
+
+def _count(names: Iterable[str]) -> int:
+    return 1 + max((int(m[2]) for n in names if (m := ranks.LAYER.fullmatch(n))), default=-1)
 
 
 def partition(layers: int, pp: int, vpp: int, asked: Sequence[int] | None) -> list[int]:

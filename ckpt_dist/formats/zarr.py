@@ -94,7 +94,9 @@ def described(
     arrays = {name: _array(name, read(f"{name}/{ARRAY}"), path) for name in heads}
     bare = next((n for n in sizes if CHUNK.search(n) and n.split("/")[0] not in arrays), None)
     if bare:
-        raise CheckpointError(f"{path / bare} is a chunk of an array whose {ARRAY} is missing. Fetch the checkpoint again.")
+        raise CheckpointError(
+            f"{path / bare} is a chunk of an array whose {ARRAY} is missing. Fetch the checkpoint again."
+        )
     entries = tuple(entry for entry, _ in arrays.values())
     files: list[str] = []
     rows: list[tuple[Ints, Ints, Ints]] = []
