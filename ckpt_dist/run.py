@@ -92,7 +92,7 @@ def merge(cfg: Config) -> dict[str, Any]:
 
 def _checkpoint_of(m: Model) -> Path:
     """The checkpoint's own folder: the one above `pytorch_model_fsdp_0` and the like, unless that was given itself."""
-    inner = {n for names in sources.INSIDE.values() for n in names}
+    inner = {n for names in (*sources.INSIDE.values(), sources.BELOW) for n in names}
     folder = m.source.folder if m.source.folder.is_dir() else m.source.folder.parent
     return folder.parent if folder.name in inner and folder != m.source.asked else folder
 
@@ -111,6 +111,7 @@ def average(cfg: Config) -> dict[str, Any]:
         table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
+        report.notes += [f"{target.name}.ckpt, one in the folder of each rank"] if beside else []
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
         place = target.parent if beside else target
         return _write(group, report, models, cfg, place, lambda d: _mean(d, given), about, into=beside, given=given)

@@ -22,9 +22,10 @@ STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
 )
 INSIDE = {
-    "param": ("pytorch_model_fsdp_0", "actor", "model", "weights", "model_weights"),
+    "param": ("pytorch_model_fsdp_0", "actor", "model"),
     "ema": ("pytorch_ema_model_fsdp_0", "ema"),
 }
+BELOW = ("weights", "model_weights")  # of NeMo: where the arrays are if nothing beside them is a checkpoint
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
     "config.json",
@@ -89,7 +90,7 @@ def number_of(path: Path) -> int | None:
 def _said(name: str) -> int | None:
     name = name.removesuffix(nemo.ENDING)
     match = STEP.fullmatch(name) or nemo.NAMED.search(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and not nemo.RANK.fullmatch(name) else None
 
 
 def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:
@@ -214,6 +215,7 @@ def _here(path: Path, weights: str, name: str) -> Path | None:
     """The folder that holds the arrays: one inside a training checkpoint, or the path itself."""
     candidates = [path / n for n in INSIDE[weights]] if path.is_dir() else []
     candidates += [path] if weights == "param" or path.name in INSIDE["ema"] else []
+    candidates += [path / n for n in BELOW] if weights == "param" else []
     for folder in candidates:
         if not folder.exists():
             continue
@@ -255,7 +257,8 @@ def _scan(
     if saved:  # everything as it was where it was saved
         notes = (*notes, f"{folder} is a saved catalog of {about['folder']}")
         return Source(catalog, Path(about["asked"]), Path(about["folder"]), about["step"], found, None, notes)
-    return Source(catalog, asked, folder, number_of(path), found, config_path, notes)
+    step = _said(path.parent.name if path.name in BELOW else path.name)
+    return Source(catalog, asked, folder, step, found, config_path, notes)
 
 
 def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tuple[dict[str, Any], Path | None]:

@@ -132,7 +132,7 @@ def files(folder: Path) -> list[str]:
 def test_a_checkpoint_of_nemo_2_is_found_by_any_of_its_folders(llama: Path, stacked: State, tmp_path: Path) -> None:
     folder, wanted = nemo2(tmp_path / "run", stacked, 10), ckpt_dist.fingerprint(llama)
     for path in (folder, folder / "weights", tmp_path / "run"):
-        assert ckpt_dist.fingerprint(path) == wanted
+        assert ckpt_dist.fingerprint(path) == wanted and ckpt_dist.inspect(path)["step"] == 10
     (tmp_path / "run" / (NAME2.format(12) + "-last")).mkdir()
     found = ckpt_dist.inspect(tmp_path / "run")
     assert found["step"] == 10 and any("step=12-last is passed over" in n for n in found["notes"])

@@ -34,10 +34,10 @@ KNOWN = re.compile(r"\b(language_model|decoder\.layers)\.")
 
 
 def passed(path: Path) -> bool:
-    """Whether a name is that of a rank, a copy or a result, or has the mark of a save that did not end beside it."""
+    """Whether a name is that of a copy or a result, or has the mark of a save that did not end beside it."""
     name = path.name.removesuffix(ENDING)
     folder = path.parent.parent if RANK.fullmatch(path.parent.name) else path.parent
-    return bool(PASSED.search(name) or RANK.fullmatch(name)) or (folder / f"{name}-unfinished").exists()
+    return PASSED.search(name) is not None or (folder / f"{name}-unfinished").exists()
 
 
 def files(folder: Path) -> list[Path]:

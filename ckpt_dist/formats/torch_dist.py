@@ -173,7 +173,8 @@ def _common_of_nemo(spec: Spec, step: int) -> bytes:
 
 def _context(spec: Spec, folder: str) -> dict[str, Path]:
     """What NeMo 2 keeps beside `weights/`: the model's settings and its tokenizer. A link is left out."""
-    above = Path(spec.source.root).parent / "context" if spec.source and folder else None
+    held = folder and spec.source and spec.source.about.get("lightning")
+    above = Path(spec.source.root).parent / "context" if held and spec.source else None
     if above is None or not above.is_dir():
         return {}
     files = sorted(p for p in above.rglob("*") if p.is_file() and not p.is_symlink())
