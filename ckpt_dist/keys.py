@@ -174,7 +174,7 @@ STEP = Kind("latest, or the number of a step", _step)
 SIZE = Kind("a size such as 512MiB, 2GiB or 5GB", parse_size)
 CARRIED = ("weights", "optimizer", "state")
 FORMATS = modules("formats")
-WRITTEN = tuple(n for n in FORMATS if n not in ("fsdp", "catalog"))  # dcp is what replaces fsdp's own pickles
+WRITTEN = tuple(n for n in FORMATS if n not in ("fsdp", "catalog", "archive"))  # dcp replaces fsdp's own pickles
 FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps the names: it has no table
 RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "sfpt_to_dcp", "torchtitan_to_hf")
 
@@ -186,7 +186,7 @@ _SOURCE = {
 KEYS: dict[str, Kind] = {
     **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},
     "target.path": PATH,
-    "target.format": choice(*WRITTEN),
+    "target.format": choice(*WRITTEN, "same"),
     "target.dialect": WORD,
     "target.key": WORD,
     "target.dtype": Kind(f"keep, {', '.join(DTYPES)}, or rules {{default: bfloat16, '*norm*': float32}}", _dtypes),
@@ -236,10 +236,12 @@ KEYS: dict[str, Kind] = {
     "quiet": FLAG,
     "nproc": COUNT,
     "recipe": choice(*RECIPES),
+    "naming": choice("plain", "nemo"),
 }
 SPECIAL: dict[tuple[str, str], Kind] = {
     ("average", "source.path"): Kind("a path, or a list of paths: [a,b]", _paths),
     ("merge", "target.format"): choice("hf"),
+    ("average", "recipe"): choice("nemo_average"),
 }
 
 

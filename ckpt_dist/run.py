@@ -88,6 +88,7 @@ def convert(cfg: Config) -> dict[str, Any]:
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
             copies = replicas.others(group, m, cfg)
+        cfg = _as_stored(cfg, m)
         target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
         if copies:
             replicas.settle(group, report, [m, *copies], engine_of(cfg), average)
@@ -107,6 +108,20 @@ def _universal(cfg: Config) -> Config:
     dtype = "float32" if target["dtype"] == "keep" else target["dtype"]
     source = {**cfg["source"], "universal": True}
     return {**cfg, "source": source, "target": {**target, "dtype": dtype}, "keep": ["weights", "optimizer", "state"]}
+
+
+def _as_stored(cfg: Config, m: Model) -> Config:
+    """With the source's own format where `target.format=same` asks for it."""
+    if cfg["target"]["format"] != "same":
+        return cfg
+    if m.catalog.format == "fsdp" or m.source.reader:
+        raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
+    about, target = m.catalog.about, {**cfg["target"], "format": m.catalog.format}
+    if m.catalog.format == "megatron":
+        asked = {k: target[k] for k in ("tp", "pp", "vpp", "ep") if target[k] != 1}
+        uneven = len(set(about["partition"])) > 1 and not asked and target["partition"] is None
+        target |= {k: about[k] for k in ("tp", "pp", "vpp", "ep", "spec", *(["partition"] if uneven else []))} | asked
+    return {**cfg, "target": target}
 
 
 def merge(cfg: Config) -> dict[str, Any]:
@@ -130,7 +145,7 @@ def merge(cfg: Config) -> dict[str, Any]:
 
 def _checkpoint_of(m: Model) -> Path:
     """The checkpoint's own folder: the one above `pytorch_model_fsdp_0` and the like, unless that was given itself."""
-    inner = {n for names in sources.INSIDE.values() for n in names}
+    inner = {n for names in (*sources.INSIDE.values(), sources.BELOW) for n in names}
     folder = m.source.folder if m.source.folder.is_dir() else m.source.folder.parent
     return folder.parent if folder.name in inner and folder != m.source.asked else folder
 
@@ -141,13 +156,18 @@ def average(cfg: Config) -> dict[str, Any]:
         with report.phase("scan"):
             models = part.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
+        cfg = _as_stored(cfg, models[-1])
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
-        target = _average_target(cfg, label)
+        target = _average_target(cfg, label, models[-1])
+        beside = cfg["target"]["format"] == "nemo"  # a file more in the folder of each rank
+        cfg = {**cfg, "target": {**cfg["target"], "path": str(target)}} if beside else cfg
         table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
+        report.notes += [f"{target.name}.ckpt, one in the folder of each rank"] if beside else []
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
-        return _write(group, report, models, cfg, target, lambda d: _mean(d, given), about, given=given)
+        place = target.parent if beside else target
+        return _write(group, report, models, cfg, place, lambda d: _mean(d, given), about, into=beside, given=given)
 
 
 def seed(cfg: Config) -> dict[str, Any]:
@@ -191,7 +211,8 @@ def _open_all(cfg: Config, more: Mapping[str, Any]) -> list[Model]:
         ]  # weights= goes by the order of steps=
     if len(found) < 2:
         raise UsageError(f"An average needs at least two checkpoints; {paths[0]} gives {len(found)}.")
-    return [task.open_model({**cfg["source"], **more, "path": str(p)}, cfg) for p in found]
+    as_is = cfg["target"]["format"] in ("same", "nemo")  # each rank's tensors for themselves, under their own names
+    return [task.open_model({**cfg["source"], **more, "path": str(p), "as_is": as_is}, cfg) for p in found]
 
 
 def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report: Report) -> tuple[list[float], bool]:
@@ -208,13 +229,23 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     return [float(w) for w in given], True
 
 
-def _average_target(cfg: Config, label: str) -> Path:
+def _average_target(cfg: Config, label: str, m: Model) -> Path:
     """`target.path`, or `<name>-averaged` below it when a name is given, or beside the steps when nothing is."""
     path, name = cfg["target"].get("path"), cfg.get("name")
+    if cfg["naming"] == "nemo":
+        steps = ["_".join(map(str, cfg["steps"]))] if cfg.get("steps") else []
+        return Path(path or _among(cfg, m)).absolute() / "-".join([label, *steps, "averaged"])
     if path and not name:
         return Path(path)
     parent = Path(path) if path else Path(_paths(cfg)[0]).absolute().parent
     return parent / f"{label}-averaged"
+
+
+def _among(cfg: Config, m: Model) -> Path:
+    """The folder of the steps; where several checkpoints are named, that of the last."""
+    if isinstance(cfg["source"]["path"], str):
+        return Path(cfg["source"]["path"])
+    return Path(m.catalog.root) if m.catalog.format == "nemo" else m.source.asked.parent
 
 
 def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
@@ -386,11 +417,11 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = task.design(models, target)
     _same_tensors(models, d.sources)
-    extras, lost = _extras(models[0], cfg)
+    extras, lost = _extras(models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
-    layout = _lay_out(d, models[0], extras, cfg, path, placement)
+    layout = _lay_out(d, models[-1], extras, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
-    if target["format"] in ("megatron", "torch_dist", "megatron_deepspeed"):
+    if target["format"] in ("megatron", "torch_dist", "zarr", "megatron_deepspeed"):
         _translated(_args(d, models[0]), "config.json", report)
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
@@ -749,8 +780,11 @@ def record(
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
     if cfg["target"]["format"] in formats.ALONE:
         return {}
+    beside = (
+        f"{Path(cfg['target']['path']).name}." if cfg["target"]["format"] == "nemo" else ""
+    )  # of files among others
     recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
-    found = {"ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
+    found = {f"{beside}ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
     if about["verb"] == "average":
         from omegaconf import OmegaConf
 
@@ -765,7 +799,7 @@ def record(
             "sources": each,
             "recipe": _plain(cfg),
         }
-        found["average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
+        found[f"{beside}average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
     return found
 
 

@@ -16,6 +16,7 @@ from ckpt_dist import configs, formats, megatron, merak, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
+from ckpt_dist.formats import nemo
 
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)(?:_all_dp)?"
@@ -28,6 +29,7 @@ INSIDE = {
     "master": (),
 }
 LATEST = ("latest", "latest_universal")  # DeepSpeed: the name of the folder that was saved last
+BELOW = ("weights", "model_weights")  # of NeMo: where the arrays are if nothing beside them is a checkpoint
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
     "config.json",
@@ -72,17 +74,27 @@ def steps(parent: Path) -> dict[int, Path]:
     Averages, `*-last` and other names without a number at their end are not among them.
     """
     found: dict[int, Path] = {}
-    for path in sorted(parent.iterdir()):
-        match = STEP.fullmatch(path.name)
-        if match is None or not path.is_dir() or (path / "average.yaml").exists():
+    for path in [*sorted(p for p in parent.iterdir() if p.is_dir()), *nemo.files(parent)]:
+        number = number_of(path)
+        if number is None or (path / "average.yaml").exists():
             continue
-        number = int(match[1])
         if number in found:
             raise CheckpointError(
                 f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself."
             )
         found[number] = path
     return dict(sorted(found.items()))
+
+
+def number_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; none for a copy of the last one, and for a save that did not end."""
+    return None if nemo.passed(path) else _said(path.name)
+
+
+def _said(name: str) -> int | None:
+    name = name.removesuffix(nemo.ENDING)
+    match = STEP.fullmatch(name) or nemo.NAMED.search(name)
+    return int(match[1]) if match and not nemo.RANK.fullmatch(name) else None
 
 
 def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:
@@ -96,7 +108,8 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
         unknown = [s for s in wanted if s not in found]
         if unknown:
             raise CheckpointError(
-                f"{parent} has no step {unknown[0]}. It has {_some(list(found))}.{nearest(str(unknown[0]), map(str, found))}"
+                f"{parent} has no step {unknown[0]}{_why(parent, unknown[0])}. It has {_some(list(found))}."
+                f"{nearest(str(unknown[0]), map(str, found))}"
             )
         return {s: found[s] for s in sorted(wanted)}
     if last is not None:
@@ -104,6 +117,11 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
             raise CheckpointError(f"last={last}, but {parent} has only {len(found)} steps: {_some(list(found))}.")
         return dict(list(found.items())[-last:])
     return found
+
+
+def _why(parent: Path, step: int) -> str:
+    names = [p.name for p in sorted(parent.iterdir()) if _said(p.name) == step and nemo.passed(p)]
+    return f": {names[0]} is passed over as a copy, or for the mark of an unfinished save" if names else ""
 
 
 def _some(numbers: list[int]) -> str:
@@ -202,7 +220,8 @@ def _one(
 def _latest(
     asked: Path, numbered: dict[int, Path], weights: str, name: str, keys: Mapping[str, Any], config: str | None
 ) -> Source:
-    notes: list[str] = []
+    newer = [p.name for p in sorted(asked.iterdir()) if nemo.passed(p) and (_said(p.name) or 0) > max(numbered)]
+    notes = [f"{name} is passed over as a copy, or for the mark of an unfinished save" for name in newer]
     for number, path in reversed(numbered.items()):
         folder = _here(path, weights, name)
         try:
@@ -225,6 +244,7 @@ def _here(path: Path, weights: str, name: str) -> Path | None:
     """The folder that holds the arrays: one inside a training checkpoint, or the path itself."""
     candidates = [path / n for n in INSIDE[weights]] if path.is_dir() else []
     candidates += [path] if weights != "ema" or path.name in INSIDE["ema"] else []
+    candidates += [path / n for n in BELOW] if weights == "param" else []
     for folder in candidates:
         if not folder.exists():
             continue
@@ -280,8 +300,8 @@ def _scan(
     if saved:  # everything as it was where it was saved
         notes = (*notes, f"{folder} is a saved catalog of {about['folder']}")
         return Source(catalog, Path(about["asked"]), Path(about["folder"]), about["step"], found, None, notes)
-    match = STEP.fullmatch(path.name)
-    return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
+    step = _said(path.parent.name if path.name in BELOW else path.name)
+    return Source(catalog, asked, folder, step, found, config_path, notes)
 
 
 def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tuple[dict[str, Any], Path | None]:

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -169,14 +170,13 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
     """The CRCs, the late files, and the small files that travel along."""
     try:
         _patch_crcs(staging, layout, runs)
-        for name, make in layout.late.items():
-            (staging.folder / name).write_bytes(make())
-        for name, make_own in layout.own.items():
-            (staging.folder / name).write_bytes(make_own(staging.node or 0))
-        for name, content in small.items():
+        own = {name: partial(make, staging.node or 0) for name, make in layout.own.items()}
+        for name, content in {**layout.late, **own, **small}.items():
             path = staging.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+            path.write_bytes(
+                content if isinstance(content, bytes) else content() if callable(content) else content.read_bytes()
+            )
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published."

@@ -38,6 +38,9 @@ class Record(list):  # type: ignore[type-arg]
     def __init__(self, *args: Any) -> None:
         super().__init__(args)
 
+    def __setitem__(self, key: Any, value: Any) -> None:  # items of a subclass of dict
+        self.append((key, value))
+
 
 class Namespace(dict):  # type: ignore[type-arg]
     """What is written as an argparse.Namespace."""
@@ -176,6 +179,7 @@ INERT = {
         "torch.Generator",
         "torch.cuda.amp.grad_scaler._refresh_per_optimizer_state",
         "functools.partial",
+        "typing.Any",
         "torch._C._VariableFunctionsClass",
         "signal.Signals",
         "_io.BytesIO",
@@ -191,6 +195,7 @@ FOREIGN = (  # whose classes and functions are settings: never run
     "megatron.",
     "nemo.",
     "lightning.",
+    "lightning_fabric.",
     "pytorch_lightning.",
     "omegaconf.",
     "transformer_engine.",
@@ -418,6 +423,7 @@ CALLS: dict[str, Any] = {
 CALLS["torch.Size"] = tuple  # a million of them in a large .metadata; a tuple of a tuple is itself
 CALLS["builtins.list"], CALLS["builtins.dict"] = _record("list"), _record("dict")
 CALLS |= {name.replace("builtins", "__builtin__"): made for name, made in CALLS.items() if name.startswith("builtins")}
+CALLS |= {"__builtin__.long": CALLS["builtins.int"], "__builtin__.unicode": CALLS["builtins.str"]}  # by protocol 2
 
 
 class _Unpickler(pickle.Unpickler):

@@ -42,11 +42,16 @@ def claims(path: Path) -> bool:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """All of `.metadata` (or of the ranks' own `__R.metadata`) as arrays, checked against the files' sizes."""
+    return described(path, {str(p): p.read_bytes() for p in _metadata_files(path)}, options.get("elsewhere") or {})
+
+
+def described(path: Path, metadata_of: Mapping[str, bytes], elsewhere: Mapping[str, int]) -> Catalog:
+    """What the contents of some `.metadata` say; files that are not below `path` have their sizes in `elsewhere`."""
     where = str(path / ".metadata")
     try:
         with pickles.uncollected():
-            tables = [_tables(p.read_bytes(), str(p)) for p in _metadata_files(path)]
-            return _catalog(path, tables, options.get("elsewhere") or {}, where)
+            tables = [_tables(data, name) for name, data in metadata_of.items()]
+            return _catalog(path, tables, elsewhere, where)
     except (TypeError, ValueError, OverflowError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"{where} is damaged: {type(error).__name__}: {error}. Was the save interrupted?"
