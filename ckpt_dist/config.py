@@ -240,8 +240,8 @@ def header(verb: str) -> list[str]:
 
 def recipes(verb: str) -> dict[str, str]:
     """recipe -> what it is for, of a verb that has any."""
-    files = sorted((folder("conf") / "recipe").glob("*.yaml")) if "recipe" in listing(verb) else []
-    return {f.stem: header(f"recipe/{f.stem}")[0] for f in files}
+    names = keys.kind(verb, "recipe").choices if "recipe" in listing(verb) else ()
+    return {name: header(f"recipe/{name}")[0] for name in names}
 
 
 def _lines(name: str, prefix: str) -> Iterator[tuple[str, str, str]]:

@@ -122,6 +122,10 @@ def _some(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
     return read_all
 
 
+def _placement(value: Any) -> str | list[int]:
+    return str(value) if value in ("ranks", "all") else _some(_whole(0))(value)
+
+
 def _one_of(*choices: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in choices:
@@ -170,19 +174,19 @@ STEP = Kind("latest, or the number of a step", _step)
 SIZE = Kind("a size such as 512MiB, 2GiB or 5GB", parse_size)
 CARRIED = ("weights", "optimizer", "state")
 FORMATS = modules("formats")
-WRITTEN = tuple(n for n in FORMATS if n not in ("fsdp", "catalog"))  # dcp is what replaces fsdp's own pickles
+WRITTEN = tuple(n for n in FORMATS if n not in ("fsdp", "catalog", "archive"))  # dcp replaces fsdp's own pickles
 FAMILIES = tuple(sorted({"identity", *modules("families")}))  # identity keeps the names: it has no table
 RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "sfpt_to_dcp", "torchtitan_to_hf")
 
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
-    "weights": choice("param", "ema"), "step": STEP,
+    "weights": choice("param", "ema", "master"), "step": STEP,
     "replicas": choice("first", "average"),
 }  # fmt: skip
 KEYS: dict[str, Kind] = {
     **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},
     "target.path": PATH,
-    "target.format": choice(*WRITTEN),
+    "target.format": choice(*WRITTEN, "same"),
     "target.dialect": WORD,
     "target.key": WORD,
     "target.dtype": Kind(f"keep, {', '.join(DTYPES)}, or rules {{default: bfloat16, '*norm*': float32}}", _dtypes),
@@ -194,7 +198,10 @@ KEYS: dict[str, Kind] = {
     "target.partition_method": choice("uniform", "uniform_floor"),
     "target.release": FLAG,
     "target.spec": choice("te", "local"),
+    "target.universal": FLAG,
     "target.embedding": choice("auto", "vocabulary", "hidden", "whole"),
+    "target.shared": FLAG,
+    "target.placement": Kind("ranks, all, or the node of each rank such as 0,0,1,1", _placement, ("ranks", "all")),
     "model.family": choice("auto", *FAMILIES),
     "model.config": PATH,
     "engine.memory": SIZE,
@@ -229,10 +236,12 @@ KEYS: dict[str, Kind] = {
     "quiet": FLAG,
     "nproc": COUNT,
     "recipe": choice(*RECIPES),
+    "naming": choice("plain", "nemo"),
 }
 SPECIAL: dict[tuple[str, str], Kind] = {
     ("average", "source.path"): Kind("a path, or a list of paths: [a,b]", _paths),
     ("merge", "target.format"): choice("hf"),
+    ("average", "recipe"): choice("nemo_average"),
 }
 
 

@@ -6,14 +6,16 @@ Invariant: a verb either publishes a whole target and a report, or raises and le
 from __future__ import annotations
 
 import fnmatch
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt_dist import (
     __version__,
@@ -29,29 +31,47 @@ from ckpt_dist import (
     sources,
     task,
 )
-from ckpt_dist.catalog import Extra
+from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
+from ckpt_dist.engine.traffic import node_of
 from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import Bound, Model, bind_plain, canonical, resized
+from ckpt_dist.model import FURTHER, Bound, Model, bind_plain, canonical, resized
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @contextmanager
 def job(verb: str, cfg: Config) -> Iterator[tuple[Group, Report]]:
     """The ranks and the report of one job."""
-    with Group(cfg["engine"]["timeout"]) as group:
+    with Group(cfg["engine"]["timeout"]) as group, _frozen():
         report = Report(verb)
         yield group, report
         report.show(bool(cfg.get("quiet")))
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """The garbage collector leaves alone what was there before: with torch imported, a full look at it takes 0.15 s.
+
+    In a program that has frozen objects itself nothing is done, since they could not be told from ours afterwards.
+    """
+    ours = not gc.get_freeze_count()
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 def engine_of(cfg: Config) -> dict[str, Any]:
@@ -63,10 +83,12 @@ def engine_of(cfg: Config) -> dict[str, Any]:
 
 def convert(cfg: Config) -> dict[str, Any]:
     """One checkpoint into another format, dialect or dtype."""
+    cfg = _universal(cfg)
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
             copies = replicas.others(group, m, cfg)
+        cfg = _as_stored(cfg, m)
         target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
         if copies:
             replicas.settle(group, report, [m, *copies], engine_of(cfg), average)
@@ -74,6 +96,32 @@ def convert(cfg: Config) -> dict[str, Any]:
             even = [1 / (1 + len(copies))] * (1 + len(copies))
             return _write(group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"})
         return _write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
+
+
+def _universal(cfg: Config) -> Config:
+    """A universal checkpoint is all of a run: fp32 weights, optimizer and state, as far as the source has them."""
+    target = cfg["target"]
+    if not target["universal"]:
+        return cfg
+    if target["format"] != "deepspeed":
+        raise UsageError(f"target.universal=true is of target.format=deepspeed, not {target['format']}.")
+    dtype = "float32" if target["dtype"] == "keep" else target["dtype"]
+    source = {**cfg["source"], "universal": True}
+    return {**cfg, "source": source, "target": {**target, "dtype": dtype}, "keep": ["weights", "optimizer", "state"]}
+
+
+def _as_stored(cfg: Config, m: Model) -> Config:
+    """With the source's own format where `target.format=same` asks for it."""
+    if cfg["target"]["format"] != "same":
+        return cfg
+    if m.catalog.format == "fsdp" or m.source.reader:
+        raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
+    about, target = m.catalog.about, {**cfg["target"], "format": m.catalog.format}
+    if m.catalog.format == "megatron":
+        asked = {k: target[k] for k in ("tp", "pp", "vpp", "ep") if target[k] != 1}
+        uneven = len(set(about["partition"])) > 1 and not asked and target["partition"] is None
+        target |= {k: about[k] for k in ("tp", "pp", "vpp", "ep", "spec", *(["partition"] if uneven else []))} | asked
+    return {**cfg, "target": target}
 
 
 def merge(cfg: Config) -> dict[str, Any]:
@@ -97,7 +145,7 @@ def merge(cfg: Config) -> dict[str, Any]:
 
 def _checkpoint_of(m: Model) -> Path:
     """The checkpoint's own folder: the one above `pytorch_model_fsdp_0` and the like, unless that was given itself."""
-    inner = {n for names in sources.INSIDE.values() for n in names}
+    inner = {n for names in (*sources.INSIDE.values(), sources.BELOW) for n in names}
     folder = m.source.folder if m.source.folder.is_dir() else m.source.folder.parent
     return folder.parent if folder.name in inner and folder != m.source.asked else folder
 
@@ -108,13 +156,18 @@ def average(cfg: Config) -> dict[str, Any]:
         with report.phase("scan"):
             models = part.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
+        cfg = _as_stored(cfg, models[-1])
         label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
-        target = _average_target(cfg, label)
+        target = _average_target(cfg, label, models[-1])
+        beside = cfg["target"]["format"] == "nemo"  # a file more in the folder of each rank
+        cfg = {**cfg, "target": {**cfg["target"], "path": str(target)}} if beside else cfg
         table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
+        report.notes += [f"{target.name}.ckpt, one in the folder of each rank"] if beside else []
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
-        return _write(group, report, models, cfg, target, lambda d: _mean(d, given), about, given=given)
+        place = target.parent if beside else target
+        return _write(group, report, models, cfg, place, lambda d: _mean(d, given), about, into=beside, given=given)
 
 
 def seed(cfg: Config) -> dict[str, Any]:
@@ -158,7 +211,8 @@ def _open_all(cfg: Config, more: Mapping[str, Any]) -> list[Model]:
         ]  # weights= goes by the order of steps=
     if len(found) < 2:
         raise UsageError(f"An average needs at least two checkpoints; {paths[0]} gives {len(found)}.")
-    return [task.open_model({**cfg["source"], **more, "path": str(p)}, cfg) for p in found]
+    as_is = cfg["target"]["format"] in ("same", "nemo")  # each rank's tensors for themselves, under their own names
+    return [task.open_model({**cfg["source"], **more, "path": str(p), "as_is": as_is}, cfg) for p in found]
 
 
 def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report: Report) -> tuple[list[float], bool]:
@@ -175,13 +229,23 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     return [float(w) for w in given], True
 
 
-def _average_target(cfg: Config, label: str) -> Path:
+def _average_target(cfg: Config, label: str, m: Model) -> Path:
     """`target.path`, or `<name>-averaged` below it when a name is given, or beside the steps when nothing is."""
     path, name = cfg["target"].get("path"), cfg.get("name")
+    if cfg["naming"] == "nemo":
+        steps = ["_".join(map(str, cfg["steps"]))] if cfg.get("steps") else []
+        return Path(path or _among(cfg, m)).absolute() / "-".join([label, *steps, "averaged"])
     if path and not name:
         return Path(path)
     parent = Path(path) if path else Path(_paths(cfg)[0]).absolute().parent
     return parent / f"{label}-averaged"
+
+
+def _among(cfg: Config, m: Model) -> Path:
+    """The folder of the steps; where several checkpoints are named, that of the last."""
+    if isinstance(cfg["source"]["path"], str):
+        return Path(cfg["source"]["path"])
+    return Path(m.catalog.root) if m.catalog.format == "nemo" else m.source.asked.parent
 
 
 def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
@@ -241,6 +305,26 @@ class Prepared:
     staging: stage.Staging
     small: Mapping[str, bytes | Path]
 
+    @property
+    def local(self) -> bool:
+        """Whether each node has a target of its own."""
+        return self.staging.node is not None
+
+    def on_disks(self, group: Group, work: Callable[[], T]) -> T:
+        """Do the work once for each disk that holds a target; its result to all ranks that write there."""
+        return group.on_nodes(work) if self.local else group.on_first(work)
+
+    def on_node(self, node: int | None) -> tuple[Views, NDArray[np.bool_] | None]:
+        """The part of the target that a node holds, and the tiles that it is made of; None: all, on a disk of all."""
+        views, chunks = self.proof.target, self.layout.catalog.chunks
+        if node is None:
+            return views, None
+        mine = part.on_node(views, chunks, formats.held(self.layout, node))
+        needed = part.needed(self.design.canon, mine)
+        if node == 0:  # what goes nowhere is digested
+            needed |= ~part.needed(self.design.canon, views)
+        return mine, needed
+
 
 def _write(
     group: Group,
@@ -266,13 +350,13 @@ def _write(
         from ckpt_dist.averages.tensors import use
 
         report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    staged = group.on_first(lambda: begin(p, cfg, about, given))
+    staged = p.on_disks(group, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
         prints = _fill(group, report, p, cfg, engine, about, given, staged)
     except CheckpointError as error:  # nobody will go on with what is wrong; anything else may be resumed
-        if group.rank == 0 and not isinstance(error, Stopped):
+        if not isinstance(error, Stopped) and (group.rank == 0 or (p.local and group.local_rank == 0)):
             stage.discard(p.staging)
         raise
     finally:
@@ -304,7 +388,7 @@ def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> ta
     entries = [(e.name, e.dtype, e.shape) for e in p.layout.catalog.entries]
     headers = b"".join(b"%d %d " % (n, at) + data for n, at, data in p.layout.pieces)
     laid_out = (entries, p.layout.catalog.files, p.layout.sizes, journal.plan_key(headers.hex()))
-    facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, laid_out)
+    facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, laid_out, p.staging.node)
     resumed = stage.create(p.staging, p.layout, journal.plan_key(*facts), bool(cfg.get("resume", True)))
     finished, done = journal.read(p.staging.folder) if resumed else ([], Done())
     return task.Staged(p.staging.folder, finished, done)
@@ -333,25 +417,53 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = task.design(models, target)
     _same_tensors(models, d.sources)
-    extras, lost = _extras(models[0], cfg)
-    layout = _lay_out(d, models[0], extras, cfg, path)
+    extras, lost = _extras(models[-1], cfg)  # of several what is no weight is the last one's
+    placement = _placement(group, cfg)
+    layout = _lay_out(d, models[-1], extras, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
-    if target["format"] in ("megatron", "torch_dist", "megatron_deepspeed"):
+    if target["format"] in ("megatron", "torch_dist", "zarr", "megatron_deepspeed"):
         _translated(_args(d, models[0]), "config.json", report)
+    if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
+        report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
-    staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
+    node = None if target["shared"] else group.node
+    staging = stage.Staging(path.absolute(), _single(layout, path, cfg), into, node)
+    if node is not None and (staging.single or into):
+        raise UsageError("target.shared=false: each node gets a folder of its own; give a new folder as target.path.")
     carries = target["format"] in formats.FOLDERS and not staging.single
     small = _small_files(models[0], d, layout, cfg, report) if carries else {}
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
+    if node is not None:  # the first node may be the only one that has them
+        small = group.on_first(lambda: {n: f if isinstance(f, bytes) else f.read_bytes() for n, f in small.items()})
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
-    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
-        group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost | task.unsaid(models[0], d))
     combine = combination(d)
     if combine is keep and any(quantised.of(m.catalog) for m in models):
         combine = _made
-    return Prepared(models, d, combine, layout, proof, staging, small)
+    p = Prepared(models, d, combine, layout, proof, staging, small)
+    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
+        p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
+    return p
+
+
+def _placement(group: Group, cfg: Config) -> tuple[int, ...] | None:
+    """The node of each rank of the job that will load the target; None where every node gets everything."""
+    asked, engine = cfg["target"]["placement"], cfg["engine"]
+    if cfg["target"]["shared"]:
+        if asked != "ranks":
+            raise UsageError("target.placement says which node gets what; it needs target.shared=false.")
+        return None
+    imagined = engine.get("ranks") or engine.get("nodes")
+    nodes = int(engine.get("nodes") or 1) if imagined else group.nodes
+    if asked == "ranks":
+        ranks = int(engine.get("ranks") or nodes)
+        return tuple(node_of(ranks, nodes).tolist()) if imagined else tuple(group.gather(group.node))
+    if asked == "all":
+        return None
+    if max(asked) >= nodes:
+        raise UsageError(f"target.placement names node {max(asked)}, this job has nodes 0 to {nodes - 1}.")
+    return tuple(asked)
 
 
 def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
@@ -382,7 +494,8 @@ def _fill(
     digests, quiet = p.combine is not keep or bool(engine.get("verify")), bool(cfg.get("quiet"))
     files = Files(p.staging.folder, p.layout.catalog.files, writable=True)
     sides = list(zip(p.models, p.design.sources, strict=True))
-    target = (p.design.target, p.layout, files, p.proof.target)
+    views, here = p.on_node(p.staging.node)
+    target = (p.design.target, p.layout, files, views)
     with report.phase("copy" if p.combine is keep else about["verb"]):
         done = task.run_tiles(
             group,
@@ -397,17 +510,36 @@ def _fill(
             quiet=quiet,
             staged=staged,
             proof=p.proof,
+            here=here,
         )
     if engine.get("verify"):
         with report.phase("verify"):
-            _reread(group, report, p, done, engine, quiet)
+            _reread(group, report, p, done, engine, quiet, here)
     with report.phase("publish"):
-        runs = [run for part in group.gather(done.runs) for run in part]
+        each = group.gather((p.staging.node, done.runs))
+        runs = [run for node, some in each if node == p.staging.node for run in some]
         report.peak_memory = group.gather(peak_memory())
         prints = _fingerprints(p.design, done, p.models, report) if digests else {}
         kept = {} if p.staging.single else record(cfg, about, p.models, given, prints, report)
-        group.on_first(lambda: finish(p.staging, p.layout, runs, {**p.small, **kept}, engine, cfg))
+        if p.local:  # the ranks have phases of their own, and all nodes get the first one's record
+            kept = group.broadcast(kept)
+        finish(p, lambda work: p.on_disks(group, work), runs, {**p.small, **kept}, cfg)
     return prints
+
+
+def finish(
+    p: Prepared,
+    once: Callable[[Callable[[], None]], None],
+    runs: stage.Runs,
+    small: Mapping[str, bytes | Path],
+    cfg: Config,
+) -> None:
+    """Steps of which none begins before the one before has come to its end on all disks; `once` does one on each."""
+    fsync, overwrite = bool(cfg["engine"].get("fsync", True)), bool(cfg.get("overwrite"))
+    once(lambda: stage.finish(p.staging, p.layout, runs, small))
+    once(lambda: stage.publish(p.staging, fsync, overwrite))
+    if p.local:
+        once(lambda: stage.settle(p.staging))
 
 
 def _casts(d: task.Design) -> bool:
@@ -423,19 +555,9 @@ def _casts(d: task.Design) -> bool:
     )
 
 
-def finish(
-    staging: stage.Staging,
-    layout: Layout,
-    runs: stage.Runs,
-    small: Mapping[str, bytes | Path],
-    engine: Config,
-    cfg: Config,
-) -> None:
-    stage.finish(staging, layout, runs, small)
-    stage.publish(staging, bool(engine.get("fsync", True)), bool(cfg.get("overwrite")))
-
-
-def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, path: Path) -> Layout:
+def _lay_out(
+    d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, path: Path, placement: Sequence[int] | None
+) -> Layout:
     target = cfg["target"]
     options = {
         **target,
@@ -444,6 +566,7 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
         "args": _args(d, m).config,
         "step": m.step,
         "file": path.name if _is_file_name(path, target["format"]) else None,
+        "placement": placement,
     }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
@@ -492,12 +615,13 @@ def _extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
     format = cfg["target"]["format"]
+    holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
         if "saved" in m.catalog.about and extra.role in wanted:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
         elif extra.role == "weight":
             lost.setdefault("not a tensor", []).append(extra.name)
-        elif extra.role not in wanted or format not in ("dcp", "torch"):
+        elif extra.role not in wanted or not holds:
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
         else:
             if format == "torch" and extra.address is not None:
@@ -523,7 +647,7 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
 
 def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
     """Config, tokenizer and processor files of a target that is a model's folder."""
-    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late}
+    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
     small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
     if cfg["target"]["format"] == "meta":
         small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
@@ -556,6 +680,8 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
         if kind in megatron.CLASSES:
             config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
             config["torch_dtype"] = main
+    if m.family and m.family.further and FURTHER in m.dropped:
+        config[m.family.further] = 0
     if config.pop("quantization_config", None):
         report.notes.append("quantization_config is left out of config.json: what is written is not quantised")
     if not configs.is_hf(config):
@@ -608,11 +734,23 @@ def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Re
     }
 
 
-def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Config, quiet: bool) -> None:
-    """Read the staged target again, through its own addresses, and compare with what was meant to be written."""
-    result, sides = len(p.models), [_as_source(p)]
+def _reread(
+    group: Group,
+    report: Report,
+    p: Prepared,
+    done: Done,
+    engine: Config,
+    quiet: bool,
+    here: NDArray[np.bool_] | None,
+) -> None:
+    """Read the staged target again, through its own addresses, and compare with what was meant to be written.
+
+    A node reads its own files; what these lack of a tile is sent to it."""
+    result, sides = len(p.models), [_as_source(p, p.staging.node)]
+    if here is not None:
+        engine = {**engine, "transport": task.OWN}
     again = task.run_tiles(
-        group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet
+        group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet, here=here
     )
     wrong = [key for key, value in done.digests.items() if key[0] == result and again.digests.get((0, key[1])) != value]
     if wrong:
@@ -622,10 +760,11 @@ def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Confi
     report.notes.append("every tile was read back and is equal to what was written")
 
 
-def _as_source(p: Prepared) -> tuple[Model, Bound]:
-    """The staged target, to be read."""
-    folder = p.staging.folder
-    catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
+def _as_source(p: Prepared, node: int | None) -> tuple[Model, Bound]:
+    """The staged target, to be read; of equal boxes the first is, so those that a node holds come first."""
+    folder, catalog = p.staging.folder, p.layout.catalog
+    order = np.argsort(~formats.held(p.layout, node)[catalog.chunks.file], kind="stable")
+    catalog = replace(catalog, root=str(folder), format="hf", chunks=catalog.chunks.take(order))  # nothing to locate
     m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
     return m, p.design.target
 
@@ -641,8 +780,11 @@ def record(
     """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
     if cfg["target"]["format"] in formats.ALONE:
         return {}
+    beside = (
+        f"{Path(cfg['target']['path']).name}." if cfg["target"]["format"] == "nemo" else ""
+    )  # of files among others
     recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
-    found = {"ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
+    found = {f"{beside}ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
     if about["verb"] == "average":
         from omegaconf import OmegaConf
 
@@ -657,7 +799,7 @@ def record(
             "sources": each,
             "recipe": _plain(cfg),
         }
-        found["average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
+        found[f"{beside}average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
     return found
 
 
@@ -671,8 +813,10 @@ def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) 
     job = cost.Job(
         list(zip(p.models, p.design.sources, strict=True)),
         p.design.canon,
-        (p.design.target, layout, Files(path, ()), p.proof.target),
-        _as_source(p) if verify else None,
+        (p.design.target, layout, Files(path, ())),
+        p.on_node,
+        (lambda node: _as_source(p, node)) if verify else None,
+        p.local,
         p.combine,
         p.combine is not keep or verify,
     )
@@ -682,8 +826,9 @@ def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) 
     lines = [
         f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"
     ]
-    lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
-    lines += [f"  {n}  small" for n in layout.late]
+    places = [f"  node {', '.join(map(str, sorted(nodes)))}" for nodes in layout.holders] or [""] * len(layout.sizes)
+    lines += [f"  {n}  {size(b)}{at}" for n, b, at in zip(layout.catalog.files, layout.sizes, places, strict=True)]
+    lines += [f"  {n}  small" for n in (*layout.late, *layout.own)]
     lines.append(f"{tiles} tiles for {facts['ranks']} ranks of {facts['threads']} threads on {facts['nodes']} nodes")
     lines += said
     lines += report.remarks()

@@ -16,13 +16,20 @@ from ckpt_dist import configs, formats, megatron, merak, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
+from ckpt_dist.formats import nemo
 
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)(?:_all_dp)?"
 )
 DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
 NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
-INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
+INSIDE = {
+    "param": ("pytorch_model_fsdp_0", "actor", "model"),
+    "ema": ("pytorch_ema_model_fsdp_0", "ema"),
+    "master": (),
+}
+LATEST = ("latest", "latest_universal")  # DeepSpeed: the name of the folder that was saved last
+BELOW = ("weights", "model_weights")  # of NeMo: where the arrays are if nothing beside them is a checkpoint
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
     "config.json",
@@ -67,17 +74,27 @@ def steps(parent: Path) -> dict[int, Path]:
     Averages, `*-last` and other names without a number at their end are not among them.
     """
     found: dict[int, Path] = {}
-    for path in sorted(parent.iterdir()):
-        match = STEP.fullmatch(path.name)
-        if match is None or not path.is_dir() or (path / "average.yaml").exists():
+    for path in [*sorted(p for p in parent.iterdir() if p.is_dir()), *nemo.files(parent)]:
+        number = number_of(path)
+        if number is None or (path / "average.yaml").exists():
             continue
-        number = int(match[1])
         if number in found:
             raise CheckpointError(
                 f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself."
             )
         found[number] = path
     return dict(sorted(found.items()))
+
+
+def number_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; none for a copy of the last one, and for a save that did not end."""
+    return None if nemo.passed(path) else _said(path.name)
+
+
+def _said(name: str) -> int | None:
+    name = name.removesuffix(nemo.ENDING)
+    match = STEP.fullmatch(name) or nemo.NAMED.search(name)
+    return int(match[1]) if match and not nemo.RANK.fullmatch(name) else None
 
 
 def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:
@@ -91,7 +108,8 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
         unknown = [s for s in wanted if s not in found]
         if unknown:
             raise CheckpointError(
-                f"{parent} has no step {unknown[0]}. It has {_some(list(found))}.{nearest(str(unknown[0]), map(str, found))}"
+                f"{parent} has no step {unknown[0]}{_why(parent, unknown[0])}. It has {_some(list(found))}."
+                f"{nearest(str(unknown[0]), map(str, found))}"
             )
         return {s: found[s] for s in sorted(wanted)}
     if last is not None:
@@ -99,6 +117,11 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
             raise CheckpointError(f"last={last}, but {parent} has only {len(found)} steps: {_some(list(found))}.")
         return dict(list(found.items())[-last:])
     return found
+
+
+def _why(parent: Path, step: int) -> str:
+    names = [p.name for p in sorted(parent.iterdir()) if _said(p.name) == step and nemo.passed(p)]
+    return f": {names[0]} is passed over as a copy, or for the mark of an unfinished save" if names else ""
 
 
 def _some(numbers: list[int]) -> str:
@@ -119,19 +142,22 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     weights, name = str(keys.get("weights", "param")), str(keys.get("format", "auto"))
     step = keys.get("step", "latest")
     folder = _here(asked, weights, name)
-    if folder is not None:
+    beside = folder is None or keys.get("universal")  # a model beside the run it is of
+    tracked = _tracked(asked) if step == "latest" and beside else None
+    if folder is not None and tracked is None:
         return _scan(asked, asked, folder, name, keys, config, ())
     if not asked.is_dir():
         formats.detect(asked)
+        _explain(asked, weights)
     if step == "latest" and (named := _named(asked)):
         source = open_source({**keys, "path": named[0]}, config)
         return replace(source, asked=asked, notes=(named[1], *source.notes))
-    if step == "latest" and (tracked := _tracked(asked)):
-        note = f"{tracked.name} is the latest by {megatron.TRACKER}"
-        return _one(asked, tracked, weights, name, keys, config, (note,))
+    if tracked is not None:
+        path, tracker = tracked
+        return _one(asked, path, weights, name, keys, config, (f"{path.name} is the latest by {tracker}",))
     numbered = steps(asked)
     if not numbered:
-        _explain_ema(asked, weights)
+        _explain(asked, weights)
         formats.detect(asked)
         raise CheckpointError(f"No {name} checkpoint at {asked}. {_content(asked)}")
     if step != "latest":
@@ -150,23 +176,28 @@ def _named(asked: Path) -> tuple[Path, str] | None:
     return (here, f"{here.name} is the only checkpoint there") if here else None
 
 
-def _tracked(asked: Path) -> Path | None:
-    """The checkpoint that Megatron's tracker file names: newer ones were not saved to their end."""
-    tracker = asked / megatron.TRACKER
-    if not tracker.is_file():
+def _tracked(asked: Path) -> tuple[Path, str] | None:
+    """The checkpoint that the trainer's tracker file names, and that file: newer ones were not saved to their end."""
+    trackers = (*LATEST, megatron.TRACKER)  # Megatron-DeepSpeed writes both, its folders are DeepSpeed's
+    tracker = next((asked / n for n in trackers if (asked / n).is_file()), None)
+    if tracker is None:
         return None
-    text = tracker.read_bytes()[:64].decode(errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdecimal()):
+    text = tracker.read_bytes()[:256].decode(errors="replace").strip()
+    number = text.isascii() and text.isdecimal()
+    if tracker.name == megatron.TRACKER and text != "release" and not number:
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
-    names = [text if text == "release" else megatron.STEPS.format(int(text))]
-    number = 0 if text == "release" else int(text)
-    names += [megatron.STEPS.format(number) + merak.ALONE, f"global_step{number}", NAMED[1]]
-    path = next((asked / n for n in names if (asked / n).is_dir()), asked / names[0])
+    names = [text]
+    if tracker.name == megatron.TRACKER:
+        count = int(text) if number else 0
+        names = [megatron.STEPS.format(count) if number else text, megatron.STEPS.format(count) + merak.ALONE]
+        names += [f"global_step{count}", NAMED[1]]
+    paths = [asked / formats.inside(asked, n, str(tracker)) for n in names]
+    path = next((p for p in paths if p.is_dir()), paths[0])
     if not path.is_dir():
         raise CheckpointError(
             f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."
         )
-    return path
+    return path, tracker.name
 
 
 def _one(
@@ -181,7 +212,7 @@ def _one(
     """The checkpoint at `path`, and no other."""
     folder = _here(path, weights, name)
     if folder is None:
-        _explain_ema(path, weights)
+        _explain(path, weights)
         formats.detect(path)
     return _scan(asked, path, folder or path, name, keys, config, notes)
 
@@ -189,12 +220,13 @@ def _one(
 def _latest(
     asked: Path, numbered: dict[int, Path], weights: str, name: str, keys: Mapping[str, Any], config: str | None
 ) -> Source:
-    notes: list[str] = []
+    newer = [p.name for p in sorted(asked.iterdir()) if nemo.passed(p) and (_said(p.name) or 0) > max(numbered)]
+    notes = [f"{name} is passed over as a copy, or for the mark of an unfinished save" for name in newer]
     for number, path in reversed(numbered.items()):
         folder = _here(path, weights, name)
         try:
             if folder is None:
-                _explain_ema(path, weights)
+                _explain(path, weights)
                 formats.detect(path)
                 raise CheckpointError(f"{path} holds no {name} checkpoint.")
             source = _scan(asked, path, folder, name, keys, config, ())
@@ -211,19 +243,30 @@ def _latest(
 def _here(path: Path, weights: str, name: str) -> Path | None:
     """The folder that holds the arrays: one inside a training checkpoint, or the path itself."""
     candidates = [path / n for n in INSIDE[weights]] if path.is_dir() else []
-    candidates += [path] if weights == "param" or path.name in INSIDE["ema"] else []
+    candidates += [path] if weights != "ema" or path.name in INSIDE["ema"] else []
+    candidates += [path / n for n in BELOW] if weights == "param" else []
     for folder in candidates:
         if not folder.exists():
             continue
         if name != "auto":
             if formats.load(name).claims(folder):
                 return folder
-        elif any(formats.load(n).claims(folder) for n in formats.FORMATS):
+        elif any(formats.load(n).claims(folder) for n in (formats.MASTERS if weights == "master" else formats.FORMATS)):
             return folder
     return None
 
 
-def _explain_ema(path: Path, weights: str) -> None:
+def _no_masters(folder: Path, name: str) -> UsageError:
+    return UsageError(
+        f"source.weights=master: of {name} checkpoints ({folder}) only the model's own weights are read, master weights of "
+        f"{', '.join(formats.MASTERS)}. Leave it out."
+    )
+
+
+def _explain(path: Path, weights: str) -> None:
+    """Why these weights are not there, if others are."""
+    if weights == "master" and (folder := _here(path, "param", "auto")) is not None:
+        raise _no_masters(folder, formats.detect(folder))
     if weights == "ema" and _here(path, "param", "auto") is not None:
         raise CheckpointError(
             f"{path} has no EMA weights (no {INSIDE['ema'][0]} folder); its plain weights are there: source.weights=param."
@@ -239,12 +282,16 @@ def _scan(
     config: str | None,
     notes: tuple[str, ...],
 ) -> Source:
-    name = formats.detect(folder) if name == "auto" else name
+    master = keys.get("weights") == "master"
+    name = formats.detect(folder, formats.MASTERS if master else formats.FORMATS) if name == "auto" else name
+    if master and name not in formats.MASTERS:
+        raise _no_masters(folder, name)
     catalog: Catalog = formats.load(name).scan(folder, keys)
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     about = catalog.about
     saved = "saved" in about
+    notes = (*notes, *about.get("notes", ()))
     found, config_path = ({}, None) if saved and config is None else find_config(folder, path, asked, config)
     found = found or dict(catalog.config)
     if catalog.format == "hf":
@@ -253,8 +300,8 @@ def _scan(
     if saved:  # everything as it was where it was saved
         notes = (*notes, f"{folder} is a saved catalog of {about['folder']}")
         return Source(catalog, Path(about["asked"]), Path(about["folder"]), about["step"], found, None, notes)
-    match = STEP.fullmatch(path.name)
-    return Source(catalog, asked, folder, int(match[1]) if match else None, found, config_path, notes)
+    step = _said(path.parent.name if path.name in BELOW else path.name)
+    return Source(catalog, asked, folder, step, found, config_path, notes)
 
 
 def find_config(folder: Path, path: Path, asked: Path, given: str | None) -> tuple[dict[str, Any], Path | None]:

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 
 ROOMS = (
-    "errors", "box configs draw", "pattern parallel megatron merak", "catalog files", "families", "family",
-    "plan report quantised ranks", "formats", "sources", "model",
+    "errors", "box configs draw", "pattern parallel megatron merak", "catalog files nemo", "families", "family",
+    "plan report quantised ranks zero", "formats", "sources", "model",
     "averages initial", "engine", "part", "task", "cost replicas", "run", "check", "keys", "config", "api", "cli dcp",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}

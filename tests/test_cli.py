@@ -45,8 +45,10 @@ ODD = [
 FROZEN = (
     "source.path source.format source.dialect source.weights source.replicas target.path target.format target.dialect "
     "target.dtype target.key target.max_shard_size target.safetensors target.vocab_size target.tp target.pp "
-    "target.vpp target.ep target.partition target.partition_method target.release target.spec target.embedding model.family "
-    "model.config engine.memory engine.transport engine.timeout engine.device engine.workers unmatched overwrite resume dry_run "
+    "target.vpp target.ep target.partition target.partition_method target.release target.spec target.embedding target.shared "
+    "target.universal "
+    "target.placement model.family model.config engine.memory "
+    "engine.transport engine.timeout engine.device engine.workers unmatched overwrite resume dry_run "
     "engine.verify engine.fsync engine.ranks engine.nodes engine.calibrate engine.bandwidth.read "
     "engine.bandwidth.exchange engine.bandwidth.write json quiet nproc source.step recipe keep"
 )
@@ -200,33 +202,40 @@ def test_the_last_word_of_a_key_wins_as_with_hydra() -> None:
 # ---- recipes
 
 
-def flat(*words: str) -> dict[str, object]:
-    return config._flat("convert", config.load("convert", [*NEEDED["convert"], *words]))
+def flat(*words: str, verb: str = "convert") -> dict[str, object]:
+    return config._flat(verb, config.load(verb, [*NEEDED[verb], *words]))
 
 
 def test_recipe_choices_are_the_recipes() -> None:
     assert tuple(config.recipes("convert")) == keys.RECIPES == keys.KEYS["recipe"].choices
-    assert all(config.recipes("convert").values()) and not config.recipes("average")
+    assert all(t for verb in ("convert", "average") for t in config.recipes(verb).values())
+    named = [*keys.RECIPES, *config.recipes("average")]
+    assert sorted(named) == sorted(f.stem for f in (ROOT / "conf/recipe").glob("*.yaml")) and not config.recipes(
+        "merge"
+    )
 
 
-@pytest.mark.parametrize("name", keys.RECIPES)
-def test_a_recipe_is_only_defaults_of_keys_and_what_is_given_wins(name: str) -> None:
-    plain, usual = flat(), flat(f"recipe={name}")
-    said = config._flat("convert", yaml.safe_load((ROOT / f"conf/recipe/{name}.yaml").read_text()))
+@pytest.mark.parametrize(("verb", "name"), [*(("convert", n) for n in keys.RECIPES), ("average", "nemo_average")])
+def test_a_recipe_is_only_defaults_of_keys_and_what_is_given_wins(verb: str, name: str) -> None:
+    plain, usual = flat(verb=verb), flat(f"recipe={name}", verb=verb)
+    said = config._flat(verb, yaml.safe_load((ROOT / f"conf/recipe/{name}.yaml").read_text()))
     assert {k: usual[k] for k in said} == said
     assert {k for k in usual if usual[k] != plain[k]} <= {*said, "recipe"} and usual.keys() == plain.keys()
     for key in said:
-        other = {"keep": "[weights]", "model.family": "llama", "target.dialect": "hf"}.get(key, "fsdp")
+        other = {"keep": "[weights]", "model.family": "llama", "target.dialect": "hf", "naming": "plain"}.get(
+            key, "fsdp"
+        )
         other = "hf" if key == "target.format" and usual[key] != "hf" else "dcp" if key == "target.format" else other
-        changed = flat(f"{key}={other}", f"recipe={name}")
+        changed = flat(f"{key}={other}", f"recipe={name}", verb=verb)
         assert {k for k in usual if changed[k] != usual[k]} == {key}
-    assert config.preview("convert", [f"recipe={name}"])["target"]["path"] == config.MISSING
+    assert config.preview(verb, [f"recipe={name}"])["source"]["path"] == config.MISSING
 
 
 def test_a_wrong_recipe_is_refused_and_help_lists_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'hf_to_torchtitan'" in refused("convert", "recipe=hf_to_torchtitn")
     assert "dcp_to_torch" in refused("convert", "recipe=+x=1")
-    assert "no key 'recipe'" in refused("average", "recipe=dcp_to_torch")
+    assert "no key 'recipe'" in refused("merge", "recipe=dcp_to_torch")
+    assert "Give one of nemo_average" in refused("average", "recipe=dcp_to_torch")
     assert flat("recipe=null") == flat()
     assert cli.main("convert", ["--help"]) == 0
     shown = capsys.readouterr().out

@@ -532,3 +532,22 @@ def test_norms_are_where_each_spec_of_layers_has_them(tmp_path: Path, kind: str)
     if kind == "deepseek_v3":
         assert "decoder.layers.1.self_attention.linear_q_up_proj.layer_norm_weight" in named["te"] & set(described)
         assert "decoder.layers.1.self_attention.kv_layernorm.weight" in named["local"]
+
+
+@pytest.mark.parametrize("spec", ["te", "local"])
+def test_an_average_in_the_same_files_as_its_sources(llama: Path, tmp_path: Path, spec: str) -> None:
+    keys = {"target.tp": 2, "target.pp": 2, "target.partition": [1, 3], "target.spec": spec}
+    for step in (1, 2):
+        ckpt_dist.convert(llama, tmp_path / f"step-{step}", format="megatron", **keys)
+
+    def moved(tree: dict[str, Any], number: int) -> None:
+        tree["model"] = {n: t + 1 for n, t in tree["model"].items()}
+
+    rewritten(tmp_path / "step-2", moved)
+    ckpt_dist.average(tmp_path, tmp_path / "mean", format="same")
+    one, two, mean = (rank_files(tmp_path / p) for p in ("step-1", "step-2", "mean"))
+    assert [f.parent.name for f in mean] == [f.parent.name for f in one]
+    for files in zip(one, two, mean, strict=True):
+        a, b, c = (torch.load(f, weights_only=False)["model"] for f in files)
+        assert list(a) == list(c)
+        assert all(torch.allclose(c[n], (a[n] + b[n]) / 2, rtol=2e-7) for n in a)

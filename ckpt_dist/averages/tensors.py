@@ -56,7 +56,8 @@ COPIED = (
     "*expert_bias",
     "*expert_bias_E",
     "*_extra_state",
-)  # routing bias and scales: the last one's
+    "*num_batches_tracked",
+)  # routing bias, scales and counts: the last one's
 
 
 class Differs(CheckpointError):

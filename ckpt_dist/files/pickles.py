@@ -38,6 +38,9 @@ class Record(list):  # type: ignore[type-arg]
     def __init__(self, *args: Any) -> None:
         super().__init__(args)
 
+    def __setitem__(self, key: Any, value: Any) -> None:  # items of a subclass of dict
+        self.append((key, value))
+
 
 class Namespace(dict):  # type: ignore[type-arg]
     """What is written as an argparse.Namespace."""
@@ -176,6 +179,7 @@ INERT = {
         "torch.Generator",
         "torch.cuda.amp.grad_scaler._refresh_per_optimizer_state",
         "functools.partial",
+        "typing.Any",
         "torch._C._VariableFunctionsClass",
         "signal.Signals",
         "_io.BytesIO",
@@ -187,9 +191,11 @@ INERT = {
     )
 }
 FOREIGN = (  # whose classes and functions are settings: never run
+    "deepspeed.",
     "megatron.",
     "nemo.",
     "lightning.",
+    "lightning_fabric.",
     "pytorch_lightning.",
     "omegaconf.",
     "transformer_engine.",
@@ -304,19 +310,19 @@ def _dtensor(args: Any, state: Any) -> Sharded:
     local, spec = slots.get("_local_tensor"), slots.get("_spec")
     if not isinstance(local, TensorRef) or not isinstance(spec, Record):
         raise pickle.UnpicklingError("a DTensor without a local tensor")
-    fields = _state(spec)
-    mesh = _state(fields.get("mesh"))
+    fields = state_of(spec)
+    mesh = state_of(fields.get("mesh"))
     meta = fields.get("tensor_meta")
     shape = (
         meta[0]
         if isinstance(meta, Record) and meta and isinstance(meta[0], (tuple, list))
-        else _state(meta).get("shape", args[2] if len(args) > 2 else ())
+        else state_of(meta).get("shape", args[2] if len(args) > 2 else ())
     )
     placements = tuple(_placement(p) for p in _items(fields.get("placements")))
     return Sharded(_numbers(shape, "shape"), local.dtype, local, placements, *_mesh(mesh))
 
 
-def _state(record: Any) -> dict[str, Any]:
+def state_of(record: Any) -> dict[str, Any]:
     """The state of a record: the dict that was appended last, or ((None, slots))."""
     if not isinstance(record, Record) or not len(record):
         return {}
@@ -328,7 +334,7 @@ def _state(record: Any) -> dict[str, Any]:
 
 def _placement(record: Any) -> tuple[object, ...]:
     name = getattr(record, "path", "").rpartition(".")[2]
-    fields = _state(record)
+    fields = state_of(record)
     positional = [a for a in record if type(a) is int] if isinstance(record, Record) else []
     dim = fields.get("dim", positional[0] if positional else None)
     if name in ("Shard", "_StridedShard") and type(dim) is int:
@@ -340,7 +346,7 @@ def _placement(record: Any) -> tuple[object, ...]:
 def _mesh(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] | None, TensorRef | None, int | None]:
     """(shape, coordinate, tensor of ranks, rank), by the fields that the writing torch had."""
     tensor = next((fields[k] for k in ("mesh", "_mesh", "_rank_map") if isinstance(fields.get(k), TensorRef)), None)
-    layout = _state(fields.get("_layout"))
+    layout = state_of(fields.get("_layout"))
     shape = layout.get("axes", layout.get("shape", layout.get("_shape")))
     if shape is None and tensor is not None and "_rank_map" not in fields:
         shape = tensor.shape
@@ -360,7 +366,7 @@ def _flat(shape: Any) -> tuple[int, ...]:
     if type(shape) is int:
         return (shape,)
     if isinstance(shape, Record):
-        shape = _state(shape).get("shape", ())
+        shape = state_of(shape).get("shape", ())
     return tuple(prod(_flat(s)) for s in shape) if isinstance(shape, (tuple, list)) else ()
 
 
@@ -368,11 +374,11 @@ def _sharded_tensor(state: Any) -> Sharded:
     """A ShardedTensor's state: (local shards, metadata, process group, sharding spec, ...)."""
     if not isinstance(state, tuple) or len(state) < 2:
         raise pickle.UnpicklingError("a ShardedTensor without shards")
-    shards, meta = _items(state[0]), _state(state[1])
+    shards, meta = _items(state[0]), state_of(state[1])
     parts, dtype = [], None
     for shard in shards:
-        fields = _state(shard)
-        box = _state(fields.get("metadata"))
+        fields = state_of(shard)
+        box = state_of(fields.get("metadata"))
         tensor = fields.get("tensor")
         if not isinstance(tensor, TensorRef):
             raise pickle.UnpicklingError("a shard without a tensor")
@@ -417,6 +423,7 @@ CALLS: dict[str, Any] = {
 CALLS["torch.Size"] = tuple  # a million of them in a large .metadata; a tuple of a tuple is itself
 CALLS["builtins.list"], CALLS["builtins.dict"] = _record("list"), _record("dict")
 CALLS |= {name.replace("builtins", "__builtin__"): made for name, made in CALLS.items() if name.startswith("builtins")}
+CALLS |= {"__builtin__.long": CALLS["builtins.int"], "__builtin__.unicode": CALLS["builtins.str"]}  # by protocol 2
 
 
 class _Unpickler(pickle.Unpickler):

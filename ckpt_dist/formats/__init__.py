@@ -17,6 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
@@ -24,10 +27,14 @@ from ckpt_dist.errors import CheckpointError, UsageError, nearest
 FORMATS = (
     "catalog",
     "fsdp",
+    "megatron_deepspeed",
+    "deepspeed",
+    "archive",
     "torch_dist",
+    "zarr",
+    "nemo",
     "megatron",
     "merak",
-    "megatron_deepspeed",
     "dcp",
     "hf",
     "meta",
@@ -38,6 +45,7 @@ DIALECTS = {  # formats whose files have names of one dialect only, or of the fi
     "hf": ("hf",),
     "meta": ("meta",),
     "torch_dist": ("megatron_stacked", "megatron"),
+    "zarr": ("megatron_stacked", "megatron"),
     "megatron": ("megatron",),
     "sfpt": ("megatron", "megatron_stacked"),
     "merak": ("hf",),
@@ -52,6 +60,7 @@ RANKS = {  # formats with files of their own for each of some kinds of ranks
 EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
 RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
+MASTERS = ("deepspeed",)  # formats of which the optimizer's own copies of the weights are read
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 
@@ -78,13 +87,35 @@ class Crc:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint that does not exist yet. `late` files are small and made when writing starts."""
+    """A checkpoint that does not exist yet. `late` files are small and made when all else is written.
+
+    Where each node has a disk of its own, `holders` are the nodes that hold each file (none said: all hold all), and
+    `own` makes late files that differ from node to node.
+    """
 
     catalog: Catalog
     sizes: tuple[int, ...]
     pieces: tuple[tuple[int, int, bytes], ...] = ()
     crcs: tuple[Crc, ...] = ()
     late: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    holders: tuple[frozenset[int], ...] = ()
+    own: Mapping[str, Callable[[int], bytes]] = field(default_factory=dict)
+
+
+def held(layout: Layout, node: int | None) -> NDArray[np.bool_]:
+    """Which files are on the disk of a node; None is a disk that all nodes share."""
+    files = len(layout.catalog.files)
+    if node is None or not layout.holders:
+        return np.ones(files, bool)
+    return np.array([node in nodes for nodes in layout.holders], bool)
+
+
+def holders(placement: Sequence[int], loads: Sequence[int]) -> tuple[frozenset[int], ...]:
+    """The nodes of each file, by the node of each rank and the file it loads: `holders([0, 1], [0, 0])` -> `({0, 1},)`."""
+    found: list[set[int]] = [set() for _ in range(max(loads) + 1)]
+    for node, file in zip(placement, loads, strict=True):
+        found[file].add(node)
+    return tuple(map(frozenset, found))
 
 
 def load(name: str) -> ModuleType:
@@ -101,11 +132,11 @@ def dialects(target: Mapping[str, Any], own: str) -> tuple[str, ...]:
     return DIALECTS.get(str(target.get("format")), (own,))
 
 
-def detect(path: Path) -> str:
+def detect(path: Path, among: Sequence[str] = FORMATS) -> str:
     """The format of a checkpoint, recognised from its content."""
     if not path.exists():
         raise CheckpointError(f"No checkpoint at {path}: the path does not exist.{_neighbours(path)}")
-    for name in FORMATS:
+    for name in among:
         if load(name).claims(path):
             return name
     inside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]

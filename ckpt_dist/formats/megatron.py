@@ -10,8 +10,9 @@ Invariant: the files of all ranks are there and of one save, or the first that i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import Record
-from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import Layout, Spec, holders
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Rank
@@ -33,10 +34,10 @@ FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 STATE = "_extra_state"  # of a layer of Transformer Engine: a tensor of bytes, a file, or None
 OLD = (  # names from before megatron-core, and how it calls the same
-    (r"^(module\.)*", ""),
+    (r"^((model|module)\.)*", ""),  # of wrappers, and of NeMo
     (r"^language_model\.", ""),
     (r"^(encoder|transformer)\.", "decoder."),
-    (r"^word_embeddings_for_head\.", "output_layer."),
+    (r"^word_embeddings(_for_head)?\.", "output_layer."),
     (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
     (r"\.(self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
     (r"\.(self_)?attention\.dense\.", ".self_attention.linear_proj."),
@@ -62,10 +63,16 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     folders = sorted(p for p in path.iterdir() if FOLDER.fullmatch(p.name) and _file(p))
     files = [f"{p.name}/{_file(p)}" for p in folders]
     opened = [pt.open_archive(path / f) for f in files]
+    same_save(path, files, [tree for tree, _ in opened])
+    args = args_of(opened[0][0])
+    return assembled(path, files, opened, _ranks(path, [p.name for p in folders], args), args)
+
+
+def assembled(
+    path: Path, files: Sequence[str], opened: Sequence[tuple[Any, Any]], found: Sequence[Rank], args: Mapping[str, Any]
+) -> Catalog:
+    """The whole tensors of all ranks' files; `opened` are their dicts and the places of their storages."""
     trees = [tree for tree, _ in opened]
-    _same_save(path, files, trees)
-    args = args_of(trees[0])
-    found = _ranks(path, [p.name for p in folders], args)
     states = [_states(tree) for tree in trees]
     offsets = _offsets(path, files, states, found, args)
     parts = []
@@ -76,7 +83,9 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
             parts += [(part, number, storages) for part in held]
     entries, table = together(path, files, parts)
     extras = tuple({x.name: x for tree in reversed(trees) for x in _extras(tree)}.values())
-    about = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
+    starts = [*(offsets[k] for k in sorted(offsets)), _count(e.name for e in entries)]
+    about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
+    about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)}
     return Catalog("megatron", str(path), tuple(files), entries, table, extras, args, about=about)
 
 
@@ -95,7 +104,7 @@ def together(
     return tuple(entries.values()), chunk_table(rows)
 
 
-def _same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
+def same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
     for file, tree in zip(files, trees, strict=True):
         if not isinstance(tree, Mapping) or not _models(tree):
             raise CheckpointError(f"{path / file} holds no model: a dict with the key model (or model0) is expected.")
@@ -207,6 +216,11 @@ def _offsets(
     return offsets
 
 
+def _spec(states: Sequence[Sequence[State]]) -> str:
+    """Whose modules the names are of: Megatron's own have a norm before the layer that Transformer Engine has it in."""
+    return "local" if any(".input_layernorm." in n for chunks in states for state in chunks for n in state) else "te"
+
+
 def agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
     known = entries.setdefault(entry.name, entry)
     if known != entry:
@@ -243,7 +257,8 @@ def lay_out(spec: Spec) -> Layout:
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
     about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
     common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
-    return rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
+    made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
+    return replace(made, holders=_holders(o.get("placement"), all_ranks))
 
 
 def rank_files(
@@ -268,6 +283,21 @@ def rank_files(
     ]
     catalog = Catalog(format, "", tuple(names), spec.entries, chunk_table(rows))
     return replace(layout, catalog=catalog, late={megatron.TRACKER: tracker.encode})
+
+
+def _holders(placement: Sequence[int] | None, all_ranks: Sequence[Rank]) -> tuple[frozenset[int], ...]:
+    """The nodes of each rank's file: Megatron counts its ranks in the order tensor, expert, data, pipeline."""
+    if not placement:
+        return ()
+    one, count = all_ranks[0], len(placement)
+    if count % len(all_ranks):
+        raise UsageError(
+            f"target.placement: {count} ranks cannot load {one.tp} x {one.pp} x {one.ep} tensor, pipeline and expert ranks. "
+            "Give target.placement=[...], the node of each rank of the job that will load this."
+        )
+    number = {(rank.t, rank.p, rank.e): k for k, rank in enumerate(all_ranks)}
+    places = [(r % one.tp, r // (count // one.pp), r // one.tp % one.ep) for r in range(count)]
+    return holders(placement, [number[place] for place in places])
 
 
 def _refuse(spec: Spec, tp: int, pp: int, vpp: int, ep: int) -> None:
@@ -297,7 +327,11 @@ def _num_layers(spec: Spec) -> int:
                 f"target.format=megatron: {entry.name!r} is not what a layer of Megatron is called. Leave target.dialect and "
                 "target.key out, and give the model's family if it was not found: model=FAMILY."
             )
-    return 1 + max((int(m[2]) for e in spec.entries if (m := ranks.LAYER.fullmatch(e.name))), default=-1)
+    return _count(e.name for e in spec.entries)
+
+
+def _count(names: Iterable[str]) -> int:
+    return 1 + max((int(m[2]) for n in names if (m := ranks.LAYER.fullmatch(n))), default=-1)
 
 
 def partition(layers: int, pp: int, vpp: int, asked: Sequence[int] | None) -> list[int]:

@@ -39,15 +39,15 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     return scan_files(path.parent, [path.name], options)
 
 
-def open_archive(path: Path) -> tuple[Any, dict[str, zips.Record]]:
-    """The restricted unpickling of a file's data.pkl, and the records of its storages by key; also of files without a zip."""
+def open_archive(path: Path, base: int = 0, length: int | None = None) -> tuple[Any, dict[str, zips.Record]]:
+    """The restricted unpickling of a file's data.pkl, and the records of its storages by key; of a part of a file, or a file without a zip, too."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if legacy.is_legacy(os.pread(fd, 16, 0)):
+        if not base and legacy.is_legacy(os.pread(fd, 16, 0)):
             return legacy.read(fd, str(path))
-        records = zips.directory(fd, 0, os.fstat(fd).st_size, str(path))
+        records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, str(path))
         data = zips.find(records, "/data.pkl", str(path))
         order = next((r for name, r in records.items() if name.endswith("/byteorder")), None)
         if order is not None and os.pread(fd, min(order.nbytes, 16), order.offset) != b"little":
@@ -113,10 +113,10 @@ def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> 
             held[label] = number
             entries.append(Entry(label, leaf.dtype, leaf.shape, path or (label,), role(path) if path else "weight"))
             refs.append((leaf, number, storage_record(storages, leaf, f"{root / name}: {label}")))
-    return Catalog("torch", str(root), tuple(names), tuple(entries), _chunks(entries, refs), tuple(extras))
+    return Catalog("torch", str(root), tuple(names), tuple(entries), chunks(entries, refs), tuple(extras))
 
 
-def _chunks(entries: Sequence[Entry], refs: Sequence[tuple[pickles.TensorRef, int, int]]) -> Chunks:
+def chunks(entries: Sequence[Entry], refs: Sequence[tuple[pickles.TensorRef, int, int]]) -> Chunks:
     dense = whole(entries, [n for _, n, _ in refs], [a for *_, a in refs])
     strides = padded([r.stride for r, *_ in refs], dense.strides.shape[1], 0)
     return Chunks(dense.entry, dense.start, dense.stop, strides, dense.file, dense.offset)
@@ -128,16 +128,22 @@ def lay_out(spec: Spec) -> Layout:
 
 
 def lay_out_files(
-    spec: Spec, names: Sequence[str], groups: Sequence[Sequence[int]], each: Sequence[Extra] = ()
+    spec: Spec,
+    names: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    each: Sequence[Extra] = (),
+    own: Sequence[Sequence[Extra]] = (),
 ) -> Layout:
-    """Archives as torch.save lays them out, with `each` in all of them; a storage's CRC is known only when its bytes are."""
+    """Archives as torch.save lays them out, with `each` in all of them and `own` in one each; a storage's CRC is known
+    only when its bytes are."""
     file = np.zeros(len(spec.entries), np.int64)
     offset = np.zeros(len(spec.entries), np.int64)
     lengths: list[int] = []
     pieces: list[tuple[int, int, bytes]] = []
     crcs: list[Crc] = []
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-        tree = _tree([spec.entries[i] for i in group], [*each, *(spec.extras if number == 0 else ())])
+        beside = [*each, *(own[number] if own else ()), *(spec.extras if number == 0 else ())]
+        tree = _tree([spec.entries[i] for i in group], beside)
         storages = [
             int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group
         ]
@@ -187,6 +193,8 @@ def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
     leaves = [(e.path, tensor(e.dtype, e.shape, str(k))) for k, e in enumerate(entries)]
     leaves += [(x.path, x.value) for x in extras if x.address is None]
     root: dict[Any, Any] = {}
+    if len(leaves) == 1 and not leaves[0][0]:  # a file may be one tensor or value without a name
+        return leaves[0][1]
     for path, leaf in leaves:
         node = root
         for part in path[:-1]:

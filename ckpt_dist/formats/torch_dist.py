@@ -2,20 +2,22 @@
 
 Facts: megatron-core 0.8 to 0.19; what is written was loaded by 0.16.1. Everything but tensors is in common.pt, since
 0.19 in the object `common_state/shard_0_1`. A layer's `_extra_state` objects have to be there, if only as [None].
+NeMo puts the model under a key (`model.` in NeMo 1, `module.` in NeMo 2), has no args and no `iter_NNNNNNN/`.
 
-Invariant: tensors are those of `dcp`; this file only adds what Megatron keeps beside them.
+Invariant: tensors are those of `dcp`; this file only adds what Megatron and NeMo keep beside them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import megatron
+from ckpt_dist import megatron, nemo
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import pickles
@@ -23,13 +25,15 @@ from ckpt_dist.formats import Layout, Spec, dcp
 from ckpt_dist.formats import torch as pt
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
+STATE = "_extra_state"  # of a layer of Transformer Engine
 SETTINGS = "run_config.yaml"  # of Megatron Bridge, which keeps no args
 BACKENDS = dict(
     sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
 )
 PLAIN = (str, int, float, bool, type(None))
+NEMO = {"model": "", "module": "weights/"}  # the key that NeMo 1 and NeMo 2 put a model under, and the folder
 LINEAR = re.compile(
-    r"(decoder\.layers\.(?:\d+\.)?(?:self_attention|mlp)\.(?:linear_\w+|(?:experts\.experts|shared_experts)\.linear_\w+))\.weight"
+    r"((?:model\.|module\.)*decoder\.layers\.(?:\d+\.)?(?:self_attention|mlp)\.(?:linear_\w+|(?:experts\.experts|shared_experts)\.linear_\w+))\.weight"
 )
 
 
@@ -40,34 +44,72 @@ def claims(path: Path) -> bool:
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """What dcp scans, with the args of the run as its config."""
     catalog: Catalog = dcp.scan(path, options)
-    common = _common(path, catalog)
-    extras = tuple(x for x in catalog.extras if "_extra_state" not in x.name and x.name != COMMON_OBJECT)
-    return replace(catalog, extras=extras, config=args_of(common) or _settings(path / SETTINGS))
+    common = common_of(path / COMMON) if (path / COMMON).is_file() else common_in(catalog)
+    return around(catalog, common, _settings(path / SETTINGS) or settings_beside(path))
 
 
-def _common(path: Path, catalog: Catalog) -> Mapping[str, Any]:
-    if (path / COMMON).is_file():
-        tree, _ = pt.open_archive(path / COMMON)
-    else:
-        held = [dcp.read_extra(catalog, x) for x in catalog.extras if x.name == COMMON_OBJECT]
-        tree = held[0][0] if held and isinstance(held[0], list) and held[0] else {}
+def around(catalog: Catalog, common: Mapping[str, Any], settings: Mapping[str, Any]) -> Catalog:
+    """The catalog of a dcp folder as Megatron's: the args of the run, the states of layers, and whether NeMo wrote it."""
+    states = {x.name: x for x in catalog.extras if STATE in x.name}
+    extras = tuple(x for x in catalog.extras if x.name not in states and x.name != COMMON_OBJECT)
+    about = {**catalog.about, "states": states, "lightning": of_lightning(common)}
+    return replace(catalog, format="torch_dist", extras=extras, config=args_of(common) or settings, about=about)
+
+
+def of_lightning(common: Mapping[str, Any]) -> bool:
+    return "pytorch-lightning_version" in common or "state_dict" in common
+
+
+locate = dcp.locate  # addresses of tensors are in the same headers
+
+
+def common_in(catalog: Catalog) -> Mapping[str, Any]:
+    """What newer versions of Megatron have instead of common.pt: an object among the others."""
+    held = [dcp.read_extra(catalog, x) for x in catalog.extras if x.name == COMMON_OBJECT]
+    return _dict(held[0][0] if held and isinstance(held[0], list) and held[0] else {}, Path(catalog.root))
+
+
+def common_of(file: Path, base: int = 0, length: int | None = None) -> Mapping[str, Any]:
+    """What is in a common.pt, by the allow-list."""
+    return _dict(pt.open_archive(file, base, length)[0], file)
+
+
+def _dict(tree: Any, where: Path) -> Mapping[str, Any]:
     if not isinstance(tree, Mapping):
-        raise CheckpointError(f"{path / COMMON} holds {type(tree).__name__}, not a dict. Is it of another tool?")
+        raise CheckpointError(f"{where}: {COMMON} holds {type(tree).__name__}, not a dict. Is it of another tool?")
     return tree
 
 
 def _settings(path: Path) -> dict[str, Any]:
     """The model's part of a run's settings, by the words that args have for it."""
-    if not path.is_file():
+    model = _yaml(path.read_bytes(), str(path)).get("model") if path.is_file() else None
+    return {str(k): v for k, v in model.items() if _plain(v)} if isinstance(model, dict) else {}
+
+
+def settings_beside(path: Path) -> dict[str, Any]:
+    """Args by the first of NeMo's files that has them. One that is not plain YAML says nothing."""
+    for file in (path / name for name in nemo.SETTINGS):
+        if file.is_file() and (found := settings_in(file.read_bytes())):
+            return found
+    return {}
+
+
+def settings_in(text: bytes) -> dict[str, Any]:
+    """Args by the content of one such file."""
+    try:
+        return nemo.settings(_yaml(text, ""))
+    except CheckpointError:
         return {}
+
+
+def _yaml(text: bytes, where: str) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_bytes())
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no readable YAML: {error!s:.200}") from None
-    model = found.get("model") if isinstance(found, dict) else None
-    return {str(k): v for k, v in model.items() if _plain(v)} if isinstance(model, dict) else {}
+        raise CheckpointError(f"{where} is no readable YAML: {error!s:.200}") from None
+    return found if isinstance(found, dict) else {}
 
 
 def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,26 +124,79 @@ def _plain(value: Any) -> bool:
 
 
 def lay_out(spec: Spec) -> Layout:
-    """A dcp folder with the objects, common.pt and metadata.json that Megatron asks for, and the tracker above it."""
+    """A dcp folder with the objects that Megatron asks for, and what is beside them."""
+    names = [f"{key}/shard_{place}" for key, place in layer_states(spec.entries)]
+    objects = {name: Extra(name, (name,), "state", [None]) for name in names} | held_states(spec, "torch_dist")
+    options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
+    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects.values()), options=options))
+    return placed(spec, layout, "torch_dist")
+
+
+def placed(spec: Spec, layout: Layout, backend: str) -> Layout:
+    """The same files where Megatron or NeMo look for them, with metadata.json, common.pt and what is beside these."""
     step = int(spec.options.get("step") or 1)
-    objects = tuple(
-        Extra(f"{key}/shard_{place}", (f"{key}/shard_{place}",), "state", [None])
-        for entry in spec.entries
-        for key, place in _objects(entry)
+    key = key_of(spec)
+    folder = f"{megatron.STEPS.format(step)}/" if key is None else NEMO[key]
+    late = {**layout.late, METADATA: json.dumps({**BACKENDS, "sharded_backend": backend}).encode}
+    late |= (
+        {COMMON: partial(_made_common, spec, step)} if key is None else {COMMON: partial(_common_of_nemo, spec, step)}
     )
-    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects)))
+    late = {folder + name: make for name, make in late.items()}
+    if key is None:
+        late[megatron.TRACKER] = lambda: str(step).encode()
+    else:
+        late |= {name: file.read_bytes for name, file in _context(spec, folder).items()}
+    catalog = replace(layout.catalog, format=backend, files=tuple(folder + f for f in layout.catalog.files))
+    return replace(layout, catalog=catalog, late=late)
+
+
+def key_of(spec: Spec) -> str | None:
+    """The key of NeMo that the weights are under: `module` of `module.decoder.final_layernorm.weight`."""
+    keys = {e.name.partition(".")[0] for e in spec.entries if e.role == "weight"}
+    return next((k for k in NEMO if keys == {k}), None)
+
+
+def _made_common(spec: Spec, step: int) -> bytes:
     args = dict(spec.options.get("args") or {})
     args |= dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, ckpt_format="torch_dist")
     common = {"args": pickles.Namespace(args), "iteration": step, "checkpoint_version": 3.0}
-    folder = megatron.STEPS.format(step)
-    late = {
-        **layout.late,
-        METADATA: lambda: json.dumps(BACKENDS).encode(),
-        COMMON: lambda: pt.archive(common, "common"),
-    }
-    catalog = replace(layout.catalog, format="torch_dist", files=tuple(f"{folder}/{f}" for f in layout.catalog.files))
-    late = {f"{folder}/{name}": make for name, make in late.items()} | {megatron.TRACKER: lambda: str(step).encode()}
-    return replace(layout, catalog=catalog, late=late)
+    return pt.archive(common, "common")
+
+
+def _common_of_nemo(spec: Spec, step: int) -> bytes:
+    """As it is in the source, where NeMo wrote that: settings of classes that only NeMo can read are among it."""
+    file = Path(spec.source.root) / COMMON if spec.source else None
+    if spec.source and file and spec.source.about.get("lightning") and file.is_file():
+        return file.read_bytes()
+    made = {"state_dict": {}, "epoch": 0, "global_step": step, "pytorch-lightning_version": "2.4.0"}
+    return pt.archive(made, "common")
+
+
+def _context(spec: Spec, folder: str) -> dict[str, Path]:
+    """What NeMo 2 keeps beside `weights/`: the model's settings and its tokenizer. A link is left out."""
+    held = folder and spec.source and spec.source.about.get("lightning")
+    above = Path(spec.source.root).parent / "context" if held and spec.source else None
+    if above is None or not above.is_dir():
+        return {}
+    files = sorted(p for p in above.rglob("*") if p.is_file() and not p.is_symlink())
+    return {f"context/{p.relative_to(above)}": p for p in files}
+
+
+def held_states(spec: Spec, backend: str) -> dict[str, Any]:
+    """The states of layers that a source has under the same names: they are passed on."""
+    source = spec.source
+    if (
+        source is None
+        or source.format != backend
+        or not {e.name for e in spec.entries} <= {e.name for e in source.entries}
+    ):
+        return {}
+    return dict(source.about.get("states", {}))
+
+
+def layer_states(entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:
+    """The `_extra_state` of linear layers, without which Megatron does not load them: key, and offset and count."""
+    return (one for entry in entries for one in _objects(entry))
 
 
 def _objects(entry: Entry) -> list[tuple[str, str]]:
@@ -109,7 +204,7 @@ def _objects(entry: Entry) -> list[tuple[str, str]]:
     found = LINEAR.fullmatch(entry.name)
     if found is None:
         return []
-    stacked = not re.match(r"decoder\.layers\.\d", entry.name)
+    stacked = not re.search(r"decoder\.layers\.\d", entry.name)
     counts = [entry.shape[0]] if stacked else []
     if ".experts.experts." in entry.name:
         counts.append(entry.shape[1 if stacked else 0])

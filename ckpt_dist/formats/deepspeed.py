@@ -1,0 +1,232 @@
+"""DeepSpeed's checkpoints: `global_stepN/` of ZeRO stages 0 to 3 (model, fp32 master weights, optimizer); universal ones.
+
+Facts: DeepSpeed 0.19.8, compared with its own zero_to_fp32; older keys from its source. What is trained lies in fp32
+in the optimizer's files, flat and cut by data-parallel ranks (`zero.py`). Everything is in the model's file in the
+dtype of the computation too at stages 0 to 2; at stage 3 only the buffers are.
+
+Invariant: a parameter is its runs in the flat tensors, never a joined copy; the files of all ranks are there and of one
+save, or the first that is not is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist.catalog import Catalog, Entry, Extra
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files import pickles
+from ckpt_dist.formats import Layout, Spec, _universal, _zero
+from ckpt_dist.formats import torch as pt
+from ckpt_dist.formats._table import File, Table, opened
+
+MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+LAYER = re.compile(r"layer_\d+-(?:model_\d+-)?model_states\.pt")
+EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_\d+_model_states\.pt")
+PARTS = (  # keys of a model's file that make up its tensors
+    "module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params", "optimizer",
+)  # fmt: skip
+
+
+def claims(path: Path) -> bool:
+    return path.is_dir() and any(MODEL.fullmatch(p.name) or OPTIM.fullmatch(p.name) for p in path.iterdir())
+
+
+def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
+    """The model's own weights, or the master weights where they are asked for or nothing else is stored."""
+    if _universal.claims(path):
+        return _universal.scan(path, _models(path), _state)
+    models, optims = _files(path)
+    experts, keep = sorted(p.name for p in path.iterdir() if EXPERT.fullmatch(p.name)), options.get("keep")
+    partitioned, strict = models[0].startswith("zero_pp_rank"), options.get("unmatched") != "drop"
+    master = partitioned or options.get("weights") == "master" or bool(options.get("universal") and optims)
+    main, files, table, extras = opened(path, models[0], 0), [models[0]], Table(), list[Extra]()
+    module, save = _module(main), None
+    if experts and (master or (strict and "optimizer" in (keep or ()))):
+        raise CheckpointError(
+            f"{path} is of a mixture of experts ({len(experts)} files such as {experts[0]}), of which the optimizer's files are "
+            "not read: only the model's own weights are, without source.weights=master and keep=optimizer."
+        )
+    if optims and not experts and (master or keep is None or "optimizer" in keep):
+        save = _zero.save(main, [opened(path, name, 1 + k) for k, name in enumerate(optims)])
+        files += optims
+    if not master:
+        for name, ref in module.items():
+            table.whole(Entry(name, ref.dtype, ref.shape, (name,)), ref, main)
+        files += _experts(table, path, main, experts, len(files))
+    elif save:
+        frozen = partitioned and bool(main.tree.get("frozen_param_shapes"))
+        more = models[1:] if frozen else []
+        ranks = [main, *(opened(path, name, len(files) + k) for k, name in enumerate(more))]
+        files += more
+        _masters(table, main, module, _zero.masters(save) | (_frozen(ranks, save) if frozen else {}))
+    else:
+        raise CheckpointError(
+            f"{path} has no fp32 master weights that have names: no optimizer files of ZeRO lie beside {models[0]}. "
+            "Leave source.weights out."
+        )
+    extras += _state(table, main)
+    extras += _zero.moments(table, save, strict and "optimizer" in (keep or ())) if save else _unread(main, optims)
+    about = {
+        "weights": "master" if master else "param",
+        "notes": (_said(module, save, master, bool(optims and not experts)),),
+    }
+    return table.catalog("deepspeed", path, files, extras, about)
+
+
+def _frozen(models: Sequence[File], save: _zero.Save) -> dict[str, _zero.Part]:
+    if len(models) != len(save.shards):
+        raise CheckpointError(
+            f"{save.where}: {len(models)} files of the model, and the save was of {len(save.shards)} ranks, each with parts of "
+            "frozen weights. Fetch the missing ones."
+        )
+    return _zero.frozen(models)
+
+
+def _masters(table: Table, main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[str, _zero.Part]) -> None:
+    """Every name of the model: master weights where there are any, what is not trained from the model's file."""
+    aliases = _aliases(main, module, held)
+    buffers = main.tree.get("buffer_names") or ()
+    for name in [*module, *(n for n in held if n not in module)]:
+        part = held.get(aliases.get(name, name))
+        if part is not None:
+            table.runs(Entry(name, part.dtype, part.shape, (name,)), part.lo, part.hi, part.file, part.address)
+        elif 0 in module[name].shape and name not in buffers:
+            raise CheckpointError(
+                f"{main.path}: {name!r} has no values: it is neither trained, nor frozen, nor a buffer."
+            )
+        else:
+            table.whole(Entry(name, module[name].dtype, module[name].shape, (name,)), module[name], main)
+
+
+def _aliases(main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[str, Any]) -> dict[str, str]:
+    """Second names of trained parameters, as listed, or as the same elements of one storage (older files list none)."""
+    said = main.tree.get("shared_params")
+    place = {(r.storage.key, r.offset, r.shape): n for n, r in module.items() if n in held and 0 not in r.shape}
+    same = {n: place.get((r.storage.key, r.offset, r.shape), n) for n, r in module.items() if n not in held}
+    return {**same, **({str(k): str(v) for k, v in said.items()} if isinstance(said, Mapping) else {})}
+
+
+def _experts(table: Table, path: Path, main: File, names: Sequence[str], first: int) -> Sequence[str]:
+    """Experts lie in a file each, under names with their numbers in the whole model; those of all of a layer are there."""
+    layers: dict[str | None, set[int]] = {}
+    for k, name in enumerate(names):
+        layer, expert = EXPERT.fullmatch(name).groups()  # type: ignore[union-attr]
+        layers.setdefault(layer, set()).add(int(expert))
+        file = opened(path, name, first + k)
+        for label, ref in file.tree.items():
+            table.whole(Entry(str(label), ref.dtype, ref.shape, (str(label),)), ref, file)
+    said = main.tree.get("num_experts")
+    counts = said if isinstance(said, (list, tuple)) and len(said) == len(layers) else [0] * len(layers)
+    for (layer, found), count in zip(sorted(layers.items(), key=lambda row: int(row[0] or 0)), counts, strict=True):
+        if lost := set(range(max(count, max(found) + 1))) - found:
+            raise CheckpointError(f"{path}: expert {min(lost)} of layer {layer or 0} is missing. Fetch its file.")
+    return names
+
+
+def _said(module: Mapping[str, pickles.TensorRef], save: _zero.Save | None, master: bool, more: bool) -> str:
+    if master and save:
+        ranks = f"{len(save.shards)} rank" + "s" * (len(save.shards) > 1)
+        only = ", which are all that this stage stores" if save.stage == 3 else ""
+        return f"weights: the fp32 master weights of {ranks}, ZeRO stage {save.stage}{only}"
+    dtypes = ", ".join(sorted({r.dtype for r in module.values()}))
+    return f"weights: the model's own ({dtypes})" + ("; source.weights=master takes the optimizer's" if more else "")
+
+
+# ---- which files there are
+
+
+def _models(path: Path) -> list[str]:
+    """The files of the model in a universal checkpoint: one that says all, or those of all ranks of stage 3."""
+    found = sorted((int(m[1] or -1), m[0]) for p in path.iterdir() if (m := MODEL.fullmatch(p.name)))
+    if not found:
+        raise CheckpointError(f"{path} holds no file of the model (mp_rank_00_model_states.pt). Fetch it.")
+    return [n for rank, n in found if rank >= 0] if found[0][0] >= 0 else [found[0][1]]
+
+
+def _files(path: Path) -> tuple[list[str], list[str]]:
+    """The files of models and optimizers, by data-parallel rank; what is not read is refused by name."""
+    names = [p.name for p in path.iterdir()]
+    _refuse(path, names)
+    models = sorted((int(m[1] or -1), m[0]) for n in names if (m := MODEL.fullmatch(n)))
+    optims = sorted((int(m[1]), m[0]) for n in names if (m := OPTIM.fullmatch(n)))
+    if not models:
+        raise CheckpointError(
+            f"{path} holds {optims[0][1]} and no file of the model (mp_rank_00_model_states.pt). Fetch it."
+        )
+    kinds = {rank < 0 for rank, _ in models}
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{path} mixes {models[0][1]} and {models[-1][1]}: files of ZeRO stage 3 and of another stage. Move those of one away."
+        )
+    for what in (models, optims):
+        lost = sorted(set(range(max((r for r, _ in what), default=-1) + 1)) - {r for r, _ in what})
+        if lost:
+            here = next(n for r, n in what if r > lost[0])
+            wanted = re.sub(r"pp_rank_\d+", f"pp_rank_{lost[0]}", here)
+            raise CheckpointError(f"{path}: the shard of rank {lost[0]} is missing ({wanted}). Fetch it again.")
+        if len({r for r, _ in what}) < len(what):
+            raise CheckpointError(
+                f"{path} holds two files of one rank: {what[0][1]} and {what[1][1]}. Move one run's away."
+            )
+    return [n for _, n in models], [n for _, n in optims]
+
+
+def _refuse(path: Path, names: Sequence[str]) -> None:
+    """Checkpoints of which the names of files say already that they are not read."""
+    if layers := sorted(n for n in names if LAYER.fullmatch(n)):
+        raise CheckpointError(
+            f"{path} is a pipeline's checkpoint: {len(layers)} files such as {layers[0]}, with names that count the items of a "
+            "list of layers. Those of Megatron-DeepSpeed are read with source.format=megatron_deepspeed."
+        )
+    found = sorted({m[2] for n in names if (m := MODEL.fullmatch(n) or OPTIM.fullmatch(n))})
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} is of {len(found)} model-parallel ranks (mp_rank_{found[0]} to {found[-1]}); the files do not say along which "
+            "dims tensors are divided. Make it universal with DeepSpeed's ds_to_universal, which is read."
+        )
+
+
+# ---- the model's file
+
+
+def _module(main: File) -> dict[str, pickles.TensorRef]:
+    module = main.tree.get("module")
+    if not isinstance(module, Mapping):
+        raise CheckpointError(f"{main.path} holds no model: a dict under the key module is expected.")
+    return {".".join(map(str, p)): leaf for p, leaf in pt.walk(module) if isinstance(leaf, pickles.TensorRef)}
+
+
+def _state(table: Table, main: File) -> Iterator[Extra]:
+    """What is beside the model: settings, counters and whatever the training program put there; odd values in it."""
+    for key, value in main.tree.items():
+        for place, leaf in pt.walk(value, (str(key),)) if key not in PARTS and value is not None else ():
+            name = ".".join(map(str, place))
+            if isinstance(leaf, pickles.TensorRef):
+                table.whole(Entry(name, leaf.dtype, leaf.shape, place, "state"), leaf, main)
+            else:
+                yield Extra(name, place, "state", leaf)
+    for place, leaf in pt.walk(main.tree.get("module") or {}):
+        if place and not isinstance(leaf, pickles.TensorRef):
+            yield Extra(".".join(map(str, place)), place, "weight", leaf)
+
+
+def _unread(main: File, optims: Sequence[str]) -> Iterator[Extra]:
+    if optims or main.tree.get("optimizer") is not None:
+        yield Extra("optimizer", ("optimizer",), "optimizer", pickles.Record())
+
+
+# ---- writing
+
+
+def lay_out(spec: Spec) -> Layout:
+    """A universal checkpoint, which an engine of any world size and ZeRO stage loads."""
+    if not spec.options.get("universal"):
+        raise UsageError(
+            "target.format=deepspeed: what is written is a universal checkpoint, for engines of any world size and ZeRO stage; "
+            'say so with target.universal=true. They load it with "checkpoint": {"load_universal": true} in their config.'
+        )
+    return _universal.lay_out(spec)
