@@ -331,7 +331,7 @@ SPOILED: list[tuple[Callable[[Path], Any], str]] = [
         lambda s: edited(s / "layer_01-model_01-model_states.pt", lambda t: t.update({"word_embeddings.weight": torch.ones(9, WIDTH)})),
         r"part of float32\[18, 32\], that of another rank of float32\[64, 32\]",
     ),
-    (lambda s: (s.parent / "latest_checkpointed_iteration.txt").write_text("9"), r"says 9, but iter_0000009 is not there"),
+    (lambda s: (s.parent / "latest").write_text("global_step9"), r"says global_step9, but global_step9 is not there"),
 ]  # fmt: skip
 
 
