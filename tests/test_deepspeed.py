@@ -276,6 +276,18 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lies outside" in refused(capsys, tmp_path / "gone", out)
 
 
+def test_a_second_name_that_nobody_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Older files say nothing of shared weights; at stages 1 and 2 their storages do."""
+    for case, key in (("three-2", "t"), ("two_fp32-2", "s")):
+        folder = Path(shutil.copytree(tags(DATA / case), tmp_path / key))
+        path = sorted(folder.glob("*model_states.pt"))[0]
+        torch.save({**torch.load(path, weights_only=True), "shared_params": None}, path)
+    ours = to_torch(tmp_path / "s", tmp_path / "s.out", **{"source.weights": "master"})
+    assert torch.equal(ours["head.weight"], ours["embed.weight"])
+    assert "'head.weight' has no values" in refused(capsys, tmp_path / "t", tmp_path / "o")
+    assert "head.weight" not in to_torch(tmp_path / "t", tmp_path / "t.out", unmatched="drop")
+
+
 def test_trackers_of_megatron_deepspeed(tmp_path: Path) -> None:
     """It writes Megatron's tracker too, and no folder of Megatron's."""
     run = Path(shutil.copytree(DATA / "one-2", tmp_path / "run"))
