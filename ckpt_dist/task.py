@@ -222,12 +222,9 @@ def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
 def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> Bound:
     """Names and nesting as the target stores them: `hf` is flat; others keep the dicts around the model, or get target.key."""
     key = cfg_target.get("key", "auto")
-    keeps = cfg_target.get("format") in ("dcp", "torch") and first.catalog.format in (
-        "dcp",
-        "torch",
-        "torch_dist",
-        "zarr",
-    )
+    nested = ("dcp", "torch")
+    keeps = cfg_target.get("format") in nested and first.catalog.format in (*nested, "torch_dist", "zarr")
+    keeps |= cfg_target.get("format") == first.catalog.format == "deepspeed"  # an engine's names are its wrappers' too
     around: tuple[str | int, ...] = (
         (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()
     )

@@ -155,6 +155,46 @@ def test_universal_is_that_of_ds_to_universal(case: str, tmp_path: Path) -> None
     assert {k for of in moments.values() for k in of} == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def test_patterns_of_the_training_program_are_those_of_ds_to_universal(tmp_path: Path) -> None:
+    """What a loading engine with tensor parallelism goes by; ds_to_universal 0.19.8 wrote the same for this."""
+    folder = Path(shutil.copytree(tags(DATA / "two_fp32-2"), tmp_path / "s"))
+    model = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
+    model["universal_checkpoint_info"] |= {
+        "parameter_with_row_parallelism_patterns": [r"last\.weight"],
+        "tp_replicated_parameter_patterns": [r"norm.*", r"last\.bias"],
+        "parameter_with_2_sub_params_cat_dim_0": [r"first\.weight"],
+        "vocabulary_parameter_patterns": [r"embed\.weight"],
+        "original_vocab_size": 11,
+    }
+    torch.save(model, folder / "mp_rank_00_model_states.pt")
+    ckpt_dist.convert(folder, tmp_path / "u", format="deepspeed", universal=True)
+    flags: dict[str, Any] = {
+        "first.weight": {"cat_dim": 0, "param_n_sub_params": 2},
+        "embed.weight": {"cat_dim": 0, "vocab_tensor": True},
+        "last.weight": {"cat_dim": 1},
+        "first.bias": {"cat_dim": 0},
+        "last.bias": {},
+        "norm.weight": {},
+    }
+    for name, said in flags.items():
+        for key in ("fp32", "exp_avg"):
+            made = torch.load(next((tmp_path / "u").glob(f"*/zero/{name}/{key}.pt")), weights_only=True)
+            assert made.pop("param").shape == model["module"][name].shape and made == said, name
+
+
+def test_universal_keeps_the_names_of_the_engine(tmp_path: Path) -> None:
+    """A wrapper around a model of a known family is part of the names that its engine asks for."""
+    folder = Path(shutil.copytree(tags(DATA / "llama_three-2"), tmp_path / "s"))
+    for path in folder.glob("*model_states.pt"):
+        tree = torch.load(path, weights_only=True)
+        tree["module"] = {f"module.{n}": t for n, t in tree["module"].items()}
+        tree["param_shapes"] = [{f"module.{n}": s for n, s in of.items()} for of in tree["param_shapes"]]
+        torch.save(tree, path)
+    ckpt_dist.convert(folder, tmp_path / "u", format="deepspeed", universal=True)
+    names = {n.split("/")[0] for n in values(next((tmp_path / "u").glob("u*")))}
+    assert names == set(torch.load(path, weights_only=True)["module"])
+
+
 def test_round_robin_gradients(tmp_path: Path) -> None:
     """Ranks' own tables of what they hold are wrong there, and so is ds_to_universal; the 16-bit weights tell."""
     ckpt_dist.convert(DATA / "robin-3", tmp_path / "u", format="deepspeed", universal=True)
@@ -274,6 +314,18 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "latest says global_step9, but global_step9 is not there. It holds global_step3, latest" in message
     (tmp_path / "gone/latest").write_text("../lost/global_step3")
     assert "lies outside" in refused(capsys, tmp_path / "gone", out)
+
+
+def test_a_second_name_that_nobody_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Older files say nothing of shared weights; at stages 1 and 2 their storages do."""
+    for case, key in (("three-2", "t"), ("two_fp32-2", "s")):
+        folder = Path(shutil.copytree(tags(DATA / case), tmp_path / key))
+        path = sorted(folder.glob("*model_states.pt"))[0]
+        torch.save({**torch.load(path, weights_only=True), "shared_params": None}, path)
+    ours = to_torch(tmp_path / "s", tmp_path / "s.out", **{"source.weights": "master"})
+    assert torch.equal(ours["head.weight"], ours["embed.weight"])
+    assert "'head.weight' has no values" in refused(capsys, tmp_path / "t", tmp_path / "o")
+    assert "head.weight" not in to_torch(tmp_path / "t", tmp_path / "t.out", unmatched="drop")
 
 
 def test_trackers_of_megatron_deepspeed(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def scan(path: Path, models: Sequence[str], more: Any) -> Catalog:
     _rest(table, main, heads[: len(models)])
     extras = [*counters, *more(table, main), *(_settings(table, heads[-1], names) if len(heads) > len(models) else ())]
     notes = ("weights: the fp32 weights of a universal checkpoint",)
-    return table.catalog("deepspeed", path, files, extras, {"weights": "master", "notes": notes})
+    return table.catalog("deepspeed", path, files, extras, {"notes": notes})
 
 
 def _value(table: Table, root: Path, name: str, file: str, number: int, shape: Any) -> list[Extra]:

@@ -240,7 +240,7 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
     groups = holders[0].get("param_groups") if isinstance(holders[0], Mapping) else [{} for _ in s.groups]
     yield Extra("optimizer.param_groups", ("optimizer", "param_groups"), "optimizer", groups)
     for key, value in s.shards[0][1].items():
-        if isinstance(value, (int, float, str)):
+        if isinstance(value, (int, float, str)) or key == "loss_scaler":  # an object, which is not carried
             yield Extra(f"optimizer.{key}", ("optimizer", key), "optimizer", value)
 
 

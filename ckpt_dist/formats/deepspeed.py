@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,71 +36,86 @@ def claims(path: Path) -> bool:
     return path.is_dir() and any(MODEL.fullmatch(p.name) or OPTIM.fullmatch(p.name) for p in path.iterdir())
 
 
+@dataclass(frozen=True)
+class Folder:
+    """Names of files, by data-parallel rank. `third`: of stage 3, where each rank has a file of the model."""
+
+    path: Path
+    models: list[str]
+    optims: list[str]
+    experts: list[str]
+
+    @property
+    def third(self) -> bool:
+        return self.models[0].startswith("zero_pp_rank")
+
+
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """The model's own weights, or the master weights where they are asked for or nothing else is stored."""
     if _universal.claims(path):
         return _universal.scan(path, _models(path), _state)
-    models, optims = _files(path)
-    experts, keep = sorted(p.name for p in path.iterdir() if EXPERT.fullmatch(p.name)), options.get("keep")
-    partitioned, strict = models[0].startswith("zero_pp_rank"), options.get("unmatched") != "drop"
-    master = partitioned or options.get("weights") == "master" or bool(options.get("universal") and optims)
-    main, files, table, extras = opened(path, models[0], 0), [models[0]], Table(), list[Extra]()
-    module, save = _module(main), None
-    if experts and (master or (strict and "optimizer" in (keep or ()))):
+    here, keep, strict = _folder(path), options.get("keep"), options.get("unmatched") != "drop"
+    master = here.third or options.get("weights") == "master" or bool(options.get("universal") and here.optims)
+    carries = strict and "optimizer" in (keep or ())
+    _refuse_experts(here, master or carries)
+    main, table = opened(path, here.models[0], 0), Table()
+    save, files = None, [here.models[0]]
+    if here.optims and not here.experts and (master or keep is None or "optimizer" in keep):
+        save = _zero.save(main, [opened(path, name, 1 + k) for k, name in enumerate(here.optims)])
+        files += here.optims
+    more, lost = _masters(table, here, main, save, strict) if master else _own(table, here, main, len(files))
+    extras = [*lost, *_state(table, main)]
+    extras += _zero.moments(table, save, carries) if save else _unread(main, here.optims)
+    said = _said(_module(main), save, master, bool(here.optims and not here.experts))
+    return table.catalog("deepspeed", path, [*files, *more], extras, {"notes": (said,)})
+
+
+def _own(table: Table, here: Folder, main: File, first: int) -> tuple[list[str], list[Extra]]:
+    """What the model's file and the experts' have, in the dtype of the computation."""
+    for name, ref in _module(main).items():
+        table.whole(Entry(name, ref.dtype, ref.shape, (name,)), ref, main)
+    return _experts(table, here.path, main, here.experts, first), []
+
+
+def _masters(
+    table: Table, here: Folder, main: File, save: _zero.Save | None, strict: bool
+) -> tuple[list[str], list[Extra]]:
+    """Master weights of what is trained; of stage 3 also the parts of what is not, which all files of the model have."""
+    if save is None:
         raise CheckpointError(
-            f"{path} is of a mixture of experts ({len(experts)} files such as {experts[0]}), of which the optimizer's files are "
-            "not read: only the model's own weights are, without source.weights=master and keep=optimizer."
-        )
-    if optims and not experts and (master or keep is None or "optimizer" in keep):
-        save = _zero.save(main, [opened(path, name, 1 + k) for k, name in enumerate(optims)])
-        files += optims
-    if not master:
-        for name, ref in module.items():
-            table.whole(Entry(name, ref.dtype, ref.shape, (name,)), ref, main)
-        files += _experts(table, path, main, experts, len(files))
-    elif save:
-        frozen = partitioned and bool(main.tree.get("frozen_param_shapes"))
-        more = models[1:] if frozen else []
-        ranks = [main, *(opened(path, name, len(files) + k) for k, name in enumerate(more))]
-        files += more
-        _masters(table, main, module, _zero.masters(save) | (_frozen(ranks, save) if frozen else {}))
-    else:
-        raise CheckpointError(
-            f"{path} has no fp32 master weights that have names: no optimizer files of ZeRO lie beside {models[0]}. "
+            f"{here.path} has no fp32 master weights that have names: no optimizer files of ZeRO lie beside {here.models[0]}. "
             "Leave source.weights out."
         )
-    extras += _state(table, main)
-    extras += _zero.moments(table, save, strict and "optimizer" in (keep or ())) if save else _unread(main, optims)
-    about = {
-        "weights": "master" if master else "param",
-        "notes": (_said(module, save, master, bool(optims and not experts)),),
-    }
-    return table.catalog("deepspeed", path, files, extras, about)
+    held, more = _zero.masters(save), []
+    if here.third and main.tree.get("frozen_param_shapes"):
+        more, first = here.models[1:], 1 + len(here.optims)
+        if len(here.models) != len(save.shards):
+            raise CheckpointError(
+                f"{save.where}: {len(here.models)} files of the model, and the save was of {len(save.shards)} ranks, each with "
+                "parts of frozen weights. Fetch the missing ones."
+            )
+        held |= _zero.frozen([main, *(opened(here.path, name, first + k) for k, name in enumerate(more))])
+    return more, list(_named(table, main, held, strict))
 
 
-def _frozen(models: Sequence[File], save: _zero.Save) -> dict[str, _zero.Part]:
-    if len(models) != len(save.shards):
-        raise CheckpointError(
-            f"{save.where}: {len(models)} files of the model, and the save was of {len(save.shards)} ranks, each with parts of "
-            "frozen weights. Fetch the missing ones."
-        )
-    return _zero.frozen(models)
-
-
-def _masters(table: Table, main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[str, _zero.Part]) -> None:
+def _named(table: Table, main: File, held: Mapping[str, _zero.Part], strict: bool) -> Iterator[Extra]:
     """Every name of the model: master weights where there are any, what is not trained from the model's file."""
+    module = _module(main)
     aliases = _aliases(main, module, held)
     buffers = main.tree.get("buffer_names") or ()
     for name in [*module, *(n for n in held if n not in module)]:
         part = held.get(aliases.get(name, name))
         if part is not None:
             table.runs(Entry(name, part.dtype, part.shape, (name,)), part.lo, part.hi, part.file, part.address)
-        elif 0 in module[name].shape and name not in buffers:
+        elif 0 not in module[name].shape or name in buffers:
+            table.whole(Entry(name, module[name].dtype, module[name].shape, (name,)), module[name], main)
+        elif strict:
             raise CheckpointError(
-                f"{main.path}: {name!r} has no values: it is neither trained, nor frozen, nor a buffer."
+                f"{main.path}: {name!r} has no values: it is neither trained, nor frozen, nor a buffer, nor said to be another "
+                "name of one (shared_params, which older files lack). Leave it out with unmatched=drop."
             )
         else:
-            table.whole(Entry(name, module[name].dtype, module[name].shape, (name,)), module[name], main)
+            yield Extra(name, (name,), "weight", None)
 
 
 def _aliases(main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[str, Any]) -> dict[str, str]:
@@ -110,7 +126,15 @@ def _aliases(main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[
     return {**same, **({str(k): str(v) for k, v in said.items()} if isinstance(said, Mapping) else {})}
 
 
-def _experts(table: Table, path: Path, main: File, names: Sequence[str], first: int) -> Sequence[str]:
+def _refuse_experts(here: Folder, needed: bool) -> None:
+    if here.experts and needed:
+        raise CheckpointError(
+            f"{here.path} is of a mixture of experts ({len(here.experts)} files such as {here.experts[0]}), of which the "
+            "optimizer's files are not read: only the model's own weights are, without source.weights=master and keep=optimizer."
+        )
+
+
+def _experts(table: Table, path: Path, main: File, names: list[str], first: int) -> list[str]:
     """Experts lie in a file each, under names with their numbers in the whole model; those of all of a layer are there."""
     layers: dict[str | None, set[int]] = {}
     for k, name in enumerate(names):
@@ -147,7 +171,7 @@ def _models(path: Path) -> list[str]:
     return [n for rank, n in found if rank >= 0] if found[0][0] >= 0 else [found[0][1]]
 
 
-def _files(path: Path) -> tuple[list[str], list[str]]:
+def _folder(path: Path) -> Folder:
     """The files of models and optimizers, by data-parallel rank; what is not read is refused by name."""
     names = [p.name for p in path.iterdir()]
     _refuse(path, names)
@@ -172,7 +196,8 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
             raise CheckpointError(
                 f"{path} holds two files of one rank: {what[0][1]} and {what[1][1]}. Move one run's away."
             )
-    return [n for _, n in models], [n for _, n in optims]
+    experts = sorted(n for n in names if EXPERT.fullmatch(n))
+    return Folder(path, [n for _, n in models], [n for _, n in optims], experts)
 
 
 def _refuse(path: Path, names: Sequence[str]) -> None:
