@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRON = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # an installed package has its bytecode
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def process(command: list[object]) -> tuple[str, str, Once]:
     words = [str(word) for word in command]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.perf_counter()
-        child = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        child = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env={**os.environ, **ENVIRON})
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)

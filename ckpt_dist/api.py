@@ -29,7 +29,7 @@ TARGET: tuple[str, ...] = (
     "vpp",
     "ep",
 )
-TARGET += ("partition", "spec", "embedding")
+TARGET += ("partition", "partition_method", "release", "spec", "embedding", "shared", "placement")
 
 
 def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist import formats, model, plan, quantised, task
-from ckpt_dist.box import volume
+from ckpt_dist.box import distinct, volume
 from ckpt_dist.catalog import Entry
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
@@ -113,7 +113,7 @@ def _layout(m: Model) -> str:
         return "empty"
     parts = np.bincount(catalog.chunks.entry, minlength=len(catalog.entries))
     most = int(parts.max(initial=0))
-    dims = sorted({d for d in range(catalog.chunks.start.shape[1]) if len(np.unique(catalog.chunks.start[:, d])) > 1})
+    dims = sorted({d for d in range(catalog.chunks.start.shape[1]) if len(distinct(catalog.chunks.start[:, d])) > 1})
     ranks = ", ".join(f"{k}={catalog.about[k]}" for k in ("tp", "pp", "vpp", "ep") if k in catalog.about)
     return (f"{ranks}: " if ranks else "") + (
         "whole tensors" if most <= 1 else f"up to {most} chunks a tensor, divided along dim {', '.join(map(str, dims))}"

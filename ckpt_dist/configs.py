@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ SCALED = dict(
     original_max_position_embeddings=8192,
 )  # what use_scaled_rope stands for
 PRESETS = "presets.yaml"
+BUILD = {  # of config.json
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "tie_word_embeddings",
+}  # fmt: skip
 FEED_FORWARD = ("multiple_of", "ffn_dim_multiplier", "hidden_dim")
 KNOWN = {*(meta for _, meta, *_ in FIELDS), "vocab_size", "use_scaled_rope", "head_dim", *FEED_FORWARD}
 PUBLISHED = ((256, None), (256, 1.5), (4096, 1.3), (4096, 1.2), (1024, 1.3))  # multiple_of, ffn_dim_multiplier
@@ -84,10 +89,26 @@ def folder(name: str) -> Path:
 
 def presets() -> dict[str, dict[str, Any]]:
     """The config.json of well-known models, by name: `presets()["llama3.1-8b"]["rope_theta"]` -> 500000.0"""
+    return {name: config for name, config in _table().items() if not name.startswith(".")}
+
+
+def flavour(config: Mapping[str, Any]) -> str | None:
+    """Module and flavour of torchtitan that build this config.json's model, `llama3 8B`; None where no preset does."""
+    built, known = _built(config), presets()
+    return next((str(name) for n, name in _table()[".torchtitan"].items() if _built(known[n]) == built), None)
+
+
+def _built(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a model of the same tensors."""
+    head = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    return {**{k: config.get(k) for k in BUILD}, "head_dim": head}
+
+
+@cache
+def _table() -> dict[str, Any]:
     import yaml
 
-    table = yaml.safe_load((folder("conf") / PRESETS).read_text())
-    return {name: config for name, config in table.items() if not name.startswith(".")}
+    return dict(yaml.safe_load((folder("conf") / PRESETS).read_text()))
 
 
 def is_hf(config: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt_dist import part, plan, task
 from ckpt_dist.box import Ints
@@ -23,11 +24,11 @@ from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, digest, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import Array
-from ckpt_dist.engine.traffic import Traffic, by_node
+from ckpt_dist.engine.traffic import Traffic, by_node, node_of
 from ckpt_dist.errors import UsageError
 from ckpt_dist.files.dtypes import is_floating, itemsize
 from ckpt_dist.files.zips import crc32
-from ckpt_dist.formats import Layout
+from ckpt_dist.formats import Layout, held
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.report import Report, size, table
@@ -50,12 +51,18 @@ class World:
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a prepared job that its cost depends on; `checked` is the target, if it is to be read again."""
+    """The parts of a prepared job that its cost depends on.
+
+    `on_node` gives the part of the target that a node writes and the tiles it needs for that (None: all of it, on a
+    disk of all nodes), `checked` what it reads again, if anything; `local`: each node has a target of its own.
+    """
 
     sources: Sequence[tuple[Model, Bound]]
     canon: Bound
-    target: tuple[Bound, Layout, Files, Views]
-    checked: tuple[Model, Bound] | None
+    target: tuple[Bound, Layout, Files]
+    on_node: Callable[[int | None], tuple[Views, NDArray[np.bool_] | None]]
+    checked: Callable[[int | None], tuple[Model, Bound]] | None
+    local: bool
     combine: Combine
     digests: bool
 
@@ -63,6 +70,15 @@ class Job:
     def all_worked(self) -> bool:
         """Whether every tile is worked on, or only those that change their dtype."""
         return self.combine is not keep or self.digests or bool(self.target[1].crcs)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What is written to the disk of a node, or of all nodes (None), and the rank that makes each tile for it, or -1."""
+
+    node: int | None
+    views: Views
+    owner: Ints
 
 
 @dataclass(frozen=True)
@@ -168,36 +184,49 @@ def _readers(group: Group, m: Model, world: World, engine: Given) -> exchange.Re
     """Who reads in a collective job: everyone evenly, unless that was not asked for and some files are not seen."""
     if world.imagined or "saved" in m.catalog.about:
         length = part.ends(group, m)
-        return exchange.Readers(np.ones((world.ranks, len(length)), bool), length, True)
+        nodes = node_of(world.ranks, world.nodes)
+        return exchange.Readers(np.ones((world.ranks, len(length)), bool), length, nodes, True)
     found = part.readers(group, m, engine.get("transport") == "collective")
     return found.evenly() if found.everywhere else found
 
 
 def _counted(group: Group, job: Job, world: World, readers: Sequence[exchange.Readers]) -> Work:
     """What the ranks of `world` do, from the tiles of this rank, and then of all."""
-    runs = plan.share(part.tile_bytes(job.canon), world.ranks)
-    owner = np.repeat(np.arange(world.ranks), [last - first for first, last in runs])
-    first, last = part.share(job.canon, np.zeros(len(owner), bool), group)
+    disks = [_disk(job, world, node) for node in (range(world.nodes) if job.local else [None])]
+    first, last = part.share(job.canon, np.zeros(len(disks[0].owner), bool), group)
     found = _nothing(world.ranks)
     for _ in range(max(group.gather(-(-(last - first) // BLOCK)))):  # all ranks ask for their parts together
         stop = min(first + BLOCK, last)
         mine = job.canon.views(plan.tiles(job.canon.entries, first=first, last=stop))
-        found += _block(group, job, world, readers, mine, owner[first:stop])
+        for disk in disks:
+            found += _block(group, job, world, readers, mine, disk, disk.owner[first:stop])
         first = stop
     return sum(group.gather(found), _nothing(world.ranks))
 
 
-def _block(group: Group, job: Job, world: World, readers: Sequence[exchange.Readers], mine: Views, owner: Ints) -> Work:
-    """The same of some tiles; `owner` is the rank of each."""
+def _disk(job: Job, world: World, node: int | None) -> Disk:
+    """What is written to one disk, and by whom."""
+    views, here = job.on_node(node)
+    nbytes = part.tile_bytes(job.canon)
+    here = np.ones(len(nbytes), bool) if here is None else here
+    ranks = np.arange(world.ranks) if node is None else np.flatnonzero(node_of(world.ranks, world.nodes) == node)
+    lengths = [last - first for first, last in plan.share(nbytes * here, len(ranks))]
+    return Disk(node, views, np.where(here, np.repeat(ranks, lengths), -1))
+
+
+def _block(
+    group: Group, job: Job, world: World, readers: Sequence[exchange.Readers], mine: Views, disk: Disk, owner: Ints
+) -> Work:
+    """The same of some tiles for one disk; `owner` is the rank of each, or -1."""
     found, none = _nothing(world.ranks), _nothing(world.ranks)
-    bound, layout, files, views = job.target
-    out = task.target_side(bound, layout.catalog.chunks, files, views, mine, len(owner))
+    bound, layout, files = job.target
+    out = task.target_side(bound, layout.catalog.chunks, files, disk.views, mine, len(owner))
     items = np.array([itemsize(d) for d in out.dtypes], np.int64)[out.moves.tile]
     np.add.at(found.written, owner[out.moves.tile], np.prod(out.moves.extent, axis=1, dtype=np.int64) * items)
 
     def wanted(m: Model, bound: Bound, who: exchange.Readers) -> exchange.Wanted:
         needed = part.part(group, m, bound, mine)
-        return part.wanted(who, needed, mine, np.zeros(len(owner), bool))
+        return part.wanted(who, needed, mine, owner < 0)
 
     for (m, bound), who in zip(job.sources, readers, strict=True):
         w = wanted(m, bound, who)
@@ -208,10 +237,14 @@ def _block(group: Group, job: Job, world: World, readers: Sequence[exchange.Read
         one, two = _both(m, w, of, world)
         found += replace(none, direct=one, collective=two)
     if job.checked:
-        m, bound = job.checked
-        seen = exchange.Readers(np.ones((world.ranks, len(m.catalog.files)), bool), part.ends(group, m), True)
+        m, bound = job.checked(disk.node)
+        nodes = node_of(world.ranks, world.nodes)
+        table = np.stack([held(layout, None if disk.node is None else n) for n in nodes.tolist()])
+        seen = exchange.Readers(table, part.ends(group, m), nodes, disk.node is None)
         w = wanted(m, bound, seen)
         one, two = _both(m, w, owner[w.moves.tile], world)
+        if disk.node is not None:  # its own files, whatever the transport of the job
+            one = two = one if seen.everywhere else two
         found += replace(none, direct_check=one, collective_check=two)
     return found
 

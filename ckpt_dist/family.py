@@ -37,6 +37,7 @@ class Family:
     What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> when a model
     has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
     type -> what transformers takes where a config does not say it.
+    `further`: the key of a config.json with the number of layers behind the others that predict further tokens.
     `zeros`: a weight that dialects without a name for it take to be 0 -> another weight that is where it is.
     """
 
@@ -48,6 +49,7 @@ class Family:
     ties: Mapping[str, str] = field(default_factory=dict)
     zeros: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
+    further: str | None = None
     init: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
@@ -110,6 +112,16 @@ def match(family: Family, dialect: str, name: str) -> Rule | None:
 def counted(family: Family) -> set[str]:
     """The axes that stand in stored names, in whatever dialect: layers and experts."""
     return {a for rules in family.dialects.values() for name in rules for a in re.findall(r"\{(\w+)\}", name)}
+
+
+def predicts(family: Family, config: Mapping[str, Any], name: str) -> bool:
+    """Whether a name is of a layer that predicts further tokens: `model.layers.61.enorm.weight` of 61 layers, or Megatron's."""
+    count = int(config.get(family.further) or 0) if family.further else 0
+    found = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
+    if name.startswith("mtp.") and family.further:
+        return True
+    last = int(config.get("num_hidden_layers") or 0)
+    return found is not None and 0 < last <= int(found[1]) < last + count
 
 
 def dropped(family: Family, name: str) -> bool:

@@ -122,6 +122,10 @@ def _some(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
     return read_all
 
 
+def _placement(value: Any) -> str | list[int]:
+    return str(value) if value in ("ranks", "all") else _some(_whole(0))(value)
+
+
 def _one_of(*choices: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in choices:
@@ -177,6 +181,7 @@ RECIPES = ("dcp_to_sfpt", "dcp_to_torch", "hf_to_torchtitan", "llama_to_dcp", "s
 _SOURCE = {
     "path": PATH, "format": choice("auto", *FORMATS), "dialect": WORD,
     "weights": choice("param", "ema"), "step": STEP,
+    "replicas": choice("first", "average"),
 }  # fmt: skip
 KEYS: dict[str, Kind] = {
     **{f"{side}.{key}": kind for side in ("source", "a", "b") for key, kind in _SOURCE.items()},
@@ -189,9 +194,13 @@ KEYS: dict[str, Kind] = {
     "target.safetensors": FLAG,
     "target.vocab_size": COUNT,
     **{f"target.{key}": COUNT for key in ("tp", "pp", "vpp", "ep")},
-    "target.partition": Kind("layers of each stage such as 3,5", _some(_whole(0))),
+    "target.partition": Kind("layers of each stage such as 3,5 (merak: bounds such as 0,3,7)", _some(_whole(0))),
+    "target.partition_method": choice("uniform", "uniform_floor"),
+    "target.release": FLAG,
     "target.spec": choice("te", "local"),
-    "target.embedding": choice("auto", "vocabulary", "hidden"),
+    "target.embedding": choice("auto", "vocabulary", "hidden", "whole"),
+    "target.shared": FLAG,
+    "target.placement": Kind("ranks, all, or the node of each rank such as 0,0,1,1", _placement, ("ranks", "all")),
     "model.family": choice("auto", *FAMILIES),
     "model.config": PATH,
     "engine.memory": SIZE,

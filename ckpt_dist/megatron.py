@@ -45,7 +45,17 @@ CLASSES = dict(
     qwen3="Qwen3ForCausalLM",
     qwen3_moe="Qwen3MoeForCausalLM",
     mixtral="MixtralForCausalLM",
+    gpt2="GPT2LMHeadModel",
+    bloom="BloomForCausalLM",
 )
+OTHERS = {  # args, config.json of the models that do not use the words of Llama
+    kind: (("hidden_size", width), ("num_layers", "n_layer"), ("num_attention_heads", "n_head"),
+           ("layernorm_epsilon", "layer_norm_epsilon"), ("init_method_std", "initializer_range"), *more)
+    for kind, width, more in (
+        ("gpt2", "n_embd", ()),
+        ("bloom", "hidden_size", (("apply_residual_connection_post_layernorm",) * 2,)),
+    )
+}  # fmt: skip
 ALWAYS = dict(  # of args: what these models compute whatever a config.json says
     normalization="RMSNorm", swiglu=True, gated_linear_unit=True, add_bias_linear=False, position_embedding_type="rope",
     rotary_percent=1.0, rotary_interleaved=False, apply_layernorm_1p=False, layernorm_zero_centered_gamma=False,
@@ -135,6 +145,8 @@ def model_type(types: Sequence[str], weights: set[str]) -> str:
 
 def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool) -> Translation:
     """config.json of a model of type `kind` from its args; `lengths` are the stored ones."""
+    if kind in OTHERS:
+        return _to_other_hf(args, kind, lengths, tied)
     told = {"norm_epsilon": args.get("layernorm_epsilon"), **{k: v for k, v in args.items() if v is not None}}
     found = {hf: told[m] for m, hf in FIELDS if told.get(m) is not None}
     _, groups, width = heads(args)
@@ -176,6 +188,24 @@ def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: 
     return Translation(config, (text,), tuple(lost))
 
 
+def _to_other_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool) -> Translation:
+    """config.json of a GPT-2 or BLOOM, which call nearly everything otherwise."""
+    told = {k: v for k, v in args.items() if v is not None}
+    told["layernorm_epsilon"] = told.get("layernorm_epsilon", told.get("norm_epsilon", 1e-5))
+    config = {"architectures": [CLASSES[kind]], "model_type": kind, "vocab_size": lengths["v"]}
+    config |= {hf: told[m] for m, hf in OTHERS[kind] if m in told} | {"tie_word_embeddings": tied}
+    guesses = [f"model_type {kind}"]
+    if kind == "gpt2":
+        act = "gelu_fast" if told.get("bias_gelu_fusion") else "gelu_new" if told.get("openai_gelu") else "gelu"
+        config |= dict(n_positions=lengths["p"], n_inner=lengths["f"], activation_function=act)
+        config |= dict(bos_token_id=lengths["v"] - 1, eos_token_id=lengths["v"] - 1)
+        guesses += [f"activation_function {act}", f"bos_token_id and eos_token_id {lengths['v'] - 1}"]
+    else:
+        config |= dict(bos_token_id=1, eos_token_id=2, slow_but_exact=False)
+        guesses += ["bos_token_id 1", "eos_token_id 2"]
+    return Translation(config, ("config.json, from Megatron's args: " + ", ".join(guesses),))
+
+
 def _dense_layers(args: Mapping[str, Any]) -> list[int]:
     """The layers without experts: a list says it of each, a number that only each so many-th has them."""
     every = args.get("moe_layer_freq", 1)
@@ -208,7 +238,7 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
         add_bias_linear="o_bias" in weights,
         add_qkv_bias="q_bias" in weights,
         qk_layernorm="q_norm" in weights,
-        position_embedding_type="rope" if rotary else "learned_absolute",
+        position_embedding_type="alibi" if "embed_norm" in weights else "rope" if rotary else "learned_absolute",
         add_position_embedding=not rotary,
         rotary_percent=1.0,
         rotary_interleaved=False,
@@ -220,6 +250,8 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
     args.setdefault("max_position_embeddings", lengths.get("p", 2048))
     args["seq_length"] = args["max_position_embeddings"]
     epsilon = config.get("layer_norm_epsilon", config.get("layer_norm_eps"))
+    if act := config.get("activation_function"):
+        args |= dict(openai_gelu=act == "gelu_new", bias_gelu_fusion=act in ("gelu_fast", "gelu_pytorch_tanh"))
     args |= {**SPLIT, **scaling, **({"norm_epsilon": epsilon} if epsilon is not None else {})}
     if "x" in lengths:
         args |= _experts(config, lengths, weights)
@@ -268,7 +300,11 @@ def _untold(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
     """What a config.json says that no arg was found for, as far as a model computes something else by it."""
     known = {*configs.NEUTRAL, *SHAPE, *(hf for _, hf in FIELDS)}
     acts = ("silu", "swish") if args["swiglu"] else ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-    normal: dict[str, tuple[Any, ...]] = {"hidden_act": acts, "activation_function": acts, "hidden_activation": acts}
+    normal: dict[str, tuple[Any, ...]] = {
+        "hidden_act": acts,
+        "activation_function": (*acts, "gelu"),
+        "hidden_activation": acts,
+    }
     normal |= dict.fromkeys(("partial_rotary_factor", "moe_layer_freq", "ep_size"), (1,))
     if config.get("use_sliding_window") is False:
         known |= {"sliding_window"}

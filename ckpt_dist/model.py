@@ -15,13 +15,14 @@ import numpy as np
 
 from ckpt_dist import configs
 from ckpt_dist import family as families
-from ckpt_dist.box import Ints, expand
+from ckpt_dist.box import Ints, distinct, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import CANONICAL, Family, Rule
 from ckpt_dist.sources import Source
 
 ZEROS = "/dev/zero"
+FURTHER = "a layer that predicts further tokens (model=identity keeps all, in the same names)"
 PREFIX = re.compile(r"((model|module)\.)*")  # a framework adds one for each wrapper of the model
 NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
 
@@ -87,6 +88,9 @@ def recognise(
         elif name is not None and chosen and families.dropped(chosen, name):
             names[e] = None
             dropped.setdefault("derived buffer", []).append(entry.name)
+        elif name is not None and chosen and families.predicts(chosen, source.config, name):
+            names[e] = None
+            dropped.setdefault(FURTHER, []).append(entry.name)
         elif name is not None and chosen and families.match(chosen, spoken, name) is None:
             names[e] = None
             lost.append(name)
@@ -283,14 +287,14 @@ def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
     named = families.counted(family)
     found = {}
     for w, key in enumerate(views.keys):
-        boxes = np.unique(np.stack([views.start, views.stop], 1)[views.weight == w], axis=0)
+        boxes = distinct(np.stack([views.start, views.stop], 1)[views.weight == w], axis=0)
         start, stop = boxes[:, 0], boxes[:, 1]
         for place, axis in enumerate(bound.axes[key]):
             if axis in named:
                 rows, index = expand(start[:, place], stop[:, place] - start[:, place])
                 start, stop = start[rows], stop[rows]
                 start[:, place] = index
-        found[key] = np.unique(start, axis=0)
+        found[key] = distinct(start, axis=0)
     return found
 
 
@@ -299,7 +303,7 @@ def beside(family: Family, zeros: Mapping[str, str], present: Mapping[str, Ints]
     found = {}
     for weight, other in zeros.items():
         places = [family.axes(other).index(a) for a in family.axes(weight)]
-        found[weight] = np.unique(present[other][:, places], axis=0)
+        found[weight] = distinct(present[other][:, places], axis=0)
     return found
 
 

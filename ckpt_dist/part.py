@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import formats, plan, quantised
-from ckpt_dist.box import Ints, expand
+from ckpt_dist.box import Ints, distinct, expand, ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, whole
 from ckpt_dist.engine import exchange
 from ckpt_dist.engine.fill import tile_dtypes
@@ -119,9 +119,25 @@ def _unflat(catalog: Catalog, flat: Ints) -> Catalog:
     return replace(catalog, chunks=Chunks(entry, start, stop, strides, file, offset), about=about)
 
 
-def share(canon: Bound, finished: NDArray[np.bool_], group: Group) -> tuple[int, int]:
-    """This rank's run of the tiles: those that are not there already are divided by bytes."""
-    return plan.share(tile_bytes(canon) * ~finished, group.world)[group.rank]
+def share(canon: Bound, finished: NDArray[np.bool_], group: Group, local: bool = False) -> tuple[int, int]:
+    """This rank's run of the tiles: those that are not there already are divided by bytes, among all ranks or those of
+    its node."""
+    count, rank = (group.local_world, group.local_rank) if local else (group.world, group.rank)
+    return plan.share(tile_bytes(canon) * ~finished, count)[rank]
+
+
+def on_node(target: Views, chunks: Chunks, here: NDArray[np.bool_]) -> Views:
+    """What of a target lies in the files that a node holds."""
+    return target.take(np.flatnonzero(here[chunks.file[target.chunk]]))
+
+
+def needed(canon: Bound, target: Views) -> NDArray[np.bool_]:
+    """The tiles that something of a target is made of."""
+    tiled = canon.views(plan.tiles(canon.entries))
+    found = np.zeros(len(tile_bytes(canon)), bool)
+    views, tiled = plan.align(target, tiled)
+    found[tiled.chunk[plan.join(views, tiled).b]] = True
+    return found
 
 
 def tile_bytes(canon: Bound) -> Ints:
@@ -153,7 +169,7 @@ def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
 
     def touched() -> Ints:
         entries, tiled = plan.align(wholly(bound), mine)
-        return np.unique(entries.chunk[plan.join(entries, tiled).a])
+        return distinct(entries.chunk[plan.join(entries, tiled).a])
 
     catalog = fetch(group, m, group.together(touched))
 
@@ -171,18 +187,17 @@ def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
 def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
     catalog, length = m.catalog, ends(group, m)
+    looks = group.world > 1 and not m.source.reader and group.local_rank == 0
+    looked = group.gather((group.node, _visible(catalog.root, catalog.files) if looks else []))
+    nodes = ints([node for node, _ in looked])
     if group.world == 1 or m.source.reader:
-        return exchange.Readers(np.ones((group.world, len(length)), bool), length, balanced)
-    looked = group.gather(_visible(catalog.root, catalog.files) if group.local_rank == 0 else [])
-    node = 0
-    for rank, row in enumerate(looked):  # ranks of a node see what its first one sees
-        node = rank if row else node
-        looked[rank] = looked[node]
-    table = np.array(looked, bool)
+        return exchange.Readers(np.ones((group.world, len(length)), bool), length, nodes, balanced)
+    seen = {node: row for node, row in looked if row}  # ranks of a node see what its first one sees
+    table = np.array([seen.get(node, []) for node in nodes.tolist()], bool)
     for q in quantised.of(catalog):  # its scales may lie in another file
         table[:, q.file] &= table[:, q.scales.file]
     exchange.missing(table, catalog.files, catalog.root)
-    return exchange.Readers(table, length, balanced)
+    return exchange.Readers(table, length, nodes, balanced)
 
 
 def ends(group: Group, m: Model) -> Ints:
@@ -224,7 +239,7 @@ def located(group: Group, who: exchange.Readers, bound: Bound, needed: Part, min
     if locate is None:
         return needed
     boxes, tiled = plan.align(plan.unique(views), mine)
-    rows = np.unique(boxes.chunk[plan.join(boxes, tiled).a])
+    rows = distinct(boxes.chunk[plan.join(boxes, tiled).a])
     chunks = locate(catalog, rows) if who.everywhere else _located(group, who, catalog, rows, locate)
     header = chunks.offset - catalog.chunks.offset[rows]
     return Part(replace(catalog, chunks=chunks, about={}), bound.views(chunks), header)

@@ -42,7 +42,7 @@ Piece = tuple[
 
 @dataclass(frozen=True)
 class Rank:
-    """One of `tp` x `pp` x `ep` ranks: `t`, `p` and `e` count from 0."""
+    """One of `tp` x `pp` x `ep` ranks: `t`, `p` and `e` count from 0. What all have alike is read from the one of `replica`."""
 
     t: int
     p: int
@@ -50,21 +50,22 @@ class Rank:
     tp: int
     pp: int
     ep: int
+    replica: int = 0
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a rank's tensor lies in the whole: `dim` is divided by `parts`; gated: each half of it for itself."""
+    """How a rank's tensor lies in the whole: `dim` is divided by `parts`; of `fused` tensors in one each for itself."""
 
     dim: int | None = None
     parts: int = 1
-    gated: bool = False
+    fused: int = 1
 
     def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(n * self.parts if d == self.dim else n for d, n in enumerate(shape))
 
     def part(self, shape: Sequence[int], name: str) -> tuple[int, ...]:
-        if self.dim is not None and shape[self.dim] % (self.parts * (2 if self.gated else 1)):
+        if self.dim is not None and shape[self.dim] % (self.parts * self.fused):
             raise UsageError(
                 f"target.tp={self.parts}: dim {self.dim} of {name!r} has length {shape[self.dim]}, which {self.parts} ranks "
                 "cannot share evenly. Choose another target.tp, or a longer vocabulary with target.vocab_size."
@@ -73,14 +74,13 @@ class Cut:
 
     def pieces(self, shape: Sequence[int], strides: Sequence[int], rank: int) -> Iterator[Piece]:
         """The boxes of the whole that a rank's tensor of this shape holds."""
-        halves = 2 if self.gated else 1
-        for half in range(halves):
+        for k in range(self.fused):
             start, stop, at = [0] * len(shape), list(shape), 0
             if self.dim is not None:
-                length = shape[self.dim] // halves
-                start[self.dim] = half * length * self.parts + rank * length
+                length = shape[self.dim] // self.fused
+                start[self.dim] = k * length * self.parts + rank * length
                 stop[self.dim] = start[self.dim] + length
-                at = half * length * strides[self.dim]
+                at = k * length * strides[self.dim]
             yield start, stop, at, list(strides)
 
 
@@ -108,6 +108,7 @@ class Part:
     shape: tuple[int, ...]
     pieces: list[Piece]
     ref: TensorRef
+    alike: bool = False  # each rank has all of it
 
 
 def held(
@@ -124,12 +125,14 @@ def held(
             yield _grouped(whole, own, inner, ref, tensors, rank, args)
         else:
             cut = _cut(inner, ref, _next(tensors, name), rank, _latent(tensors, name, args))
-            if rank.e or (cut.dim is None and rank.t):
+            if rank.e or (cut.dim is None and rank.t != rank.replica):
                 continue
             pieces = list(cut.pieces(ref.shape, ref.stride, rank.t))
             if "linear_qkv." in inner and version < 2 and cut.dim is not None:
                 pieces = list(_old_qkv(ref, args, version, rank))
-            yield Part(whole + _stored(own, inner, tensors), ref.dtype, cut.whole(ref.shape), pieces, ref)
+            yield Part(
+                whole + _stored(own, inner, tensors), ref.dtype, cut.whole(ref.shape), pieces, ref, cut.dim is None
+            )
 
 
 def _stored(own: str, inner: str, tensors: Mapping[str, TensorRef]) -> str:
@@ -163,7 +166,7 @@ def _cut(inner: str, ref: TensorRef, fc2: TensorRef | None, rank: Rank, latent: 
     if "_down_proj" in inner and ref.shape[0] >= latent:  # Transformer Engine gives each rank all of it
         dim = None
     gated = "linear_fc1" in inner and fc2 is not None and ref.shape[0] == 2 * fc2.shape[1]
-    return Cut(dim, rank.tp, gated) if dim is not None else Cut()
+    return Cut(dim, rank.tp, 2 if gated else 1) if dim is not None else Cut()
 
 
 def _expert(
@@ -204,7 +207,7 @@ def _grouped(
     inside = two.shape[0] // local
     gated = inner.endswith("1") and one.shape[1] == 2 * inside * local
     rows = (2 if gated else 1) * inside
-    cut = Cut(0 if inner.endswith("1") else 1, rank.tp, gated)
+    cut = Cut(0 if inner.endswith("1") else 1, rank.tp, 2 if gated else 1)
     matrix, strides = ((rows, width), (1, rows)) if inner.endswith("1") else ((width, inside), (1, width))
     pieces = []
     for k in range(local):
@@ -237,7 +240,7 @@ def _old_qkv(ref: TensorRef, args: Mapping[str, Any], version: float, rank: Rank
 class Piecewise:
     """A tensor of one rank that is to be made: the path in its dict, of which entry it is a part, and where that lies."""
 
-    path: tuple[str, str]
+    path: tuple[str, ...]
     entry: int
     shape: tuple[int, ...]
     pieces: list[Piece]
@@ -270,7 +273,7 @@ def holds(entries: Sequence[Entry], rank: Rank, stages: Sequence[int], spec: str
 def _ends(name: str, first: bool, last: bool, tied: bool) -> list[str]:
     """What the first and the last stage call a tensor that is of no layer; tied, the embedding is on both."""
     if name.startswith("embedding."):
-        copy = tied and last and not first and "word_embeddings" in name
+        copy = tied and last and not first and name.endswith("word_embeddings.weight")
         return [name] if first else ["output_layer.weight"] if copy else []
     return [name] if last else []
 
@@ -280,7 +283,7 @@ def _target_cut(inner: str, entry: Entry, shapes: Mapping[str, tuple[int, ...]],
     fc2 = shapes.get(entry.name.replace("linear_fc1", "linear_fc2").replace(".bias", ".weight"))
     rows = entry.shape[-1 if inner.endswith("bias") else -2] if len(entry.shape) > 1 else entry.shape[0]
     gated = "linear_fc1" in inner and fc2 is not None and rows == 2 * fc2[-1]
-    return Cut(dim, rank.tp, gated) if dim is not None else Cut()
+    return Cut(dim, rank.tp, 2 if gated else 1) if dim is not None else Cut()
 
 
 def _in_module(inner: str, spec: str) -> str:
@@ -294,7 +297,7 @@ def _in_module(inner: str, spec: str) -> str:
 
 def _one(path: tuple[str, str], number: int, entry: Entry, cut: Cut, rank: Rank) -> Piecewise:
     shape = cut.part(entry.shape, entry.name)
-    return Piecewise(path, number, shape, list(cut.pieces(shape, _strides(shape), rank.t)))
+    return Piecewise(path, number, shape, list(cut.pieces(shape, strides_of(shape), rank.t)))
 
 
 def _experts(
@@ -310,11 +313,11 @@ def _experts(
     shape = cut.part(entry.shape[1:], entry.name)
     for k in range(local):
         name = f"local_experts.{k}.{linear}.{kind}" if spec == "local" else f"{linear}.{kind}{k}"
-        pieces = of_expert(rank.e * local + k, cut.pieces(shape, _strides(shape), rank.t))
+        pieces = of_expert(rank.e * local + k, cut.pieces(shape, strides_of(shape), rank.t))
         yield Piecewise((key, f"{layer}mlp.experts.{name}"), number, shape, pieces)
 
 
-def _strides(shape: Sequence[int]) -> list[int]:
+def strides_of(shape: Sequence[int]) -> list[int]:
     steps = [1] * len(shape)
     for k in range(len(shape) - 1, 0, -1):
         steps[k - 1] = steps[k] * shape[k]

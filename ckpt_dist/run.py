@@ -6,39 +6,72 @@ Invariant: a verb either publishes a whole target and a report, or raises and le
 from __future__ import annotations
 
 import fnmatch
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ckpt_dist import __version__, configs, cost, formats, initial, megatron, part, plan, quantised, sources, task
-from ckpt_dist.catalog import Extra
+from ckpt_dist import (
+    __version__,
+    configs,
+    cost,
+    formats,
+    initial,
+    megatron,
+    part,
+    plan,
+    quantised,
+    replicas,
+    sources,
+    task,
+)
+from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
+from ckpt_dist.engine.traffic import node_of
 from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import Bound, Model, bind_plain, canonical, resized
+from ckpt_dist.model import FURTHER, Bound, Model, bind_plain, canonical, resized
 from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @contextmanager
 def job(verb: str, cfg: Config) -> Iterator[tuple[Group, Report]]:
     """The ranks and the report of one job."""
-    with Group(cfg["engine"]["timeout"]) as group:
+    with Group(cfg["engine"]["timeout"]) as group, _frozen():
         report = Report(verb)
         yield group, report
         report.show(bool(cfg.get("quiet")))
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """The garbage collector leaves alone what was there before: with torch imported, a full look at it takes 0.15 s.
+
+    In a program that has frozen objects itself nothing is done, since they could not be told from ours afterwards.
+    """
+    ours = not gc.get_freeze_count()
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 def engine_of(cfg: Config) -> dict[str, Any]:
@@ -53,8 +86,15 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            copies = replicas.others(group, m, cfg)
         cfg = _as_stored(cfg, m)
-        return _write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: keep, {"verb": "convert"})
+        target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
+        if copies:
+            replicas.settle(group, report, [m, *copies], engine_of(cfg), average)
+        if average and copies:
+            even = [1 / (1 + len(copies))] * (1 + len(copies))
+            return _write(group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"})
+        return _write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
 
 
 def _as_stored(cfg: Config, m: Model) -> Config:
@@ -64,10 +104,10 @@ def _as_stored(cfg: Config, m: Model) -> Config:
     if m.catalog.format == "fsdp" or m.source.reader:
         raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
     about, target = m.catalog.about, {**cfg["target"], "format": m.catalog.format}
-    if m.catalog.format == "megatron":
-        asked = {k: target[k] for k in ("tp", "pp", "vpp", "ep") if target[k] != 1}
-        uneven = len(set(about["partition"])) > 1 and not asked and target["partition"] is None
-        target |= {k: about[k] for k in ("tp", "pp", "vpp", "ep", "spec", *(["partition"] if uneven else []))} | asked
+    kinds = [k for k in formats.RANKS.get(m.catalog.format, ()) if k in about]
+    if all(target[k] == 1 for k in kinds) and len(set(about.get("partition", ()))) > 1:
+        target["partition"] = target["partition"] or about["partition"]
+    target |= {k: about[k] for k in kinds if target[k] == 1} | {k: about[k] for k in ("spec",) if k in about}
     return {**cfg, "target": target}
 
 
@@ -252,6 +292,26 @@ class Prepared:
     staging: stage.Staging
     small: Mapping[str, bytes | Path]
 
+    @property
+    def local(self) -> bool:
+        """Whether each node has a target of its own."""
+        return self.staging.node is not None
+
+    def on_disks(self, group: Group, work: Callable[[], T]) -> T:
+        """Do the work once for each disk that holds a target; its result to all ranks that write there."""
+        return group.on_nodes(work) if self.local else group.on_first(work)
+
+    def on_node(self, node: int | None) -> tuple[Views, NDArray[np.bool_] | None]:
+        """The part of the target that a node holds, and the tiles that it is made of; None: all, on a disk of all."""
+        views, chunks = self.proof.target, self.layout.catalog.chunks
+        if node is None:
+            return views, None
+        mine = part.on_node(views, chunks, formats.held(self.layout, node))
+        needed = part.needed(self.design.canon, mine)
+        if node == 0:  # what goes nowhere is digested
+            needed |= ~part.needed(self.design.canon, views)
+        return mine, needed
+
 
 def _write(
     group: Group,
@@ -270,20 +330,20 @@ def _write(
     if not cfg.get("dry_run"):
         _only_for_plans(models, engine)
     with report.phase("plan"):
-        p = prepare(group, report, models, cfg, path, combination, into)
+        p = prepare(group, report, models, cfg, path, combination, into, state=-1 if given else 0)
     if cfg.get("dry_run"):
         return _dry(group, report, p, engine, path)
     if p.combine is not keep or _casts(p.design):
         from ckpt_dist.averages.tensors import use
 
         report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    staged = group.on_first(lambda: begin(p, cfg, about, given))
+    staged = p.on_disks(group, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
         prints = _fill(group, report, p, cfg, engine, about, given, staged)
     except CheckpointError as error:  # nobody will go on with what is wrong; anything else may be resumed
-        if group.rank == 0 and not isinstance(error, Stopped):
+        if not isinstance(error, Stopped) and (group.rank == 0 or (p.local and group.local_rank == 0)):
             stage.discard(p.staging)
         raise
     finally:
@@ -315,7 +375,7 @@ def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> ta
     entries = [(e.name, e.dtype, e.shape) for e in p.layout.catalog.entries]
     headers = b"".join(b"%d %d " % (n, at) + data for n, at, data in p.layout.pieces)
     laid_out = (entries, p.layout.catalog.files, p.layout.sizes, journal.plan_key(headers.hex()))
-    facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, laid_out)
+    facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, laid_out, p.staging.node)
     resumed = stage.create(p.staging, p.layout, journal.plan_key(*facts), bool(cfg.get("resume", True)))
     finished, done = journal.read(p.staging.folder) if resumed else ([], Done())
     return task.Staged(p.staging.folder, finished, done)
@@ -329,8 +389,9 @@ def prepare(
     path: Path,
     combination: Callable[[task.Design], Combine],
     into: bool,
+    state: int = 0,
 ) -> Prepared:
-    """Design, layout and proof: the same on every rank, nothing written."""
+    """Design, layout and proof: the same on every rank, nothing written. `state`: whose is all that is no weight."""
     target = cfg["target"]
     if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
@@ -344,25 +405,53 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = task.design(models, target)
     _same_tensors(models, d.sources)
-    extras, lost = _extras(models[-1], cfg)  # of several what is no weight is the last one's
-    layout = _lay_out(d, models[-1], extras, cfg, path)
+    extras, lost = _extras(models[state], cfg)
+    placement = _placement(group, cfg)
+    layout = _lay_out(d, models[state], extras, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
-    if target["format"] in ("megatron", "torch_dist", "zarr"):
+    if target["format"] in ("megatron", "torch_dist", "zarr", "megatron_deepspeed"):
         _translated(_args(d, models[0]), "config.json", report)
+    if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
+        report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
-    staging = stage.Staging(path.absolute(), single=_single(layout, path, cfg), into=into)
+    node = None if target["shared"] else group.node
+    staging = stage.Staging(path.absolute(), _single(layout, path, cfg), into, node)
+    if node is not None and (staging.single or into):
+        raise UsageError("target.shared=false: each node gets a folder of its own; give a new folder as target.path.")
     carries = target["format"] in formats.FOLDERS and not staging.single
     small = _small_files(models[0], d, layout, cfg, report) if carries else {}
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
+    if node is not None:  # the first node may be the only one that has them
+        small = group.on_first(lambda: {n: f if isinstance(f, bytes) else f.read_bytes() for n, f in small.items()})
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
-    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
-        group.on_first(lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     _account(report, models, lost | task.unsaid(models[0], d))
     combine = combination(d)
     if combine is keep and any(quantised.of(m.catalog) for m in models):
         combine = _made
-    return Prepared(models, d, combine, layout, proof, staging, small)
+    p = Prepared(models, d, combine, layout, proof, staging, small)
+    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
+        p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
+    return p
+
+
+def _placement(group: Group, cfg: Config) -> tuple[int, ...] | None:
+    """The node of each rank of the job that will load the target; None where every node gets everything."""
+    asked, engine = cfg["target"]["placement"], cfg["engine"]
+    if cfg["target"]["shared"]:
+        if asked != "ranks":
+            raise UsageError("target.placement says which node gets what; it needs target.shared=false.")
+        return None
+    imagined = engine.get("ranks") or engine.get("nodes")
+    nodes = int(engine.get("nodes") or 1) if imagined else group.nodes
+    if asked == "ranks":
+        ranks = int(engine.get("ranks") or nodes)
+        return tuple(node_of(ranks, nodes).tolist()) if imagined else tuple(group.gather(group.node))
+    if asked == "all":
+        return None
+    if max(asked) >= nodes:
+        raise UsageError(f"target.placement names node {max(asked)}, this job has nodes 0 to {nodes - 1}.")
+    return tuple(asked)
 
 
 def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
@@ -393,7 +482,8 @@ def _fill(
     digests, quiet = p.combine is not keep or bool(engine.get("verify")), bool(cfg.get("quiet"))
     files = Files(p.staging.folder, p.layout.catalog.files, writable=True)
     sides = list(zip(p.models, p.design.sources, strict=True))
-    target = (p.design.target, p.layout, files, p.proof.target)
+    views, here = p.on_node(p.staging.node)
+    target = (p.design.target, p.layout, files, views)
     with report.phase("copy" if p.combine is keep else about["verb"]):
         done = task.run_tiles(
             group,
@@ -408,17 +498,36 @@ def _fill(
             quiet=quiet,
             staged=staged,
             proof=p.proof,
+            here=here,
         )
     if engine.get("verify"):
         with report.phase("verify"):
-            _reread(group, report, p, done, engine, quiet)
+            _reread(group, report, p, done, engine, quiet, here)
     with report.phase("publish"):
-        runs = [run for part in group.gather(done.runs) for run in part]
+        each = group.gather((p.staging.node, done.runs))
+        runs = [run for node, some in each if node == p.staging.node for run in some]
         report.peak_memory = group.gather(peak_memory())
         prints = _fingerprints(p.design, done, p.models, report) if digests else {}
         kept = {} if p.staging.single else record(cfg, about, p.models, given, prints, report)
-        group.on_first(lambda: finish(p.staging, p.layout, runs, {**p.small, **kept}, engine, cfg))
+        if p.local:  # the ranks have phases of their own, and all nodes get the first one's record
+            kept = group.broadcast(kept)
+        finish(p, lambda work: p.on_disks(group, work), runs, {**p.small, **kept}, cfg)
     return prints
+
+
+def finish(
+    p: Prepared,
+    once: Callable[[Callable[[], None]], None],
+    runs: stage.Runs,
+    small: Mapping[str, bytes | Path],
+    cfg: Config,
+) -> None:
+    """Steps of which none begins before the one before has come to its end on all disks; `once` does one on each."""
+    fsync, overwrite = bool(cfg["engine"].get("fsync", True)), bool(cfg.get("overwrite"))
+    once(lambda: stage.finish(p.staging, p.layout, runs, small))
+    once(lambda: stage.publish(p.staging, fsync, overwrite))
+    if p.local:
+        once(lambda: stage.settle(p.staging))
 
 
 def _casts(d: task.Design) -> bool:
@@ -434,19 +543,9 @@ def _casts(d: task.Design) -> bool:
     )
 
 
-def finish(
-    staging: stage.Staging,
-    layout: Layout,
-    runs: stage.Runs,
-    small: Mapping[str, bytes | Path],
-    engine: Config,
-    cfg: Config,
-) -> None:
-    stage.finish(staging, layout, runs, small)
-    stage.publish(staging, bool(engine.get("fsync", True)), bool(cfg.get("overwrite")))
-
-
-def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, path: Path) -> Layout:
+def _lay_out(
+    d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, path: Path, placement: Sequence[int] | None
+) -> Layout:
     target = cfg["target"]
     options = {
         **target,
@@ -455,14 +554,22 @@ def _lay_out(d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, pat
         "args": _args(d, m).config,
         "step": m.step,
         "file": path.name if _is_file_name(path, target["format"]) else None,
+        "placement": placement,
     }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
     for key in ("tp", "pp", "vpp", "ep"):
-        if target[key] != 1 and target["format"] not in ("megatron", *(["meta"] if key == "tp" else [])):
+        if target[key] != 1 and key not in formats.RANKS.get(target["format"], ()):
             raise UsageError(
                 f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
             )
+    known = formats.EMBEDDINGS.get(target["format"])
+    if known and target["embedding"] not in ("auto", *known):
+        raise UsageError(
+            f"target.embedding={target['embedding']}: {target['format']} has no such ranks. Give {' or '.join(known)}."
+        )
+    if target["release"] and target["format"] not in formats.RELEASES:
+        raise UsageError(f"target.release=true: {target['format']} has no such checkpoints. Leave it out.")
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
     return layout
 
@@ -527,7 +634,7 @@ def _account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequenc
 
 def _small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
     """Config, tokenizer and processor files of a target that is a model's folder."""
-    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late}
+    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
     small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
     if cfg["target"]["format"] == "meta":
         small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
@@ -560,6 +667,8 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
         if kind in megatron.CLASSES:
             config = _translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
             config["torch_dtype"] = main
+    if m.family and m.family.further and FURTHER in m.dropped:
+        config[m.family.further] = 0
     if config.pop("quantization_config", None):
         report.notes.append("quantization_config is left out of config.json: what is written is not quantised")
     if not configs.is_hf(config):
@@ -612,11 +721,23 @@ def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Re
     }
 
 
-def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Config, quiet: bool) -> None:
-    """Read the staged target again, through its own addresses, and compare with what was meant to be written."""
-    result, sides = len(p.models), [_as_source(p)]
+def _reread(
+    group: Group,
+    report: Report,
+    p: Prepared,
+    done: Done,
+    engine: Config,
+    quiet: bool,
+    here: NDArray[np.bool_] | None,
+) -> None:
+    """Read the staged target again, through its own addresses, and compare with what was meant to be written.
+
+    A node reads its own files; what these lack of a tile is sent to it."""
+    result, sides = len(p.models), [_as_source(p, p.staging.node)]
+    if here is not None:
+        engine = {**engine, "transport": task.OWN}
     again = task.run_tiles(
-        group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet
+        group, report, engine, "verify", p.design.canon, sides, None, _drain, digests=True, quiet=quiet, here=here
     )
     wrong = [key for key, value in done.digests.items() if key[0] == result and again.digests.get((0, key[1])) != value]
     if wrong:
@@ -626,10 +747,11 @@ def _reread(group: Group, report: Report, p: Prepared, done: Done, engine: Confi
     report.notes.append("every tile was read back and is equal to what was written")
 
 
-def _as_source(p: Prepared) -> tuple[Model, Bound]:
-    """The staged target, to be read."""
-    folder = p.staging.folder
-    catalog = replace(p.layout.catalog, root=str(folder), format="hf")  # addresses are exact: nothing to locate
+def _as_source(p: Prepared, node: int | None) -> tuple[Model, Bound]:
+    """The staged target, to be read; of equal boxes the first is, so those that a node holds come first."""
+    folder, catalog = p.staging.folder, p.layout.catalog
+    order = np.argsort(~formats.held(p.layout, node)[catalog.chunks.file], kind="stable")
+    catalog = replace(catalog, root=str(folder), format="hf", chunks=catalog.chunks.take(order))  # nothing to locate
     m = Model(sources.Source(catalog, folder, folder), tuple(e.name for e in catalog.entries))
     return m, p.design.target
 
@@ -678,8 +800,10 @@ def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) 
     job = cost.Job(
         list(zip(p.models, p.design.sources, strict=True)),
         p.design.canon,
-        (p.design.target, layout, Files(path, ()), p.proof.target),
-        _as_source(p) if verify else None,
+        (p.design.target, layout, Files(path, ())),
+        p.on_node,
+        (lambda node: _as_source(p, node)) if verify else None,
+        p.local,
         p.combine,
         p.combine is not keep or verify,
     )
@@ -689,8 +813,9 @@ def _dry(group: Group, report: Report, p: Prepared, engine: Config, path: Path) 
     lines = [
         f"{path} ({layout.catalog.format}), {len(layout.catalog.entries)} tensors, {size(total)} in {len(layout.sizes)} files, nothing written"
     ]
-    lines += [f"  {n}  {size(b)}" for n, b in zip(layout.catalog.files, layout.sizes, strict=True)]
-    lines += [f"  {n}  small" for n in layout.late]
+    places = [f"  node {', '.join(map(str, sorted(nodes)))}" for nodes in layout.holders] or [""] * len(layout.sizes)
+    lines += [f"  {n}  {size(b)}{at}" for n, b, at in zip(layout.catalog.files, layout.sizes, places, strict=True)]
+    lines += [f"  {n}  small" for n in (*layout.late, *layout.own)]
     lines.append(f"{tiles} tiles for {facts['ranks']} ranks of {facts['threads']} threads on {facts['nodes']} nodes")
     lines += said
     lines += report.remarks()

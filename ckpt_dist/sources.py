@@ -12,19 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import configs, formats, megatron, quantised
+from ckpt_dist import configs, formats, megatron, merak, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 from ckpt_dist.formats import nemo
 
 STEP = re.compile(
-    r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)"
+    r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)(?:_all_dp)?"
 )
-INSIDE = {
-    "param": ("pytorch_model_fsdp_0", "actor", "model"),
-    "ema": ("pytorch_ema_model_fsdp_0", "ema"),
-}
+DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
+NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
+INSIDE = {"param": ("pytorch_model_fsdp_0", "actor", "model"), "ema": ("pytorch_ema_model_fsdp_0", "ema")}
 BELOW = ("weights", "model_weights")  # of NeMo: where the arrays are if nothing beside them is a checkpoint
 CONFIGS = ("config.json", "params.json")
 ASSETS = (
@@ -142,6 +141,9 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
         return _scan(asked, asked, folder, name, keys, config, ())
     if not asked.is_dir():
         formats.detect(asked)
+    if step == "latest" and (named := _named(asked)):
+        source = open_source({**keys, "path": named[0]}, config)
+        return replace(source, asked=asked, notes=(named[1], *source.notes))
     if step == "latest" and (tracked := _tracked(asked)):
         note = f"{tracked.name} is the latest by {megatron.TRACKER}"
         return _one(asked, tracked, weights, name, keys, config, (note,))
@@ -155,6 +157,17 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     return _latest(asked, numbered, weights, name, keys, config)
 
 
+def _named(asked: Path) -> tuple[Path, str] | None:
+    """Where there are no steps: the newest of Merak's folders of one day each, or a checkpoint that has a name."""
+    if (asked / megatron.TRACKER).is_file() or steps(asked):
+        return None
+    days = sorted(p for p in asked.iterdir() if DAY.fullmatch(p.name) and p.is_dir())
+    if days:
+        return days[-1], f"{days[-1].name} is the newest of {len(days)} folders that are named after a day"
+    here = next((asked / n for n in NAMED if (asked / n).is_dir()), None)
+    return (here, f"{here.name} is the only checkpoint there") if here else None
+
+
 def _tracked(asked: Path) -> Path | None:
     """The checkpoint that Megatron's tracker file names: newer ones were not saved to their end."""
     tracker = asked / megatron.TRACKER
@@ -163,7 +176,10 @@ def _tracked(asked: Path) -> Path | None:
     text = tracker.read_bytes()[:64].decode(errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdecimal()):
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")
-    path = asked / (text if text == "release" else megatron.STEPS.format(int(text)))
+    names = [text if text == "release" else megatron.STEPS.format(int(text))]
+    number = 0 if text == "release" else int(text)
+    names += [megatron.STEPS.format(number) + merak.ALONE, f"global_step{number}", NAMED[1]]
+    path = next((asked / n for n in names if (asked / n).is_dir()), asked / names[0])
     if not path.is_dir():
         raise CheckpointError(
             f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."

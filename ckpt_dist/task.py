@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt_dist import family as families
 from ckpt_dist import formats, model, plan, quantised
@@ -42,6 +43,7 @@ from ckpt_dist.sources import Source, open_source
 
 T = TypeVar("T")
 TIED = "tied to "  # the rule by which an equal copy is left out
+OWN = "own"  # a transport by which ranks read what they see, and exchange only what somebody does not
 WORKER_BYTES = (
     24 << 20
 )  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
@@ -67,13 +69,27 @@ def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
 
 def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
     settings = cfg.get("model") or {}
-    return model.recognise(
+    m = model.recognise(
         source,
         family=settings.get("family", "auto"),
         dialect=keys.get("dialect", "auto"),
         keep=cfg.get("keep", ["weights"]),
         unmatched=cfg.get("unmatched", "error"),
     )
+    return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
+
+
+def _trimmed(m: Model) -> Model:
+    """Without the rows that were added so that ranks could share a vocabulary, as far as a config.json says its length."""
+    have, said = m.sizes.get("v", 0), m.source.config.get("vocab_size")
+    words = m.catalog.about.get("vocabulary", have)
+    if is_hf(m.source.config) and isinstance(said, int) and said < have:
+        text = f"{said} rows of the vocabulary, as config.json says; the other {have - said} are padding"
+        return replace(model.resized(m, "v", said), guesses=(*m.guesses, text))
+    if words < have:
+        text = f"all {have} rows of the vocabulary; {words} are said to be words: target.vocab_size={words} takes only these"
+        return replace(m, guesses=(*m.guesses, text))
+    return m
 
 
 def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
@@ -82,7 +98,8 @@ def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     dialect = _target_dialect(first, cfg_target)
     same = all(m.dialect == first.dialect for m in models)
     names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
-    if names_stay and cfg_target.get("vocab_size") is None:
+    ordered = cfg_target.get("format") in formats.ORDERED and first.family is not None and not first.unresolved
+    if names_stay and cfg_target.get("vocab_size") is None and not ordered:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = _plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
@@ -98,7 +115,7 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
             )
         return ""
     if asked == "auto":
-        choices = formats.DIALECTS.get(str(cfg_target.get("format")), (first.dialect,))
+        choices = formats.dialects(cfg_target, first.dialect)
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
@@ -272,9 +289,11 @@ def run_tiles(
     quiet: bool,
     staged: Staged | None = None,
     proof: Proof | None = None,
+    here: NDArray[np.bool_] | None = None,
 ) -> Done:
     """Make all tiles; this rank its share. The result holds this rank's runs and everyone's byte counts and digests.
 
+    Where nodes have targets of their own, `here` are the tiles for that of this node, which its ranks make.
     `proof` saves a second look at the sources. Raises Uncovered, before any tile, if a source does not hold all of them.
     """
     for m, _ in sources:
@@ -283,16 +302,21 @@ def run_tiles(
     finished = np.zeros(len(nbytes), bool)
     for lo, hi in staged.finished if staged else ():
         finished[lo:hi] = True
-    first, last = share(canon, finished, group)
+    if here is not None:
+        finished |= ~here
+    first, last = share(canon, finished, group, local=here is not None)
     mine = canon.views(plan.tiles(canon.entries, first=first, last=last))
     parts = (
-        [part(group, m, b, mine) for m, b in sources] if proof is None or finished.any() else proof.parts
+        [part(group, m, b, mine) for m, b in sources]
+        if proof is None or here is not None or finished.any()
+        else proof.parts
     )  # another share, other parts
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
     plans = [readers(group, m, transport == "collective") for m, _ in sources]
-    exchanging = group.together(lambda: _collective(transport, group, report, plans))
+    exchanging, said = group.together(lambda: _collective(transport, group, plans))
+    report.notes += [said] if said and target else []
 
     def work() -> Done:
         files_of = [opened(m) for m, _ in sources]
@@ -349,14 +373,17 @@ def run_tiles(
             return done
 
     done = group.together(work)
+    if staged and (group.rank == 0 or (here is not None and group.local_rank == 0)):  # who has read the journal
+        done.digests = staged.done.digests | done.digests
+        done.runs += staged.done.runs
     all_done = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent))
     report.bytes_read += sum(p[0] for p in all_done)
     report.bytes_written += sum(p[1] for p in all_done)
     report.bytes_exchanged += sum(p[3] for p in all_done)
-    done.digests = {key: d for one in all_done for key, d in one[2].items()}
-    if staged:
-        done.digests.update(staged.done.digests)
-        done.runs += staged.done.runs if group.rank == 0 else []
+    done.digests = {}
+    for key, d in ((key, d) for one in all_done for key, d in one[2].items()):
+        if done.digests.setdefault(key, d) != d:  # two nodes have made one tile, and one of them wrongly
+            done.digests[key] = b""
     return done
 
 
@@ -400,16 +427,15 @@ def worker_count(engine: Mapping[str, Any], local_world: int) -> int:
     return min(wanted, memory // WORKER_BYTES)
 
 
-def _collective(asked: str, group: Group, report: Report, plans: Sequence[exchange.Readers]) -> bool:
-    """Whether ranks exchange what they read: if asked to, or if some rank does not see some file."""
+def _collective(asked: str, group: Group, plans: Sequence[exchange.Readers]) -> tuple[bool, str]:
+    """Whether ranks exchange what they read: if asked to, or if some rank does not see some file; what to say of it."""
     blind = not all(readers.everywhere for readers in plans)
     if asked == "direct" and blind:
         raise UsageError(
             "engine.transport=direct, but not every node sees all files of the source. Use engine.transport=auto."
         )
-    if group.world > 1 and asked == "auto" and blind:
-        report.notes.append("transport collective: not every node sees all files")
-    return asked == "collective" or blind
+    said = "transport collective: not every node sees all files" if group.world > 1 and blind else ""
+    return asked == "collective" or blind, said if asked == "auto" else ""
 
 
 def _cheaper(group: Group, needs: Sequence[exchange.Wanted], held: Sequence[traffic.Part]) -> tuple[bool, str]:
@@ -497,7 +523,7 @@ def equal_entries(group: Group, report: Report, m: Model, one: int, two: int, en
         sides.append((m, Bound(m.catalog.entries, rules, {}, {})))
     different: list[int] = []
     expected = tied(m)
-    engine = {**engine, "transport": "auto"} | ({} if expected else {"workers": 1})
+    engine = {**engine, "transport": OWN} | ({} if expected else {"workers": 1})
 
     def compare(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
         if different and not expected:

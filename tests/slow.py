@@ -1,10 +1,12 @@
 """`python tests/slow.py SECONDS VERB key=value ...`: a job that takes its time over each write and notes each batch.
 
-Small batches, a note after each: so a test can end a job of a few megabytes at any moment.
+Small batches, a note after each: so a test can end a job of a few megabytes at any moment. With APART in the
+environment each rank is told that it is a node of its own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,6 +27,8 @@ def slow(self: Files, file: int, offset: int, data: memoryview) -> None:
 
 
 Files.write = slow  # type: ignore[method-assign]
+if "APART" in os.environ:
+    os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": os.environ["RANK"]}
 fill.BATCH, journal.EVERY_BYTES = 1, 1
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2], sys.argv[3:]))

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 
 ROOMS = (
-    "errors", "box configs draw", "pattern parallel megatron", "catalog files nemo", "families", "family",
+    "errors", "box configs draw", "pattern parallel megatron merak", "catalog files nemo", "families", "family",
     "plan report quantised ranks", "formats", "sources", "model",
-    "averages initial", "engine", "part", "task", "cost", "run", "check", "keys", "config", "api", "cli dcp",
+    "averages initial", "engine", "part", "task", "cost replicas", "run", "check", "keys", "config", "api", "cli dcp",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 

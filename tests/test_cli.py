@@ -43,9 +43,10 @@ ODD = [
     "x#y",
 ]
 FROZEN = (
-    "source.path source.format source.dialect source.weights target.path target.format target.dialect "
+    "source.path source.format source.dialect source.weights source.replicas target.path target.format target.dialect "
     "target.dtype target.key target.max_shard_size target.safetensors target.vocab_size target.tp target.pp "
-    "target.vpp target.ep target.partition target.spec target.embedding model.family model.config engine.memory "
+    "target.vpp target.ep target.partition target.partition_method target.release target.spec target.embedding target.shared "
+    "target.placement model.family model.config engine.memory "
     "engine.transport engine.timeout engine.device engine.workers unmatched overwrite resume dry_run "
     "engine.verify engine.fsync engine.ranks engine.nodes engine.calibrate engine.bandwidth.read "
     "engine.bandwidth.exchange engine.bandwidth.write json quiet nproc source.step recipe keep"

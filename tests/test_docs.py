@@ -75,12 +75,16 @@ def formats_table() -> str:
 
 
 def families_table() -> str:
+    """Families x dialects x formats; `test_every_format_holds_every_family_that_has_its_dialect` runs each cell."""
+    fixed = [f for f in sorted(formats.DIALECTS) if hasattr(formats.load(f), "lay_out")]
     rows = []
     for name in family.available():
         found = family.load(name)
         types, spoken = ", ".join(found.model_types), ", ".join(f"`{d}`" for d in found.dialects)
-        rows.append([f"`{name}`", types, spoken, str(len(found.weights))])
-    return table("family | `model_type` | dialects | weights", rows)
+        fits = [next((f"`{d}`" for d in formats.DIALECTS[f] if d in found.dialects), "-") for f in fixed]
+        rows.append([f"`{name}`", types, spoken, *fits, str(len(found.weights))])
+    header = ["family", "`model_type`", "dialects", *(f"in `{f}`" for f in fixed), "weights"]
+    return table(" | ".join(header), rows)
 
 
 def lines_table() -> str:

@@ -5,6 +5,7 @@ Not checked: families in the names of other frameworks than transformers (test_r
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -19,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
-from ckpt_dist import families, family
+from ckpt_dist import families, family, formats
 from ckpt_dist.cli import main
 from ckpt_dist.errors import UsageError
 from ckpt_dist.pattern import parse
@@ -66,12 +67,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(**SMALL, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
     "llama": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama_plain": lambda: transformers.LlamaConfig(**SMALL),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
     "mistral": lambda: transformers.MistralConfig(**SMALL),
 }
 NAMES = {"gemma2": "gemma", "gemma3_text": "gemma", "deepseek_v3_lite": "deepseek_v3"} | dict.fromkeys(
-    ("qwen2", "mistral"), "llama"
+    ("llama_plain", "qwen2", "mistral"), "llama"
 )
 
 
@@ -139,6 +141,24 @@ def test_every_dialect_there_and_back(name: str, made: Callable[[str], tuple[Any
         assert ckpt_dist.fingerprint(back) == print_
 
 
+@pytest.mark.parametrize("name", sorted({NAMES.get(n, n) for n in CONFIGS}))
+def test_every_format_holds_every_family_that_has_its_dialect(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """The README's table of families x dialects x formats, cell by cell."""
+    _, folder = made({"llama": "llama_plain"}.get(name) or next(n for n in CONFIGS if NAMES.get(n, n) == name))
+    print_, spoken = ckpt_dist.fingerprint(folder / "hf"), family.load(name).dialects
+    for format in (f for f in formats.FORMATS if hasattr(formats.load(f), "lay_out")):
+        out = tmp_path / format / ("all.pt" if format == "torch" else "out")
+        if set(formats.DIALECTS.get(format, spoken)) & set(spoken):
+            ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
+            assert ckpt_dist.fingerprint(out, **{"model.config": str(folder / "hf")}) == print_, format
+        else:
+            with pytest.raises(UsageError, match=f"{name} has hf"):
+                ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
+            assert not out.exists()
+
+
 MIXED = ("qwen3_moe", "deepseek_v3")  # some of their layers are dense
 
 
@@ -168,18 +188,25 @@ def test_every_family_is_here() -> None:
 
 
 TINY = """
+from ckpt_dist import megatron
 model_types = ("tiny",)
 weights = dict(embed="v e", mix="l e f", gain="l e", out="f v")
 optional = {}
 dialects = dict(
     hf={"emb": "embed: v e", "blocks.{l}.mix": "mix: e f", "blocks.{l}.gain": "gain: e", "out": "out: f v"},
     other={"embedding": "embed: e v", "mixes": "mix: l f e", "gains": "gain: l e", "outs": "out: (f v)"},
+    **megatron.dialects({
+        "embedding.word_embeddings.weight": "embed: v e",
+        "decoder.layers.{l}.mlp.linear_fc2.weight": "mix: e f",
+        "decoder.layers.{l}.mlp.linear_fc1.layer_norm_weight": "gain: e",
+        "output_layer.weight": "out: f v",
+    }),
 )
 sizes = dict(hf=lambda c: dict(l=c["layers"], e=c["width"], f=c["inner"], v=c["vocab"]))
 """
 
 
-@pytest.mark.parametrize("format", ["hf", "dcp", "torch"])
+@pytest.mark.parametrize("format", ["hf", "dcp", "torch", "torch_dist", "megatron", "sfpt"])
 def test_a_family_that_is_only_a_table(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("ckpt_dist.families.tiny")
     exec(TINY, module.__dict__)
@@ -196,12 +223,37 @@ def test_a_family_that_is_only_a_table(format: str, tmp_path: Path, monkeypatch:
         '{"model_type": "tiny", "layers": 4, "width": 6, "inner": 10, "vocab": 11}'
     )
     config = {"model.config": str(tmp_path / "hf")}
-    ckpt_dist.convert(tmp_path / "hf", tmp_path / "there", format=format, dialect="other", quiet=True)
+    dialect = "auto" if format in formats.DIALECTS and format != "hf" else "other"
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "there", format=format, dialect=dialect, quiet=True)
     ckpt_dist.convert(tmp_path / "there", tmp_path / "back", format="hf", dialect="hf", **config, quiet=True)
     assert equal(tmp_path / "back", tmp_path / "hf")
     if format == "hf":
         mixes = load_file(tmp_path / "there/model.safetensors")["mixes"]
         assert torch.equal(mixes, torch.stack([tensors[f"blocks.{k}.mix"].T for k in range(4)]))
+
+
+@pytest.mark.parametrize("format", ["hf", "torch_dist"])
+def test_layers_that_predict_further_tokens_are_left_out_and_said(
+    format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """As DeepSeek-V3 was published: one more layer than num_hidden_layers, which transformers ignores too."""
+    model, folder = made("deepseek_v3")
+    tensors, last = load_file(folder / "hf/model.safetensors"), model.config.num_hidden_layers
+    more = {n.replace(f".{last - 1}.", f".{last}.", 1): t for n, t in tensors.items() if f"layers.{last - 1}." in n}
+    more |= {f"model.layers.{last}.{n}.weight": torch.randn(32) for n in ("enorm", "hnorm", "shared_head.norm")}
+    more |= {f"model.layers.{last}.eh_proj.weight": torch.randn(32, 64)}
+    (tmp_path / "in").mkdir()
+    save_file(tensors | {n: t + 1 for n, t in more.items()}, tmp_path / "in/model.safetensors")
+    config = json.loads((folder / "hf/config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    report = ckpt_dist.convert(tmp_path / "in", tmp_path / "out", format=format, quiet=True)
+    assert any("predicts further tokens" in note and f"and {len(more) - 3} more" in note for note in report["notes"])
+    print_ = ckpt_dist.fingerprint(tmp_path / "out", **{"model.config": str(folder / "hf")})
+    assert print_ == ckpt_dist.fingerprint(folder / "hf")
+    if format == "hf":
+        assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
+        ckpt_dist.convert(tmp_path / "in", tmp_path / "all", format=format, quiet=True, model="identity")
+        assert load_file(tmp_path / "all/model.safetensors").keys() == tensors.keys() | more.keys()
 
 
 def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

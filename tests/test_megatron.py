@@ -31,6 +31,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": dict(ep=2),
     "ep2pp2": dict(ep=2, pp=2),
 }
+STRICT = (  # all of megatron-core's StrictHandling; what the first one loads is what is compared
+    "assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "raise_all", "return_unexpected", "return_all", "ignore_all",
+)  # fmt: skip
 DENSE = ("tp1", "tp2pp2", "vpp2", "first", "tp4")
 MOE = ("tp1", "ep2", "ep2pp2")
 SMALL = dict(
@@ -60,6 +63,18 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
         MOE,
     ),
     "qwen3_moe": (EXPERTS, dict(qk_layernorm=True, num_moe_experts=4), MOE),
+    "gpt_oss": (
+        dict(
+            num_local_experts=4, num_experts_per_tok=2, sliding_window=4, intermediate_size=16,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        dict(
+            num_moe_experts=4, add_bias_linear=True, add_qkv_bias=True, activation_func="quick_gelu", glu_linear_offset=1.0,
+            activation_func_clamp_value=7.0, softmax_type="learnable", window_size=(3, 0), window_attn_skip_freq=2,
+        ),
+        MOE,
+    ),
     "deepseek_v3": (
         dict(
             q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, num_key_value_heads=4,
@@ -113,6 +128,7 @@ def job(top: Path, kind: str, layout: str, loaded: Path) -> dict[str, Any]:
         ),
         layout=LAYOUTS[layout],
         load=str(loaded),
+        strict=STRICT if layout == KINDS[kind][2][0] else STRICT[:1],
         ids=IDS,
         logits=str(top / f"{layout}.logits"),
         save=str(top / f"dist-{layout}/iter_0000007"),

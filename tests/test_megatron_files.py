@@ -400,13 +400,31 @@ def test_args_of_another_layout_do_not_stay(llama: Path, tmp_path: Path) -> None
 
 
 def test_args_of_a_model_that_has_no_config_json_here(tmp_path: Path) -> None:
-    transformer("gpt2", tmp_path / "hf")
+    transformer("deepseek_v3", tmp_path / "hf")
     ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
-    assert args_in(tmp_path / "it")["norm_epsilon"] == 1e-5
     with megatron_here() as m:
         rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], "model_type", m.ModelType(1)))
     report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
     assert not (tmp_path / "back/config.json").exists() and "no config.json" in report["warnings"][0]
+
+
+def test_args_of_gpt2_are_its_config(tmp_path: Path) -> None:
+    transformer("gpt2", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    assert args_in(tmp_path / "it")["norm_epsilon"] == 1e-5 and args_in(tmp_path / "it")["openai_gelu"]
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    was, found = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
+    same = (
+        "activation_function",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_inner",
+        "n_positions",
+        "layer_norm_epsilon",
+        "vocab_size",
+    )
+    assert {k: found[k] for k in same} == {k: was[k] for k in same}
 
 
 def test_args_say_nothing_that_is_not_known(llama: Path, tmp_path: Path) -> None:

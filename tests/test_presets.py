@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist import cli, config, configs, initial
 from tests.conftest import ROOT
+from tests.real.flavours import FLAVOURS as NAMES
 
 FLAVOURS = json.loads((ROOT / "tests/data/torchtitan-0.3.0/flavours.json").read_text())
 OTHER_WORDS = {"gpt_oss": {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}}
@@ -43,6 +44,16 @@ def test_a_preset_says_what_torchtitan_builds(name: str) -> None:
     theirs.pop("norm_topk_prob", None) if words else None  # which gpt-oss always does and has no key for
     ours = {"head_dim": preset["hidden_size"] // preset["num_attention_heads"], **preset}
     assert {k: ours.get(k) for k in theirs} == theirs
+
+
+def test_a_config_says_torchtitans_flavour() -> None:
+    named = {name: configs.flavour(config) for name, config in configs.presets().items()}
+    assert named == {preset: f"{m} {flavour}" for m, known in NAMES.items() for flavour, preset in known.items()}
+    assert configs.flavour({**configs.presets()["llama3.1-8b"], "num_hidden_layers": 31}) is None
+    report = ckpt_dist.seed(
+        "qwen3-0.6b", "none", format="dcp", dialect="torchtitan", dtype="bfloat16", dry_run=True, quiet=True
+    )
+    assert "note: torchtitan builds this model as qwen3, flavour 0.6B" in report["text"]
 
 
 @pytest.mark.parametrize("name", ["llama3.1-8b", "qwen3-0.6b", "qwen3-30b-a3b", "gpt-oss-20b"])

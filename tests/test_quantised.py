@@ -240,7 +240,7 @@ def test_two_ranks_write_the_same_bytes(transport: str, made: Callable[[str], Pa
     in_two_files(big, tmp_path / "source")
     ckpt_dist.convert(tmp_path / "source", tmp_path / "one")
     words = [f"source.path={tmp_path / 'source'}", f"target.path={tmp_path / 'two'}", f"engine.transport={transport}"]
-    done = torchrun(2, ROOT / "jobs/convert.py", *words)
+    done = torchrun(2, ROOT / "tests/real/apart.py", "convert", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (contents(tmp_path / n) for n in ("one", "two"))
     assert one["model.safetensors"] == two["model.safetensors"]

@@ -140,7 +140,10 @@ def test_two_jobs_cannot_make_one_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_the_collective_transport_goes_on_too(tmp_path: Path, how: signal.Signals) -> None:
+def test_the_collective_transport_goes_on_too(
+    tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APART", "1")
     run = checkpoints(tmp_path / "run")
     words = ["average", f"source.path={run}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
     words += ["engine.transport=collective", "engine.memory=24MiB"]

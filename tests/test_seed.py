@@ -187,11 +187,15 @@ def test_any_rank_count_makes_the_same_bytes(made: Callable[[int], Path], num_ra
     assert same(made(num_ranks) / "exchanged", made(1) / "hf")
 
 
-def test_a_seed_is_one_model_in_every_format(made: Callable[[int], Path]) -> None:
+def test_a_seed_is_one_model_in_every_format(made: Callable[[int], Path], tmp_path: Path) -> None:
     wide = {
         n: ckpt_dist.fingerprint(made(1) / n, **{"model.config": str(made(1) / "hf")}) for n in ("hf", "dcp", "titan")
     }
     assert len(set(wide.values())) == 1
+    for format, tp in (("torch_dist", 1), ("megatron", 2)):
+        words = {"seed": 7, "format": format, "target.tp": tp, "quiet": True}
+        ckpt_dist.seed(made(1) / "hf/config.json", tmp_path / format, **words)
+        assert ckpt_dist.fingerprint(tmp_path / format) == wide["hf"], format
     record = json.loads((made(1) / "titan/ckpt_dist.json").read_text())
     assert record["fingerprint"] == wide["hf"]
     whole = load_file(made(1) / "hf/model.safetensors")

@@ -161,3 +161,26 @@ def test_what_only_torchtitan_has_stays_among_its_own(made: Callable[[str], Path
     assert mean.keys() == state.keys()
     assert all(torch.equal(mean[n], state[n]) for n in mean if n.endswith("expert_bias_E"))
     assert report["fingerprint"] == ckpt_dist.fingerprint(folder / "titan", **config)
+
+
+# ---- with torchtune
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("LLAMA3", False), ("LLAMA3_2", True)])
+def test_torchtunes_checkpointer_takes_one_file(kind: str, tied: bool, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    values = {k: v for k, v in CONFIGS["llama"].items() if k not in ("model_type", "tie_word_embeddings")}
+    model = LlamaForCausalLM(LlamaConfig(**values, tie_word_embeddings=tied)).float().eval()
+    model.save_pretrained(tmp_path / "hf")
+    config = {"model.config": str(tmp_path / "hf"), "quiet": True}
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "titan", recipe="hf_to_torchtitan", **config)
+    ckpt_dist.convert(tmp_path / "titan", tmp_path / "all.pt", format="torch", dialect="meta", **config)
+    words = ["all.pt", kind, "hf/config.json", "logits"]
+    words = [str(tmp_path / w) if w != kind else w for w in words]
+    done = subprocess.run([sys.executable, "-m", "tests.real.tune", *words], capture_output=True, text=True, cwd=ROOT)
+    if done.stderr.startswith("SKIP") or "\nSKIP" in done.stderr:
+        pytest.skip(f"torchtune cannot be imported: {done.stderr.split('SKIP')[1].strip()}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits"), model(TOKENS).logits, rtol=1e-5, atol=1e-5)

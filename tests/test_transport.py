@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,32 +17,38 @@ from tests.test_resume import same
 
 Real = Callable[[str], Path]
 JOBS = {
-    "fsdp2 -> hf": ("convert", "fsdp2/dcp", "target.format=hf"),
-    "tp x fsdp -> dcp": ("convert", "tp_fsdp/dcp", "target.format=dcp"),
-    "ranks -> torch": ("convert", "fsdp1/ranks", "target.format=torch"),
-    "average": ("average", "steps", "target.format=hf", "target.dtype=bfloat16"),
+    "fsdp2 -> hf": ("convert", "fsdp2/dcp", {"target.format": "hf"}),
+    "tp x fsdp -> dcp": ("convert", "tp_fsdp/dcp", {"target.format": "dcp"}),
+    "ranks -> torch": ("convert", "fsdp1/ranks", {"target.format": "torch"}),
+    "average": ("average", "steps", {"target.format": "hf", "target.dtype": "bfloat16"}),
 }
 
 
-def sweep(out: Path, verb: str, source: Path, words: tuple[str, ...], num_ranks: int) -> dict[str, object]:
-    """One torchrun, one job in the collective transport; its report."""
-    given = [f"source.path={source}", f"target.path={out}", "engine.transport=collective", "json=true", *words]
-    done = torchrun(num_ranks, ROOT / f"jobs/{verb}.py", *given)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, object] = json.loads(done.stdout)
-    return report
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(("num_ranks", "nodes"), [(1, (1,)), (2, (1, 2)), (3, (3,)), (4, (2, 4)), (6, (1, 2, 3))])
 def test_both_transports_and_any_number_of_ranks_give_the_same_bytes(
-    tmp_path: Path, real: Real, job: str, num_ranks: int
+    tmp_path: Path, real: Real, num_ranks: int, nodes: tuple[int, ...]
 ) -> None:
-    verb, case, *words = JOBS[job]
-    name, _, inner = case.partition("/")
-    source = real(name) / inner
-    report = sweep(tmp_path / "out", verb, source, tuple(words), num_ranks)
-    keys = dict(w.removeprefix("target.").split("=") for w in words)
-    direct = getattr(ckpt_dist, verb)(source, tmp_path / "direct", quiet=True, **keys)
-    assert same(tmp_path / "out", tmp_path / "direct")
-    assert report["bytes_read"] == direct["bytes_read"]
+    """Ranks of one node exchange nothing, those of several what they read for each other."""
+    jobs, kinds = [], [(name, n) for name in JOBS for n in nodes]
+    for name, n in kinds:
+        verb, case, keys = JOBS[name]
+        source, _, inner = case.partition("/")
+        given = {"source.path": str(real(source) / inner), "target.path": str(tmp_path / f"{name} {n}"), **keys}
+        jobs.append((verb, {**given, "engine.transport": "collective"}, n))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = torchrun(num_ranks, ROOT / "tests/real/reports.py", tmp_path / "jobs.json", tmp_path / "reports.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = json.loads((tmp_path / "reports.json").read_text())
+    straight = {name: direct(tmp_path / name, real, name) for name in JOBS}
+    for (name, n), report in zip(kinds, reports, strict=True):
+        assert same(tmp_path / f"{name} {n}", tmp_path / name), (name, n)
+        assert report["bytes_read"] == straight[name]["bytes_read"]
+        assert (report["bytes_exchanged"] > 0) == (n > 1), (name, n)
+
+
+def direct(out: Path, real: Real, name: str) -> dict[str, Any]:
+    """The same job by one process that reads and writes what it needs."""
+    verb, case, keys = JOBS[name]
+    source, _, inner = case.partition("/")
+    report: dict[str, Any] = getattr(ckpt_dist, verb)(real(source) / inner, out, quiet=True, **keys)
+    return report

@@ -90,7 +90,7 @@ def test_two_ranks_make_the_same_bytes(tmp_path: Path, transport: str) -> None:
     ckpt_dist.convert(tmp_path / "source", tmp_path / "one", vocab_size=128, **keys)
     words = [f"source.path={tmp_path / 'source'}", f"target.path={tmp_path / 'two'}", "target.vocab_size=128"]
     words += [f"model.config={tmp_path / 'config'}", f"engine.transport={transport}", "quiet=true"]
-    done = torchrun(2, ROOT / "jobs/convert.py", *words)
+    done = torchrun(2, ROOT / "tests/real/apart.py", "convert", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "two/model.safetensors").read_bytes() == (tmp_path / "one/model.safetensors").read_bytes()
 

@@ -115,6 +115,8 @@ class Writer(StorageWriter):
             raise UsageError(
                 "enable_plan_caching=True: the plans of a save are needed each time. Leave it out of the planner."
             )
+        if not self.settings["target"]["shared"]:
+            raise UsageError("target.shared=false: a running program saves to a disk of all nodes, or with dcp.save.")
         self.report = Report("save")
         m = _model(_catalog(plans), self.settings)
         path = Path(self.settings["target"]["path"])
@@ -159,7 +161,7 @@ class Writer(StorageWriter):
         self.report.bytes_written = sum(d.bytes_written for d in all_done)
         kept = {} if p.staging.single else run.record(self.settings, ABOUT, p.models, (), {}, self.report)
         runs = [one for d in all_done for one in d.runs]
-        run.finish(p.staging, p.layout, runs, {**p.small, **kept}, self.settings["engine"], self.settings)
+        run.finish(p, lambda work: work(), runs, {**p.small, **kept}, self.settings)
 
     def _say(self) -> None:
         """What was left out, and what is missing for others to read the target."""

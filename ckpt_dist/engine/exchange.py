@@ -1,10 +1,11 @@
-"""The collective transport: every byte of the sources is read once, by a rank that sees its file, and sent to the
-rank whose tile it belongs to.
+"""The collective transport: every byte of the sources is read once, by a node that sees its file, and sent to the
+rank whose tile it belongs to, if that is on another node.
 
-The files of a source are laid end to end and cut into equal runs, one for each rank that sees them, so each rank reads
-large contiguous parts. Tiles are made in waves; before each wave all ranks exchange what it needs (`all_to_all`),
-while the next wave is read and the one before is written. To `fill` a wave is a source like any other: one whose
-file is what arrived.
+The files of a source are laid end to end and cut into equal runs, one for each rank that sees them, so each node reads
+large contiguous parts. What a rank would read for another of its own node that one reads itself, straight into its
+tiles: then it is neither sent nor copied. Tiles are made in waves; before each wave all ranks exchange what it needs
+(`all_to_all`), while the next wave is read and the one before is written. To `fill` a wave is a source like any other:
+one whose file is what arrived.
 
 Invariant: sums are taken by the owner of a tile, in the order of the sources, exactly as without an exchange, so the
 bytes are the same; memory is four waves, whose size `engine.memory` bounds.
@@ -20,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, ints, row_major
-from ckpt_dist.engine.files import Files
-from ckpt_dist.engine.fill import BATCH, Crew, Done, Job, Side, fill
+from ckpt_dist.engine.files import Files, Reader
+from ckpt_dist.engine.fill import Crew, Done, Job, Side, fill
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import WORDS, Move, gather, simplify
 from ckpt_dist.errors import STOP, CheckpointError
@@ -34,13 +35,16 @@ Bytes = NDArray[np.uint8]
 
 
 class Readers:
-    """Which rank reads which byte of a source: `seen[rank, file]` says who could, `length[file]` how much there is.
+    """Which rank reads which byte of a source: `seen[rank, file]` says who could, `length[file]` how much there is,
+    `node[rank]` where each rank is.
 
-    A rank reads for itself what it sees, unless `balanced` asks for equal runs of the files for all.
+    A rank reads for itself what it sees, unless `balanced` asks for equal runs of the files for all; then what is in
+    the runs of its node.
     """
 
-    def __init__(self, seen: NDArray[np.bool_], length: Ints, balanced: bool) -> None:
-        self.seen, self.length, self.balanced, self.everywhere = seen, length, balanced, bool(seen.all())
+    def __init__(self, seen: NDArray[np.bool_], length: Ints, node: Ints, balanced: bool) -> None:
+        self.seen, self.length, self.node, self.balanced = seen, length, node, balanced
+        self.everywhere = bool(seen.all())
         patterns, self.kind = np.unique(seen.T, axis=0, return_inverse=True)
         self.ranks = [np.flatnonzero(p) for p in patterns]
         self.base, self.ends = np.zeros(len(length), np.int64), list[Ints]()
@@ -53,7 +57,7 @@ class Readers:
 
     def evenly(self) -> Readers:
         """The same files, read in equal runs."""
-        return Readers(self.seen, self.length, True)
+        return Readers(self.seen, self.length, self.node, True)
 
     def of(self, file: Ints, at: Ints, owner: int | Ints) -> Ints:
         """Who reads for `owner` what begins at byte `at` of each file."""
@@ -62,7 +66,8 @@ class Readers:
             mine = np.flatnonzero(self.kind[file] == kind)
             if len(mine):
                 found[mine] = ranks[np.searchsorted(ends, self.base[file[mine]] + at[mine], side="right")]
-        return found if self.balanced else np.where(self.seen[owner, file], owner, found)
+        itself = self.seen[owner, file] & (~np.bool_(self.balanced) | (self.node[found] == self.node[owner]))
+        return np.where(itself, owner, found)
 
 
 @dataclass(frozen=True)
@@ -89,18 +94,22 @@ class Wanted:
         return ints(np.prod(self.moves.extent, axis=1, dtype=np.int64) * self.item)
 
 
-class Inbox:
-    """What has arrived, by wave; to `fill` it looks like files."""
+@dataclass(frozen=True)
+class Source:
+    """One source to `fill`: its own files, and what has arrived by wave, which count down from -1."""
 
-    def __init__(self) -> None:
-        self.waves: dict[int, Bytes] = {}
+    files: Reader
+    waves: dict[int, Bytes]
 
     def read(self, file: int, offset: int, into: memoryview) -> None:
-        np.copyto(np.frombuffer(into, np.uint8), self.waves[file][offset : offset + len(into)])  # without the GIL
+        if file >= 0:
+            self.files.read(file, offset, into)
+        else:
+            np.copyto(np.frombuffer(into, np.uint8), self.waves[~file][offset : offset + len(into)])  # without the GIL
 
 
 def _rows(rank: int, wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], Ints], width: int) -> tuple[Ints, Ints]:
-    """(requests, reader of each) for all sources; a request is HEAD columns, the extents, the strides in the file."""
+    """(requests, reader of each) for all moves; a request is HEAD columns, the extents, the strides in the file."""
     rows, who = [np.zeros((0, HEAD + 2 * width), np.int64)], [np.zeros(0, np.int64)]
     for k, want in enumerate(wanted):
         m = want.moves
@@ -119,12 +128,13 @@ def padded(nbytes: Ints) -> Ints:
 
 def _wave_tiles(group: Group, wanted: Sequence[Wanted], count: int, budget: int) -> tuple[int, int]:
     """(tiles of a wave, waves): as many as no rank sends or gets more than `budget` bytes in a wave."""
-    per = 64 * BATCH
+    per = max(1, *group.gather(count))
     while True:
         waves = max(group.gather(-(-count // per)))
         sent = np.zeros((max(waves, 1), group.world), np.int64)
         for want in wanted:
-            np.add.at(sent, (want.moves.tile // per, want.reader(group.rank)), padded(want.nbytes))
+            reader = want.reader(group.rank)
+            np.add.at(sent, (want.moves.tile // per, reader), padded(want.nbytes) * (reader != group.rank))
         got = int(sent.sum(axis=1).max())
         everyone = group.gather((sent, got))
         most = max(int(np.sum([s for s, _ in everyone], axis=0).max()), *(g for _, g in everyone))
@@ -147,28 +157,28 @@ def run(
     width = max((w.moves.extent.shape[1] for w in wanted), default=0)
     width = max(group.gather(width))
     rows, who = _rows(group.rank, wanted, lambda tile: tile // per, width)
-    order = np.lexsort((rows[:, 3], rows[:, 2], rows[:, 1], who, rows[:, 0]))
-    asked = rows[order]
+    away = np.flatnonzero(who != group.rank)
+    order = away[np.lexsort((rows[away, 3], rows[away, 2], rows[away, 1], who[away], rows[away, 0]))]
+    asked, asked_of = rows[order], who[order]
     space = padded(asked[:, 5])
     before = np.cumsum(space) - space
     begins = np.searchsorted(asked[:, 0], np.arange(waves + 1))
     start = np.append(before, space.sum())[begins]
-    at = np.empty(len(rows), np.int64)
+    at = np.zeros(len(rows), np.int64)
     at[order] = before - start[asked[:, 0]]  # where each piece lies in what arrives with its wave
     arriving = np.zeros((waves, group.world), np.int64)
-    np.add.at(arriving, (rows[:, 0], who), padded(rows[:, 5]))
+    np.add.at(arriving, (asked[:, 0], asked_of), space)
 
-    inbox = Inbox()
+    arrived_by_wave: dict[int, Bytes] = {}
     room = [np.empty(int(arriving.sum(axis=1).max(initial=0)), np.uint8) for _ in range(2)]
     sides, first = [], 0
-    for want in wanted:
+    for want, own in zip(wanted, files, strict=True):
         mine = slice(first, first + len(want.moves.tile))
         first = mine.stop
-        dense = replace(want.moves, at=at[mine], stride=row_major(want.moves.extent))
-        sides.append(Side(inbox, dense, rows[mine, 0], want.dtypes))
+        sides.append(_side(want, Source(own, arrived_by_wave), who[mine] != group.rank, rows[mine, 0], at[mine]))
 
     served = [
-        part.reshape(-1, HEAD + 2 * width) for part in group.swap([asked[who[order] == r] for r in range(group.world)])
+        part.reshape(-1, HEAD + 2 * width) for part in group.swap([asked[asked_of == r] for r in range(group.world)])
     ]
     outbox = _Outbox(served, waves, width, files, crew.size)
     total, passed_on = Done(), 0
@@ -177,7 +187,7 @@ def run(
         lo = min(job.first + wave * per, job.last)
         part = replace(job, first=lo, last=min(lo + per, job.last), sources=sides)
         total.add(fill(part, crew, advance))
-        del inbox.waves[wave]
+        del arrived_by_wave[wave]
 
     with ThreadPoolExecutor(2) as pool, outbox.pool:
         serving = pool.submit(outbox.serve, 0)
@@ -190,13 +200,20 @@ def run(
                 serving = pool.submit(outbox.serve, wave + 1)
             arrived = room[wave % 2][: arriving[wave].sum()]
             group.all_to_all(sent, sizes, arrived, arriving[wave])
-            passed_on += int(sizes.sum() - sizes[group.rank])
-            inbox.waves[wave] = arrived
+            passed_on += int(sizes.sum())
+            arrived_by_wave[wave] = arrived
             if making is None or making.exception() is None:  # waits: no more than two waves are held
                 making = pool.submit(make, wave)
         group.all_well(making.exception() if making else None, False)
     total.bytes_sent = passed_on
     return total
+
+
+def _side(want: Wanted, source: Source, away: NDArray[np.bool_], wave: Ints, at: Ints) -> Side:
+    """One source as its tiles are made: moves from its files, and those that others read from what arrives."""
+    m, dense = want.moves, row_major(want.moves.extent)
+    moves = replace(m, at=np.where(away, at, m.at), stride=np.where(away[:, None], dense, m.stride))
+    return Side(source, moves, np.where(away, ~wave, want.file), want.dtypes)
 
 
 class _Outbox:

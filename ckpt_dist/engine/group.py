@@ -43,6 +43,7 @@ class Group:
         self.local_world = int(environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         self.local_rank = int(environ.get("LOCAL_RANK", "0"))
         self.nodes = max(self.world // self.local_world, 1)
+        self.node = int(environ.get("GROUP_RANK", str(self.rank // self.local_world))) if self.nodes > 1 else 0
         self.mine = False
         if self.world > 1:
             import torch.distributed as dist
@@ -190,6 +191,15 @@ class Group:
         if error is not None:
             raise self._shared(_first([(0, error)], self.rank, error))
         return result  # type: ignore[return-value]
+
+    def on_nodes(self, work: Callable[[], T]) -> T:
+        """Do the work on the first rank of each node and give its result to the ranks of that node; a failure on one is
+        raised on all."""
+        if self.world == 1:
+            return work()
+        found = self.together(lambda: work() if self.local_rank == 0 else None)
+        every = self.gather((self.node, self.local_rank, found))
+        return next(x for node, rank, x in every if (node, rank) == (self.node, 0))  # type: ignore[return-value]
 
     @contextmanager
     def busy(self) -> Iterator[Callable[[], None]]:

@@ -1,7 +1,9 @@
 """Skeleton, fill, publish: a target appears whole or not at all.
 
 Files are made at their full size in a hidden folder beside the target; any rank fills any address; one rename publishes.
-Calls, in order: `check` and `create` and `finish` and `publish` by rank 0 only, filling by all ranks in between.
+Calls, in order: `check` and `create` and `finish` and `publish` by rank 0 only, filling by all ranks in between. Where each
+node has a disk of its own, the first rank of each makes all calls, none before all have come to an end with the one
+before, and `settle` at last: until then what was published is taken back if another node fails.
 
 Invariant: nothing under the target's name is touched before `publish`; sources are never written.
 """
@@ -14,46 +16,62 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from ckpt_dist.engine import journal
 from ckpt_dist.engine.files import reserve
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.zips import combine_runs, crc_of_zeros
-from ckpt_dist.formats import Layout
+from ckpt_dist.formats import Layout, held
 
 Runs = Sequence[tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True)
 class Staging:
-    """Where the target will be and where it is made. `single`: one file, not a folder; `into`: add to a folder."""
+    """Where the target will be and where it is made. `single`: one file, not a folder; `into`: add to a folder.
+
+    `node` is the one whose disk that is, or None where all nodes share it.
+    """
 
     target: Path
     single: bool = False
     into: bool = False
+    node: int | None = None
 
     @property
     def folder(self) -> Path:
         return self.target.parent / f".{self.target.name}.ckpt_dist"
 
+    @property
+    def old(self) -> Path:
+        return self.target.parent / f".{self.target.name}.ckpt_dist-old"
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether what has the target's name may still be taken back: it was published here, perhaps not on all nodes."""
+        return self.node is not None and (self.target / journal.FOLDER / journal.PLAN).is_file()
+
 
 def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequence[Path], overwrite: bool) -> None:
     """Refuse a target that exists, a folder that cannot be written to and a disk that is too small, before any work."""
     target = staging.target
-    _keep_sources(staging, [target / n for n in (*layout.catalog.files, *layout.late, *more)], sources)
+    _keep_sources(staging, [target / n for n in (*layout.catalog.files, *layout.late, *layout.own, *more)], sources)
     if staging.into:
-        taken = [n for n in (*layout.catalog.files, *layout.late, *more) if (target / n).exists()]
+        taken = [n for n in (*layout.catalog.files, *layout.late, *layout.own, *more) if (target / n).exists()]
         if taken and not overwrite:
             raise UsageError(
                 f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
             )
-    elif (target.exists() or target.is_symlink()) and not overwrite:
+    elif (target.exists() or target.is_symlink()) and not overwrite and not staging.unsettled:
         raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
-    need, room = sum(layout.sizes), shutil.disk_usage(parent)
+    need, room = int(np.array(layout.sizes, np.int64)[held(layout, staging.node)].sum()), shutil.disk_usage(parent)
     if need > room.free:
         raise CheckpointError(
             f"Not enough space for {target}: {need} bytes are needed, {room.free} are free on its disk. Nothing was written."
@@ -74,6 +92,7 @@ def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path
 def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     """The skeleton: every file at its full size, with its header bytes. Whether an earlier attempt's is gone on with."""
     folder = staging.folder
+    _take_back(staging)
     _claim(staging)
     if resume and journal.matches(folder, plan):
         return True
@@ -81,12 +100,14 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
         staging.target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for name, size in zip(layout.catalog.files, layout.sizes, strict=True):
+        for name, size, here in zip(layout.catalog.files, layout.sizes, held(layout, staging.node), strict=True):
+            if not here:
+                continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open(folder / name, "xb") as file:
                 file.truncate(size)
                 reserve(file.fileno(), size)
-        _write_pieces(folder, layout)
+        _write_pieces(staging, layout)
         journal.begin(folder, plan)
         _claim(staging)
         return False
@@ -123,12 +144,23 @@ def release() -> None:
         os.close(_claims.pop())
 
 
-def _write_pieces(folder: Path, layout: Layout) -> None:
-    by_file: dict[int, list[tuple[int, bytes]]] = {}
+def _take_back(staging: Staging) -> None:
+    """Undo a publishing that may not have come to all nodes: what was made is staged again, what was there is back."""
+    if not staging.unsettled:
+        return
+    shutil.rmtree(staging.folder, ignore_errors=True)
+    os.rename(staging.target, staging.folder)
+    if staging.old.exists():
+        os.rename(staging.old, staging.target)
+
+
+def _write_pieces(staging: Staging, layout: Layout) -> None:
+    here, by_file = held(layout, staging.node), dict[int, list[tuple[int, bytes]]]()
     for number, offset, data in layout.pieces:
-        by_file.setdefault(number, []).append((offset, data))
+        if here[number]:
+            by_file.setdefault(number, []).append((offset, data))
     for number, pieces in by_file.items():
-        with open(folder / layout.catalog.files[number], "r+b") as file:
+        with open(staging.folder / layout.catalog.files[number], "r+b") as file:
             for offset, data in pieces:
                 file.seek(offset)
                 file.write(data)
@@ -137,8 +169,9 @@ def _write_pieces(folder: Path, layout: Layout) -> None:
 def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, bytes | Path]) -> None:
     """The CRCs, the late files, and the small files that travel along."""
     try:
-        _patch_crcs(staging.folder, layout, runs)
-        for name, content in {**layout.late, **small}.items():
+        _patch_crcs(staging, layout, runs)
+        own = {name: partial(make, staging.node or 0) for name, make in layout.own.items()}
+        for name, content in {**layout.late, **own, **small}.items():
             path = staging.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(
@@ -150,13 +183,14 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
         ) from None
 
 
-def _patch_crcs(folder: Path, layout: Layout, runs: Runs) -> None:
+def _patch_crcs(staging: Staging, layout: Layout, runs: Runs) -> None:
+    here = held(layout, staging.node)
     pending: dict[int, list[tuple[int, int, int]]] = {}
     for number, offset, nbytes, crc in sorted(runs):
         pending.setdefault(number, []).append((offset, nbytes, crc))
-    for number in sorted({c.file for c in layout.crcs}):
+    for number in sorted({c.file for c in layout.crcs if here[c.file]}):
         mine, at = pending.get(number, []), 0
-        with open(folder / layout.catalog.files[number], "r+b") as file:
+        with open(staging.folder / layout.catalog.files[number], "r+b") as file:
             for entry in sorted((c for c in layout.crcs if c.file == number), key=lambda c: c.offset):
                 first = at
                 while at < len(mine) and mine[at][0] < entry.offset + entry.nbytes:
@@ -172,7 +206,8 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
     """Give the finished files the target's name: one rename, or one for each file when they join a folder."""
     folder, target = staging.folder, staging.target
     try:
-        shutil.rmtree(folder / journal.FOLDER)
+        if staging.node is None:
+            shutil.rmtree(folder / journal.FOLDER)
         if fsync:
             _sync_tree(folder)
         if staging.into:
@@ -185,12 +220,12 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
             os.replace(next(p for p in folder.iterdir()), target)
             folder.rmdir()
         else:
-            old = target.parent / f".{target.name}.ckpt_dist-old"
             if overwrite and (target.exists() or target.is_symlink()):
-                _remove(old)
-                os.rename(target, old)
+                _remove(staging.old)
+                os.rename(target, staging.old)
             os.rename(folder, target)
-            _remove(old)
+            if staging.node is None:
+                _remove(staging.old)
         if fsync:
             _sync(target.parent)
     except OSError as error:
@@ -199,8 +234,15 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
         ) from None
 
 
+def settle(staging: Staging) -> None:
+    """All nodes have published."""
+    shutil.rmtree(staging.target / journal.FOLDER)
+    _remove(staging.old)
+
+
 def discard(staging: Staging) -> None:
     """No trace of an attempt."""
+    _take_back(staging)
     shutil.rmtree(staging.folder, ignore_errors=True)
 
 

@@ -67,9 +67,10 @@ def direct(want: Wanted, owner: Ints, ranks: int, stored: Part) -> Traffic:
 
 
 def exchanged(want: Wanted, owner: Ints, ranks: int, nodes: int, stored: Part) -> Traffic:
-    """The reader of a move packs it, and sends it unless it is the owner."""
+    """The reader of a move packs and sends it, or reads it into its own tile."""
     found, reader, node = none(ranks), want.reader(owner), node_of(ranks, nodes)
-    np.add.at(found.read, reader, _read(want, row_major(want.moves.extent), stored))
+    packed = np.where((reader == owner)[:, None], want.moves.tile_stride, row_major(want.moves.extent))
+    np.add.at(found.read, reader, _read(want, packed, stored))
     space = padded(want.nbytes)
     np.add.at(found.sent, reader, space * (reader != owner))
     np.add.at(found.left, reader, space * (node[reader] != node[owner]))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_dist import megatron, merak
+
 model_types = ("bloom",)
 
 weights = dict(
@@ -40,27 +42,53 @@ defaults = dict(bloom=dict(tie_word_embeddings=True))
 
 _l = "transformer.h.{l}."
 
+_hf = {
+    "transformer.word_embeddings.weight": "embed: v e",
+    "transformer.word_embeddings_layernorm.weight": "embed_norm: e",
+    "transformer.word_embeddings_layernorm.bias": "embed_norm_bias: e",
+    _l + "input_layernorm.weight": "attn_norm: e",
+    _l + "input_layernorm.bias": "attn_norm_bias: e",
+    _l + "self_attention.query_key_value.weight": "q, k, v: (h (1 + 1 + 1) d) e",
+    _l + "self_attention.query_key_value.bias": "q_bias, k_bias, v_bias: (h (1 + 1 + 1) d)",
+    _l + "self_attention.dense.weight": "o: e (h d)",
+    _l + "self_attention.dense.bias": "o_bias: e",
+    _l + "post_attention_layernorm.weight": "mlp_norm: e",
+    _l + "post_attention_layernorm.bias": "mlp_norm_bias: e",
+    _l + "mlp.dense_h_to_4h.weight": "up: f e",
+    _l + "mlp.dense_h_to_4h.bias": "up_bias: f",
+    _l + "mlp.dense_4h_to_h.weight": "down: e f",
+    _l + "mlp.dense_4h_to_h.bias": "down_bias: e",
+    "transformer.ln_f.weight": "norm: e",
+    "transformer.ln_f.bias": "norm_bias: e",
+    "lm_head.weight": "head: v e",
+}
+
+_m = megatron.LAYER
+_megatron = {
+    "embedding.word_embeddings.weight": "embed: v e",
+    "embedding.word_embeddings.norm.weight": "embed_norm: e",
+    "embedding.word_embeddings.norm.bias": "embed_norm_bias: e",
+    _m + "self_attention.linear_qkv.layer_norm_weight": "attn_norm: e",
+    _m + "self_attention.linear_qkv.layer_norm_bias": "attn_norm_bias: e",
+    _m + "self_attention.linear_qkv.weight": "q, k, v: (h (1 + 1 + 1) d) e",
+    _m + "self_attention.linear_qkv.bias": "q_bias, k_bias, v_bias: (h (1 + 1 + 1) d)",
+    _m + "self_attention.linear_proj.weight": "o: e (h d)",
+    _m + "self_attention.linear_proj.bias": "o_bias: e",
+    _m + "mlp.linear_fc1.layer_norm_weight": "mlp_norm: e",
+    _m + "mlp.linear_fc1.layer_norm_bias": "mlp_norm_bias: e",
+    _m + "mlp.linear_fc1.weight": "up: f e",
+    _m + "mlp.linear_fc1.bias": "up_bias: f",
+    _m + "mlp.linear_fc2.weight": "down: e f",
+    _m + "mlp.linear_fc2.bias": "down_bias: e",
+    "decoder.final_layernorm.weight": "norm: e",
+    "decoder.final_layernorm.bias": "norm_bias: e",
+    "output_layer.weight": "head: v e",
+}
+
 dialects = dict(
-    hf={
-        "transformer.word_embeddings.weight": "embed: v e",
-        "transformer.word_embeddings_layernorm.weight": "embed_norm: e",
-        "transformer.word_embeddings_layernorm.bias": "embed_norm_bias: e",
-        _l + "input_layernorm.weight": "attn_norm: e",
-        _l + "input_layernorm.bias": "attn_norm_bias: e",
-        _l + "self_attention.query_key_value.weight": "q, k, v: (h (1 + 1 + 1) d) e",
-        _l + "self_attention.query_key_value.bias": "q_bias, k_bias, v_bias: (h (1 + 1 + 1) d)",
-        _l + "self_attention.dense.weight": "o: e (h d)",
-        _l + "self_attention.dense.bias": "o_bias: e",
-        _l + "post_attention_layernorm.weight": "mlp_norm: e",
-        _l + "post_attention_layernorm.bias": "mlp_norm_bias: e",
-        _l + "mlp.dense_h_to_4h.weight": "up: f e",
-        _l + "mlp.dense_h_to_4h.bias": "up_bias: f",
-        _l + "mlp.dense_4h_to_h.weight": "down: e f",
-        _l + "mlp.dense_4h_to_h.bias": "down_bias: e",
-        "transformer.ln_f.weight": "norm: e",
-        "transformer.ln_f.bias": "norm_bias: e",
-        "lm_head.weight": "head: v e",
-    },
+    hf=_hf,
+    merak=merak.dialect(_hf, columns=("query_key_value", "dense_h_to_4h"), rows=("dense", "dense_4h_to_h")),
+    **megatron.dialects(_megatron),
 )
 
 
@@ -69,4 +97,9 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     return dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=c["n_head"], d=width // c["n_head"], f=4 * width)
 
 
-sizes = dict(hf=_from_hf)
+def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
+    count, _, width = megatron.heads(a)
+    return dict(l=a["num_layers"], e=a["hidden_size"], h=count, d=width)
+
+
+sizes = dict(hf=_from_hf, megatron=_from_args)

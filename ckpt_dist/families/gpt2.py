@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_dist import megatron
+from ckpt_dist import megatron, merak
 from ckpt_dist.families import llama
 
 model_types = ("gpt2",)
@@ -69,26 +69,35 @@ _megatron = {
     "output_layer.weight": "head: v e",
 }
 
+_hf = {
+    "transformer.wte.weight": "embed: v e",
+    "transformer.wpe.weight": "positions: p e",
+    _l + "ln_1.weight": "attn_norm: e",
+    _l + "ln_1.bias": "attn_norm_bias: e",
+    _l + "attn.c_attn.weight": "q, k, v: e ((1 + 1 + 1) h d)",
+    _l + "attn.c_attn.bias": "q_bias, k_bias, v_bias: ((1 + 1 + 1) h d)",
+    _l + "attn.c_proj.weight": "o: (h d) e",
+    _l + "attn.c_proj.bias": "o_bias: e",
+    _l + "ln_2.weight": "mlp_norm: e",
+    _l + "ln_2.bias": "mlp_norm_bias: e",
+    _l + "mlp.c_fc.weight": "up: e f",
+    _l + "mlp.c_fc.bias": "up_bias: f",
+    _l + "mlp.c_proj.weight": "down: f e",
+    _l + "mlp.c_proj.bias": "down_bias: e",
+    "transformer.ln_f.weight": "norm: e",
+    "transformer.ln_f.bias": "norm_bias: e",
+    "lm_head.weight": "head: v e",
+}
+_linear = {  # where tensor-parallel ranks of Merak divide them: as torch's own linear layers
+    _l + "attn.c_attn.weight": "q, k, v: ((1 + 1 + 1) h d) e",
+    _l + "attn.c_proj.weight": "o: e (h d)",
+    _l + "mlp.c_fc.weight": "up: f e",
+    _l + "mlp.c_proj.weight": "down: e f",
+}
+
 dialects = dict(
-    hf={
-        "transformer.wte.weight": "embed: v e",
-        "transformer.wpe.weight": "positions: p e",
-        _l + "ln_1.weight": "attn_norm: e",
-        _l + "ln_1.bias": "attn_norm_bias: e",
-        _l + "attn.c_attn.weight": "q, k, v: e ((1 + 1 + 1) h d)",
-        _l + "attn.c_attn.bias": "q_bias, k_bias, v_bias: ((1 + 1 + 1) h d)",
-        _l + "attn.c_proj.weight": "o: (h d) e",
-        _l + "attn.c_proj.bias": "o_bias: e",
-        _l + "ln_2.weight": "mlp_norm: e",
-        _l + "ln_2.bias": "mlp_norm_bias: e",
-        _l + "mlp.c_fc.weight": "up: e f",
-        _l + "mlp.c_fc.bias": "up_bias: f",
-        _l + "mlp.c_proj.weight": "down: f e",
-        _l + "mlp.c_proj.bias": "down_bias: e",
-        "transformer.ln_f.weight": "norm: e",
-        "transformer.ln_f.bias": "norm_bias: e",
-        "lm_head.weight": "head: v e",
-    },
+    hf=_hf,
+    merak=merak.dialect({**_hf, **_linear}, columns=("c_attn", "c_fc"), rows=("c_proj",)),
     **megatron.dialects(_megatron),
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_dist import megatron
+from ckpt_dist import megatron, merak
 
 model_types = ("llama", "mistral", "qwen2")
 
@@ -72,28 +72,32 @@ _megatron = {
     "output_layer.weight": "head: v e",
 }
 
+_names = {
+    "model.embed_tokens.weight": "embed: v e",
+    _hf + "self_attn.q_proj.weight": "q: (g q c r) e",
+    _hf + "self_attn.k_proj.weight": "k: (g c r) e",
+    _hf + "self_attn.v_proj.weight": "v: (g c r) e",
+    _hf + "self_attn.o_proj.weight": "o: e (g q c r)",
+    _hf + "self_attn.q_proj.bias": "q_bias: (g q c r)",
+    _hf + "self_attn.k_proj.bias": "k_bias: (g c r)",
+    _hf + "self_attn.v_proj.bias": "v_bias: (g c r)",
+    _hf + "self_attn.o_proj.bias": "o_bias: e",
+    _hf + "mlp.gate_proj.weight": "gate: f e",
+    _hf + "mlp.up_proj.weight": "up: f e",
+    _hf + "mlp.down_proj.weight": "down: e f",
+    _hf + "mlp.gate_proj.bias": "gate_bias: f",
+    _hf + "mlp.up_proj.bias": "up_bias: f",
+    _hf + "mlp.down_proj.bias": "down_bias: e",
+    _hf + "input_layernorm.weight": "attn_norm: e",
+    _hf + "post_attention_layernorm.weight": "mlp_norm: e",
+    "model.norm.weight": "norm: e",
+    "lm_head.weight": "head: v e",
+}
+_columns, _rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+
 dialects = dict(
-    hf={
-        "model.embed_tokens.weight": "embed: v e",
-        _hf + "self_attn.q_proj.weight": "q: (g q c r) e",
-        _hf + "self_attn.k_proj.weight": "k: (g c r) e",
-        _hf + "self_attn.v_proj.weight": "v: (g c r) e",
-        _hf + "self_attn.o_proj.weight": "o: e (g q c r)",
-        _hf + "self_attn.q_proj.bias": "q_bias: (g q c r)",
-        _hf + "self_attn.k_proj.bias": "k_bias: (g c r)",
-        _hf + "self_attn.v_proj.bias": "v_bias: (g c r)",
-        _hf + "self_attn.o_proj.bias": "o_bias: e",
-        _hf + "mlp.gate_proj.weight": "gate: f e",
-        _hf + "mlp.up_proj.weight": "up: f e",
-        _hf + "mlp.down_proj.weight": "down: e f",
-        _hf + "mlp.gate_proj.bias": "gate_bias: f",
-        _hf + "mlp.up_proj.bias": "up_bias: f",
-        _hf + "mlp.down_proj.bias": "down_bias: e",
-        _hf + "input_layernorm.weight": "attn_norm: e",
-        _hf + "post_attention_layernorm.weight": "mlp_norm: e",
-        "model.norm.weight": "norm: e",
-        "lm_head.weight": "head: v e",
-    },
+    hf=_names,
+    merak=merak.dialect(_names, _columns, _rows),
     meta={
         "tok_embeddings.weight": "embed: v e",
         _meta + "attention.wq.weight": "q: (g q r c) e",

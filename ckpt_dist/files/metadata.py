@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist.box import Ints, expand, ints
+from ckpt_dist.box import Ints, distinct, expand, ints
 from ckpt_dist.files import pickles
 
 Bytes: TypeAlias = "NDArray[np.uint8]"
@@ -382,18 +382,18 @@ class Lanes:
         )
         self.base = before + base  # memo number of each cut record's object
         self.memos = memos
-        used = np.unique(records.shape[self.lanes])
+        used = distinct(records.shape[self.lanes])
         self.text_ids: dict[str, int] = {}
         self.kept: dict[int, Any] = {}
-        gets = [np.unique(records.kind[self.lanes])]
+        gets = [distinct(records.kind[self.lanes])]
         for s in used.tolist():
             for f in shapes[s].fields:
-                gets.append(np.unique(shapes[s].values[f.key]))
+                gets.append(distinct(shapes[s].values[f.key]))
                 if f.kind == "get":
-                    gets.append(np.unique(shapes[s].values[f.first]))
+                    gets.append(distinct(shapes[s].values[f.first]))
                 if f.kind == "size":
-                    gets.append(np.unique(shapes[s].values[f.first - 1]))
-        numbers = np.unique(np.concatenate(gets)) if len(self.lanes) else np.zeros(0, np.int64)
+                    gets.append(distinct(shapes[s].values[f.first - 1]))
+        numbers = distinct(np.concatenate(gets)) if len(self.lanes) else np.zeros(0, np.int64)
         self.asked = numbers[self._lane(numbers) < 0].tolist()
 
     def _lane(self, numbers: Ints) -> Ints:
@@ -407,7 +407,7 @@ class Lanes:
     def learn(self, objects: Sequence[Any]) -> None:
         """What lies under the memo numbers `asked`; now fields have names."""
         self.kept = dict(zip(self.asked, objects, strict=True))
-        for number in np.unique(self.records.kind[self.lanes]).tolist():
+        for number in distinct(self.records.kind[self.lanes]).tolist():
             if not (isinstance(kind := self.kept.get(number), type) and issubclass(kind, pickles.Record)):
                 raise Unknown(f"an object of {kind!r:.60}")
 
@@ -421,7 +421,7 @@ class Lanes:
         out = np.full((len(lanes), width), fill, np.int64)
         there = np.zeros(len(lanes), bool)
         kinds = self.records.shape[lanes]
-        for s in np.unique(kinds).tolist():
+        for s in distinct(kinds).tolist():
             mine = np.flatnonzero(kinds == s)
             shape, rows = self.records.shapes[s], self.records.row[lanes[mine]]
             found = self._field(shape, rows, name)
@@ -451,7 +451,7 @@ class Lanes:
             out[into, 0] = self._text(shape.values[f.first][rows])
             return
         if f.kind == "size" and any(
-            self.kept.get(int(k)) is not tuple for k in np.unique(shape.values[f.first - 1][rows])
+            self.kept.get(int(k)) is not tuple for k in distinct(shape.values[f.first - 1][rows])
         ):
             raise Unknown
         if f.last - f.first > out.shape[1]:
@@ -462,7 +462,7 @@ class Lanes:
     def _follow(self, numbers: Ints, kind: str, out: Ints, into: Ints, there: NDArray[np.bool_]) -> None:
         """References: to another record's size or text, or to something that was kept."""
         lane = self._lane(numbers)
-        for number in np.unique(numbers[lane < 0]).tolist():
+        for number in distinct(numbers[lane < 0]).tolist():
             rows = into[numbers == number]
             value = self.kept[number]
             if value is None:
@@ -473,7 +473,7 @@ class Lanes:
         of = self.lanes[lane[inner]]
         local = numbers[inner] - self.base[lane[inner]]
         what = self.records.shape[of] * 256 + local
-        for one in np.unique(what).tolist():
+        for one in distinct(what).tolist():
             mine = np.flatnonzero(what == one)
             shape = self.records.shapes[one // 256]
             fields = [f for f in shape.fields if f.memo == one % 256]

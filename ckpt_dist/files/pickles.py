@@ -201,6 +201,11 @@ FOREIGN = (  # whose classes and functions are settings: never run
     "modelopt.",
     "nvidia_resiliency_ext.",
     "flagscale.",
+    "Merak.",
+    "transformers.",
+    "accelerate.",
+    "peft.",
+    "deepspeed.",
     "torch.nn.functional.",
     "torch.nn.init.",
     "torch._C._nn.",
@@ -445,7 +450,7 @@ class _Unpickler(pickle.Unpickler):
         return self.persistent(pid)
 
 
-def _storage(pid: Any) -> Storage:
+def storage(pid: Any) -> Storage:
     """What a persistent id of torch.save stands for."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
         raise pickle.UnpicklingError(f"a reference of an unknown kind: {pid!r:.60}")
@@ -494,15 +499,27 @@ def _bounded(data: bytes) -> None:
     """Walk over the opcodes; raises UnpicklingError where one could take more memory than the pickle is long."""
     wide = len(data) >> 24
     last = rb"[\x00-\x%02x]" % min(wide, 255) if wide else rb"\x00"
-    tokens = _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last)
-    step, at = re.compile(rb"(?:" + tokens + rb"){1,4000}", re.DOTALL), 0
+    _walk(data, 0, _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last))
+
+
+def end(data: Any, at: int, where: str) -> int:
+    """Where the pickle that begins at `at` of some bytes (or a mapped file) ends; nothing of it is loaded."""
+    try:
+        return _walk(data, at, _TOKENS % (18, 255, rb"."))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{where} is damaged or truncated: its pickle holds {error}.") from None
+
+
+def _walk(data: Any, at: int, tokens: bytes) -> int:
+    """The end of a pickle, over opcodes of these forms."""
+    step = re.compile(rb"(?:" + tokens + rb"){1,4000}", re.DOTALL)
     while True:
         if run := step.match(data, at):
             at = run.end()
             continue
         op = data[at : at + 1]
         if op == b".":
-            return
+            return at + 1
         width = _COUNTED.get(op[0]) if op else None
         if width is None:
             raise pickle.UnpicklingError(f"{op!r} at byte {at}, which is no opcode that fits there")
@@ -515,7 +532,7 @@ def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = Non
     `persistent` says what a persistent id stands for; by default those of torch.save, which are storages.
     """
     unpickler = _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER))
-    unpickler.persistent = persistent or _storage
+    unpickler.persistent = persistent or storage
     try:
         _bounded(data)
         return unpickler.load()

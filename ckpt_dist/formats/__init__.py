@@ -17,11 +17,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 
 # the order in which a folder's content is tried
-FORMATS = ("catalog", "fsdp", "archive", "torch_dist", "zarr", "nemo", "megatron", "dcp", "hf", "meta", "sfpt", "torch")
+FORMATS = (
+    "catalog",
+    "fsdp",
+    "archive",
+    "torch_dist",
+    "zarr",
+    "nemo",
+    "megatron",
+    "merak",
+    "megatron_deepspeed",
+    "dcp",
+    "hf",
+    "meta",
+    "sfpt",
+    "torch",
+)
 DIALECTS = {  # formats whose files have names of one dialect only, or of the first that can spell the model
     "hf": ("hf",),
     "meta": ("meta",),
@@ -29,9 +47,20 @@ DIALECTS = {  # formats whose files have names of one dialect only, or of the fi
     "zarr": ("megatron_stacked", "megatron"),
     "megatron": ("megatron",),
     "sfpt": ("megatron", "megatron_stacked"),
+    "merak": ("hf",),
+    "megatron_deepspeed": ("megatron",),
 }
+RANKS = {  # formats with files of their own for each of some kinds of ranks
+    "meta": ("tp",),
+    "megatron": ("tp", "pp", "vpp", "ep"),
+    "merak": ("tp", "pp"),
+    "megatron_deepspeed": ("tp", "pp"),
+}
+EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
+ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
+RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
-FOLDERS = ("hf", "meta")  # formats whose folders hold a model: weights, config, tokenizer
+FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,13 +85,35 @@ class Crc:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint that does not exist yet. `late` files are small and made when writing starts."""
+    """A checkpoint that does not exist yet. `late` files are small and made when all else is written.
+
+    Where each node has a disk of its own, `holders` are the nodes that hold each file (none said: all hold all), and
+    `own` makes late files that differ from node to node.
+    """
 
     catalog: Catalog
     sizes: tuple[int, ...]
     pieces: tuple[tuple[int, int, bytes], ...] = ()
     crcs: tuple[Crc, ...] = ()
     late: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    holders: tuple[frozenset[int], ...] = ()
+    own: Mapping[str, Callable[[int], bytes]] = field(default_factory=dict)
+
+
+def held(layout: Layout, node: int | None) -> NDArray[np.bool_]:
+    """Which files are on the disk of a node; None is a disk that all nodes share."""
+    files = len(layout.catalog.files)
+    if node is None or not layout.holders:
+        return np.ones(files, bool)
+    return np.array([node in nodes for nodes in layout.holders], bool)
+
+
+def holders(placement: Sequence[int], loads: Sequence[int]) -> tuple[frozenset[int], ...]:
+    """The nodes of each file, by the node of each rank and the file it loads: `holders([0, 1], [0, 0])` -> `({0, 1},)`."""
+    found: list[set[int]] = [set() for _ in range(max(loads) + 1)]
+    for node, file in zip(placement, loads, strict=True):
+        found[file].add(node)
+    return tuple(map(frozenset, found))
 
 
 def load(name: str) -> ModuleType:
@@ -70,6 +121,13 @@ def load(name: str) -> ModuleType:
     if name not in FORMATS:
         raise UsageError(f"Unknown format {name!r}.{nearest(name, FORMATS)} Formats: {', '.join(sorted(FORMATS))}.")
     return import_module(f"ckpt_dist.formats.{name}")
+
+
+def dialects(target: Mapping[str, Any], own: str) -> tuple[str, ...]:
+    """Those of a target's format, or the source's own: Merak's layers have other names where ranks divide them."""
+    if target.get("format") == "merak" and int(target.get("tp") or 1) > 1:
+        return ("merak",)
+    return DIALECTS.get(str(target.get("format")), (own,))
 
 
 def detect(path: Path) -> str:

@@ -24,7 +24,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.files.dtypes import itemsize
-from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import Layout, Spec, holders
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Rank
@@ -81,7 +81,7 @@ def assembled(
         version = float(tree.get("checkpoint_version") or 0)
         for chunk, state in enumerate(chunks):
             for part in ranks.held(state, rank, offsets[chunk, rank.p], args, version):
-                _agree(where, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
+                agree(where, entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
                 at = pt.storage_record(storages, part.ref, f"{where}: {part.name}")
                 rows += [(part.name, piece, number, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
     extras = tuple({x.name: x for tree in reversed(trees) for x in _extras(tree)}.values())
@@ -89,7 +89,7 @@ def assembled(
     about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
     about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)}
     number_of = {name: k for k, name in enumerate(entries)}
-    table = _table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
+    table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
     return Catalog("megatron", str(path), tuple(files), tuple(entries.values()), table, extras, args, about=about)
 
 
@@ -138,12 +138,16 @@ def _states(tree: Mapping[str, Any]) -> list[State]:
         state = {}
         for place, leaf in pt.walk(model):
             if isinstance(leaf, pickles.TensorRef) and not str(place[-1]).endswith(STATE):
-                name = ".".join(map(str, place))
-                for old, new in OLD:
-                    name = re.sub(old, new, name)
-                state[name] = leaf
+                state[renamed(".".join(map(str, place)))] = leaf
         found.append(state)
     return found
+
+
+def renamed(name: str) -> str:
+    """What megatron-core calls a tensor, by whatever name: `encoder.layers.0.input_norm.weight` is its input_layernorm."""
+    for old, new in OLD:
+        name = re.sub(old, new, name)
+    return name
 
 
 def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Rank]:
@@ -206,7 +210,7 @@ def _spec(states: Sequence[Sequence[State]]) -> str:
     return "local" if any(".input_layernorm." in n for chunks in states for state in chunks for n in state) else "te"
 
 
-def _agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
+def agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
     known = entries.setdefault(entry.name, entry)
     if known != entry:
         raise CheckpointError(
@@ -215,7 +219,7 @@ def _agree(where: Path, entries: dict[str, Entry], entry: Entry) -> None:
         )
 
 
-def _table(rows: Sequence[tuple[int, ranks.Piece, int, int]]) -> Chunks:
+def chunk_table(rows: Sequence[tuple[int, ranks.Piece, int, int]]) -> Chunks:
     """Chunks of (entry, piece, file, address)."""
     width = max((len(p[0]) for _, p, *_ in rows), default=0)
     return Chunks(
@@ -235,16 +239,30 @@ def lay_out(spec: Spec) -> Layout:
     _refuse(spec, tp, pp, vpp, ep)
     step = int(o.get("step") or 1)
     stages = partition(_num_layers(spec), pp, vpp, o.get("partition"))
+    top = "release" if o.get("release") else megatron.STEPS.format(step)
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"))}
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
-    names = [f"{megatron.STEPS.format(step)}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
+    names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
+    about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
+    common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
+    made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
+    return replace(made, holders=_holders(o.get("placement"), all_ranks))
+
+
+def rank_files(
+    spec: Spec,
+    format: str,
+    names: Sequence[str],
+    each: Sequence[Sequence[ranks.Piecewise]],
+    common: Sequence[Extra],
+    tracker: str,
+) -> Layout:
+    """Files that hold what `each` says of them, and `common` besides; beside their folder the tracker."""
     made = [one for group in each for one in group]
     parts = tuple(Entry(one.path[-1], spec.entries[one.entry].dtype, one.shape, one.path) for one in made)
     ends = np.cumsum([len(group) for group in each]).tolist()
     groups = [list(range(lo, hi)) for lo, hi in zip([0, *ends], ends, strict=False)]
-    about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
-    common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
     layout = pt.lay_out_files(replace(spec, entries=parts, extras=()), names, groups, common)
     at = layout.catalog.chunks
     rows = [
@@ -252,8 +270,23 @@ def lay_out(spec: Spec) -> Layout:
         for k, one in enumerate(made)
         for piece in one.pieces
     ]
-    catalog = Catalog("megatron", "", tuple(names), spec.entries, _table(rows))
-    return replace(layout, catalog=catalog, late={megatron.TRACKER: lambda: str(step).encode()})
+    catalog = Catalog(format, "", tuple(names), spec.entries, chunk_table(rows))
+    return replace(layout, catalog=catalog, late={megatron.TRACKER: tracker.encode})
+
+
+def _holders(placement: Sequence[int] | None, all_ranks: Sequence[Rank]) -> tuple[frozenset[int], ...]:
+    """The nodes of each rank's file: Megatron counts its ranks in the order tensor, expert, data, pipeline."""
+    if not placement:
+        return ()
+    one, count = all_ranks[0], len(placement)
+    if count % len(all_ranks):
+        raise UsageError(
+            f"target.placement: {count} ranks cannot load {one.tp} x {one.pp} x {one.ep} tensor, pipeline and expert ranks. "
+            "Give target.placement=[...], the node of each rank of the job that will load this."
+        )
+    number = {(rank.t, rank.p, rank.e): k for k, rank in enumerate(all_ranks)}
+    places = [(r % one.tp, r // (count // one.pp), r // one.tp % one.ep) for r in range(count)]
+    return holders(placement, [number[place] for place in places])
 
 
 def _refuse(spec: Spec, tp: int, pp: int, vpp: int, ep: int) -> None:

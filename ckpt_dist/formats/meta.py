@@ -22,7 +22,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
-from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import Layout, Spec, holders
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.parallel import even
 
@@ -241,7 +241,20 @@ def lay_out(spec: Spec) -> Layout:
         layout.catalog.chunks.offset,
     )
     about = {"guesses": _guesses(dims, spec, count)}
-    return replace(layout, catalog=Catalog("meta", "", tuple(files), spec.entries, chunks, about=about))
+    catalog = Catalog("meta", "", tuple(files), spec.entries, chunks, about=about)
+    return replace(layout, catalog=catalog, holders=_holders(spec.options.get("placement"), count))
+
+
+def _holders(placement: Sequence[int] | None, count: int) -> tuple[frozenset[int], ...]:
+    """The nodes of each file: ranks that follow each other load those that do."""
+    if not placement:
+        return ()
+    if len(placement) % count:
+        raise UsageError(
+            f"target.placement: {len(placement)} ranks cannot load {count} files of target.tp={count}. "
+            "Give target.placement=[...], the node of each rank of the job that will load this."
+        )
+    return holders(placement, [r % count for r in range(len(placement))])
 
 
 def _guesses(dims: Mapping[str, int | None], spec: Spec, count: int) -> tuple[str, ...]:

@@ -127,7 +127,8 @@ def lay_out(spec: Spec) -> Layout:
     """A dcp folder with the objects that Megatron asks for, and what is beside them."""
     names = [f"{key}/shard_{place}" for key, place in layer_states(spec.entries)]
     objects = {name: Extra(name, (name,), "state", [None]) for name in names} | held_states(spec, "torch_dist")
-    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects.values())))
+    options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
+    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects.values()), options=options))
     return placed(spec, layout, "torch_dist")
 
 

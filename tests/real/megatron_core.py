@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m tests.real.megatron_core JOBS.json
 
 JOBS.json is a list of jobs, each with `settings` (TransformerConfig), `model` (GPTModel), `layout` (tp, pp, vpp, ep,
-first) and what to do: `load` a torch_dist checkpoint, `logits` to save, `save` a torch_dist checkpoint, `legacy` to
+first) and what to do: `load` a torch_dist checkpoint with each of `strict`, `logits` to save, `save` a torch_dist checkpoint, `legacy` to
 write every rank's own state dict as Megatron-LM's training code lays it out.
 """
 
@@ -51,6 +51,20 @@ def on_cpu() -> None:
 
     dist.all_to_all_single = exchanged  # type: ignore[assignment]
 
+    from megatron.core.fusions import fused_softmax
+
+    window, ones = fused_softmax.get_sliding_window_causal_mask, torch.ones
+
+    def windowed(*args: Any) -> Any:
+        """Its mask is made on CUDA whatever the rest is on."""
+        torch.ones = lambda *a, device=None, **k: ones(*a, **k)
+        try:
+            return window(*args)
+        finally:
+            torch.ones = ones
+
+    fused_softmax.get_sliding_window_causal_mask = windowed
+
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     from megatron.core.transformer import multi_latent_attention as mla
@@ -83,6 +97,8 @@ def build(job: dict[str, Any]) -> list[Any]:
     settings = dict(job["settings"])
     if settings.get("activation_func") == "silu":
         settings["activation_func"] = torch.nn.functional.silu
+    if settings.get("activation_func") == "quick_gelu":
+        settings["activation_func"] = lambda x: x * torch.sigmoid(1.702 * x)
     if settings.get("activation_func") == "gelu_tanh":
         settings["activation_func"] = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
     mla = settings.get("multi_latent_attention", False)
@@ -147,6 +163,9 @@ def load(chunks: list[Any], folder: str, strict: str) -> None:
     from megatron.core import dist_checkpointing
 
     loaded = dist_checkpointing.load(sharded(chunks), folder, strict=strict)
+    if strict.startswith("return"):
+        loaded, *wrong = loaded
+        assert not any(wrong), wrong
     for k, chunk in enumerate(chunks):
         state = loaded["model" if len(chunks) == 1 else f"model{k}"]
         lost, more = chunk.load_state_dict(state, strict=False)
@@ -219,8 +238,8 @@ def run(job: dict[str, Any]) -> None:
     from megatron.core import parallel_state as ps
 
     chunks = build(job)
-    if job.get("load"):
-        load(chunks, job["load"], job.get("strict", "assume_ok_unexpected"))
+    for strict in job.get("strict", ()):
+        load(chunks, job["load"], strict)
     if job.get("logits"):
         out = logits(chunks, torch.tensor(job["ids"]))
         first = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank() == 0

@@ -1,7 +1,8 @@
 """Jobs one after the other in the same ranks: `torchrun ... tests/real/reports.py JOBS REPORTS`.
 
-JOBS is JSON, a list of [verb, {key: value}, nodes]; REPORTS becomes the list of what the verbs return. `nodes` tells each
-job that its ranks are on so many machines.
+JOBS is JSON, a list of [verb, {key: value}, nodes, *stopped]; REPORTS becomes the list of what the verbs return, or
+{"error": what they say}. `nodes` tells each job that its ranks are on so many machines, `{node}` in a value is the one
+that a rank is on; ranks that are `stopped` have got a signal before they begin.
 """
 
 from __future__ import annotations
@@ -10,20 +11,34 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from ckpt_dist import config, run
+from ckpt_dist.errors import STOP, CheckpointError
+
+
+def job(verb: str, keys: dict[str, Any]) -> dict[str, Any]:
+    try:
+        done: dict[str, Any] = getattr(run, verb)(config.fill(verb, {"quiet": True, **keys}))
+        return done
+    except CheckpointError as error:
+        return {"error": str(error)}
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
-    for verb, keys, nodes in json.loads(Path(sys.argv[1]).read_text()):
+    for verb, keys, nodes, *stopped in json.loads(Path(sys.argv[1]).read_text()):
         local = world // nodes
-        os.environ |= {"LOCAL_WORLD_SIZE": str(local), "LOCAL_RANK": str(rank % local)}
-        found.append(getattr(run, verb)(config.fill(verb, {"quiet": True, **keys})))
+        node = str(rank // local)
+        os.environ |= {"LOCAL_WORLD_SIZE": str(local), "LOCAL_RANK": str(rank % local), "GROUP_RANK": node}
+        if rank in stopped:
+            STOP.set()
+        found.append(job(verb, {k: v.replace("{node}", node) if type(v) is str else v for k, v in keys.items()}))
+        STOP.clear()
     if rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(found, default=str))
     dist.destroy_process_group()

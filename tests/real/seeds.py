@@ -51,6 +51,8 @@ if __name__ == "__main__":
     faulthandler.enable()
     config, out = Path(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo")
+    here = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": os.environ["RANK"]}
+    os.environ |= here  # ranks of one node exchange nothing
     seeds(config, out)
     if dist.get_world_size() == 2:
         load(config, out)

@@ -1,0 +1,248 @@
+"""Merak's checkpoints: `release/` or `iter_NNNNNNN/`, with `mp_rank_TT[_pp_rank_PPP]/partial_model_optim.pt` or `model_optim.pt`.
+
+Facts: Merak 1.1 to 2.2.2; files compared with its own converter's, and loaded by its trainer. A rank's tensors become
+boxes of whole ones, under transformers' names (one tensor-parallel rank) or those of the dialect `merak` (several).
+
+Invariant: the files of all ranks are there and of one save, or the first that is not is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist import megatron, merak
+from ckpt_dist.catalog import Catalog, Entry, Extra
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.files import pickles
+from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import torch as pt
+from ckpt_dist.formats.megatron import agree, chunk_table, rank_files
+from ckpt_dist.formats.torch_dist import args_of
+from ckpt_dist.ranks import Cut, Piece, Piecewise, Rank, strides_of
+
+FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_pp_rank_(\d{3,}))?")
+WHOLE, PART = "model_optim.pt", "partial_model_optim.pt"
+LORA = "lora_"  # in front of the name of a file that holds an adapter alone, as a flat dict
+ZERO = re.compile(r"zero_dp_rank_\d+(_mp_rank_\d+)?(_pp_rank_\d+)?_opt_states\.pt")
+FACTS = "ckpt_dist"  # a plain dict in each file: what no other tool asks for, and every reader needs
+
+
+def claims(path: Path) -> bool:
+    if path.is_file():
+        return path.name in (WHOLE, LORA + WHOLE)
+    return path.is_dir() and (_there(path, WHOLE) is not None or any(_there(p, PART) for p in _folders(path)))
+
+
+def _there(folder: Path, name: str) -> str | None:
+    """A rank's file in its folder: the model's, else an adapter's."""
+    return next((n for n in (name, LORA + name) if (folder / n).is_file()), None)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if FOLDER.fullmatch(p.name) and p.is_dir())
+
+
+def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
+    """The pickles of all ranks; each rank's tensors become boxes of the whole ones."""
+    path = path.parent if path.is_file() else path
+    found = _ranks(path)
+    alone = found[0].tp * found[0].pp == 1
+    files = [f"{_folder(rank)}{_there(path / _folder(rank), WHOLE if alone else PART)}" for rank in found]
+    opened = [pt.open_archive(path / f) for f in files]
+    opened = [
+        ({"model": t} if LORA in f and isinstance(t, Mapping) else t, s)
+        for f, (t, s) in zip(files, opened, strict=True)
+    ]
+    _same_save(path, files, [tree for tree, _ in opened])
+    facts = _facts(opened[0][0])
+    entries: dict[str, Entry] = {}
+    rows: list[tuple[str, Piece, int, int]] = []
+    for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True)):
+        for name, ref in _state(tree["model"]):
+            where = f"{path / files[number]}: {name}"
+            shape, pieces = _held(name, ref, rank, facts)
+            if pieces:
+                agree(path / files[number], entries, Entry(name, ref.dtype, shape, (name,)))
+                at = pt.storage_record(storages, ref, where)
+                rows += [(name, piece, number, at + piece[2] * itemsize(ref.dtype)) for piece in pieces]
+    number_of = {name: k for k, name in enumerate(entries)}
+    table = chunk_table([(number_of[name], piece, file, at) for name, piece, file, at in rows])
+    zero = [Extra(p.name, (p.name,), "optimizer", pickles.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
+    extras = (*{x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values(), *zero)
+    about = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
+    args = args_of(opened[0][0])
+    config = args if megatron.is_args(args) else {}
+    return Catalog("merak", str(path), tuple(files), tuple(entries.values()), table, extras, config, about=about)
+
+
+def _ranks(path: Path) -> list[Rank]:
+    """The ranks that wrote, by the names of their folders."""
+    names = [p.name for p in _folders(path)]
+    kinds = [[whole]] if (whole := _there(path, WHOLE)) else []
+    kinds += [some for staged in (False, True) if (some := [n for n in names if ("_pp_" in n) == staged])]
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{path} holds files of several saves: {' and '.join(k[0] for k in kinds)} are of other numbers of ranks. "
+            "Move all but one of them to a folder of its own."
+        )
+    if whole:
+        return [Rank(0, 0, 0, 1, 1, 1)]
+    places = [tuple(int(n or 0) for n in FOLDER.fullmatch(name).groups()) for name in names]  # type: ignore[union-attr]
+    tp, pp = (1 + max(p[k] for p in places) for k in range(2))
+    all_ranks = [Rank(t, p, 0, tp, pp, 1) for p in range(pp) for t in range(tp)]
+    lost = [r for r in all_ranks if not _there(path / _folder(r), PART)]
+    if lost:
+        raise CheckpointError(
+            f"{path}/{_folder(lost[0])}{PART} is missing: the run had {tp} x {pp} tensor and pipeline ranks, the files of "
+            f"{len(lost)} of them are not there. Fetch them."
+        )
+    return all_ranks
+
+
+def _same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
+    for file, tree in zip(files, trees, strict=True):
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("model"), Mapping):
+            raise CheckpointError(f"{path / file} holds no model: a dict with the key model is expected.")
+        if tree.get("iteration") != trees[0].get("iteration"):
+            raise CheckpointError(
+                f"{path / file} is of iteration {tree.get('iteration')}, {files[0]} of {trees[0].get('iteration')}. "
+                "The files are of two saves; fetch the checkpoint again."
+            )
+
+
+def _facts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    own = tree.get(FACTS)
+    return {**args_of(tree), **(own if isinstance(own, dict) else {})}
+
+
+def _state(model: Mapping[str, Any]) -> Iterator[tuple[str, pickles.TensorRef]]:
+    """The tensors of a rank without the numbers of their modules, and without what is there twice."""
+    for stored, ref in model.items():
+        name = merak.NUMBER.sub("", stored, count=1) if merak.NUMBER.match(stored) else stored
+        if isinstance(ref, pickles.TensorRef) and not _ignored(name):
+            yield name, ref
+
+
+def _ignored(name: str) -> str | None:
+    return next((what for what, form in merak.IGNORED.items() if form.fullmatch(name)), None)
+
+
+def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
+    """What is beside the model, and in it what no conversion needs."""
+    for key, value in tree.items():
+        if key not in ("model", FACTS):
+            plain = isinstance(value, (int, float, str))
+            role = "optimizer" if key == "optimizer" else "state"
+            yield Extra(str(key), (key,), role, value if plain else pickles.Record())
+    for stored in tree["model"]:
+        what = _ignored(merak.NUMBER.sub("", stored, count=1) if merak.NUMBER.match(stored) else stored)
+        if what:
+            yield Extra(stored, (stored,), what, pickles.Record())
+
+
+def _held(
+    name: str, ref: pickles.TensorRef, rank: Rank, facts: Mapping[str, Any]
+) -> tuple[tuple[int, ...], list[Piece]]:
+    """The whole tensor's shape, and the boxes of it that a rank's tensor holds; none where the first rank has all."""
+    cut = _cut(name, rank.tp, facts.get("parallel_vocab") is not False)
+    shape, pieces = cut.whole(ref.shape), list(cut.pieces(ref.shape, ref.stride, rank.t))
+    if _of_vocabulary(name):
+        said = next((facts[k] for k in ("orig_vocab_size", "padded_vocab_size", "vocab_size") if facts.get(k)), None)
+        shape = (min(shape[0], said) if isinstance(said, int) else shape[0], *shape[1:])
+        pieces = [([lo[0], *lo[1:]], [min(hi[0], shape[0]), *hi[1:]], at, steps) for lo, hi, at, steps in pieces
+                  if lo[0] < shape[0]]  # fmt: skip
+    return shape, pieces if cut.dim is not None or rank.t == 0 else []
+
+
+def _of_vocabulary(name: str) -> bool:
+    return name == merak.HEAD or bool(merak.EMBEDDING.fullmatch(name))
+
+
+def _cut(name: str, tp: int, shared: bool) -> Cut:
+    """How ranks divide a tensor; whether they share the vocabulary is a choice of the run."""
+    dim, fused = merak.divided(name)
+    return Cut(dim, tp, fused) if dim is not None and (shared or not _of_vocabulary(name)) else Cut()
+
+
+# ---- from the whole to ranks
+
+
+def lay_out(spec: Spec) -> Layout:
+    """A file for each (tensor, pipeline) rank, as Merak's loader expects it under the same partition."""
+    o = spec.options
+    tp, pp = int(o.get("tp") or 1), int(o.get("pp") or 1)
+    release, shared = o.get("release") is not False, o.get("embedding") != "whole"
+    _refuse(spec, tp)
+    found = merak.modules([e.name for e in spec.entries])
+    stages = merak.bounds(found, pp, str(o.get("partition_method") or "uniform"), o.get("partition"))
+    step = 0 if release else int(o.get("step") or 1)
+    top = "release" if release and tp * pp > 1 else merak.STEPS.format(step) + (merak.ALONE if tp * pp == 1 else "")
+    all_ranks = [Rank(t, p, 0, tp, pp, 1) for p in range(pp) for t in range(tp)]
+    names = [f"{top}/{_folder(rank)}{PART if tp * pp > 1 else WHOLE}" for rank in all_ranks]
+    each = [list(_holds(spec.entries, rank, found, stages, shared)) for rank in all_ranks]
+    rows = max((e.shape[0] for e in spec.entries if _of_vocabulary(e.name)), default=0)
+    facts = {"orig_vocab_size": rows, "parallel_vocab": shared and tp > 1}
+    common = {"checkpoint_version": 3.0, "iteration": step, FACTS: facts, **_args(spec, release)}
+    extras = tuple(Extra(key, (key,), "state", value) for key, value in common.items())
+    return rank_files(spec, "merak", names, each, extras, "release" if release else str(step))
+
+
+def _args(spec: Spec, release: bool) -> dict[str, Any]:
+    """Those of the source, where it has any; a release begins to train with the first sample."""
+    if spec.source is None or not megatron.is_args(spec.source.config):
+        return {}
+    fresh = dict(consumed_train_samples=0, consumed_valid_samples=0) if release else {}
+    return {"args": pickles.Namespace({**spec.options["args"], **fresh})}
+
+
+def _refuse(spec: Spec, tp: int) -> None:
+    args = spec.options.get("args") or {}
+    heads = megatron.heads(args)[0] if megatron.is_args(args) else tp
+    if heads % tp:
+        raise UsageError(
+            f"target.tp={tp}: {heads} attention heads cannot be divided by {tp} ranks. Choose another one."
+        )
+    if tp > 1 and not any("_linear." in e.name for e in spec.entries):
+        raise UsageError(
+            f"target.tp={tp}: which layers of this model Merak divides is not known, since its family is not. Give the "
+            "family with model=FAMILY, or leave target.tp out."
+        )
+
+
+def _holds(
+    entries: Sequence[Entry], rank: Rank, found: merak.Modules, stages: Sequence[int], shared: bool
+) -> Iterator[Piecewise]:
+    """All tensors of one rank, module by module. A tied head is a copy of the embedding, in the last module."""
+    made = [(found.number[e.name], e.name, k) for k, e in enumerate(entries)]
+    if merak.HEAD not in found.number:
+        made += [(found.count - 1, merak.HEAD, k) for k, e in enumerate(entries) if merak.EMBEDDING.fullmatch(e.name)]
+    for module, name, k in sorted(made, key=lambda one: one[0]):
+        if stages[rank.p] <= module < stages[rank.p + 1]:
+            yield _one(("model", f"module.{module}.{name}"), k, entries[k], _cut(name, rank.tp, shared), rank)
+
+
+def _one(path: tuple[str, str], number: int, entry: Entry, cut: Cut, rank: Rank) -> Piecewise:
+    """One tensor of a rank. Rows that a vocabulary lacks to be shared are its last row, again and again."""
+    have = entry.shape[0] if entry.shape else 0
+    if not (cut.dim is not None and _of_vocabulary(entry.name)):
+        shape = cut.part(entry.shape, entry.name)
+        return Piecewise(path, number, shape, list(cut.pieces(shape, strides_of(shape), rank.t)))
+    rows = merak.padded(have, rank.tp) // rank.tp
+    shape, first = (rows, *entry.shape[1:]), rank.t * rows
+    zeros, rest, steps = [0] * (len(shape) - 1), list(shape[1:]), strides_of(shape)
+    pieces: list[Piece] = []
+    if first < have:
+        pieces.append(([first, *zeros], [min(first + rows, have), *rest], 0, steps))
+    for row in range(max(have - first, 0), rows):
+        pieces.append(([have - 1, *zeros], [have, *rest], row * steps[0], steps))
+    return Piecewise(path, number, shape, pieces)
+
+
+def _folder(rank: Rank) -> str:
+    """`mp_rank_00_pp_rank_003/`; without stages `mp_rank_00/`, and nothing for a rank that is alone."""
+    stage = f"_pp_rank_{rank.p:03d}" if rank.pp > 1 else ""
+    return f"mp_rank_{rank.t:02d}{stage}/" if rank.tp * rank.pp > 1 else ""
