@@ -40,12 +40,15 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
 
 
 def open_archive(path: Path, base: int = 0, length: int | None = None) -> tuple[Any, dict[str, zips.Record]]:
-    """The restricted unpickling of a file's data.pkl, and the records of its storages by key; of a part of a file, or a file without a zip, too."""
+    """The restricted unpickling of a file's data.pkl, and the records of its storages by key.
+
+    Also of files without a zip, and of a part of a file.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if not base and legacy.is_legacy(os.pread(fd, 16, 0)):
+        if length is None and legacy.is_legacy(os.pread(fd, 16, 0)):
             return legacy.read(fd, str(path))
         records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, str(path))
         data = zips.find(records, "/data.pkl", str(path))
