@@ -24,9 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import beside
 from benchmarks.measure import ROOT, Once, Row, answer, copy, ours, peer, process, warm
 
-LAYERS = {"small": 1, "full": 18}
+LAYERS = {"small": 2, "full": 18}
 MIB = 1 << 20
 RANKS = {1: "1 rank", 2: "2 ranks"}
 
@@ -49,9 +50,10 @@ def median(runs: Sequence[Once], what: str) -> float:
 # ---- what is measured
 
 
-def groups(work: Path, mergekit: str | None) -> dict[str, list[Row]]:
+def groups(work: Path, mergekit: str | None, core: str | None) -> dict[str, list[Row]]:
     """Rows that take turns. The sources of one group fit into the page cache together."""
-    return {
+    return {f"beside: {task.name}": task.rows(work) for task in beside.tasks(work, core)} | {
+        "tenfold": beside.tenfold(work),
         "convert": conversions(work),
         "average": averages(work, mergekit),
         "megatron": megatron(work),
@@ -210,6 +212,8 @@ def prepare(work: Path, layers: int) -> None:
     sources = {"hf": "dcp_fsdp"} | {f"hf_{k}": f"run/step-{k}" for k in (1, 2, 3, 4)}
     megatron = {"mp_tp4pp2": "megatron target.tp=4 target.pp=2", "torch_dist": "torch_dist"}
     keys = {name: f"target.format={text} model.config={work / 'hf'}" for name, text in megatron.items()}
+    for k in (1, 2):
+        sources[f"mean_{k}.pt"], keys[f"mean_{k}.pt"] = f"run/step-{k}", "target.format=torch"
     for name, source in (sources | dict.fromkeys(megatron, "hf")).items():
         if not (work / name).exists():
             words = [f"source.path={work / source}", f"target.path={work / name}", "quiet=true"]
@@ -246,6 +250,8 @@ def table(times: dict[str, list[Once]]) -> list[str]:
         "CPU s",
         "peak MiB",
         "above imports",
+        "read MB",
+        "written MB",
         "of the median run",
     ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -263,6 +269,7 @@ def table(times: dict[str, list[Once]]) -> list[str]:
             f"{median(runs, 'cpu'):.2f}",
             f"{median(runs, 'peak') / MIB:.0f}",
             f"{median(runs, 'growth') / MIB:.0f}" if middle.growth else "",
+            *(f"{median(runs, what) / 1e6:.0f}" for what in ("read", "written")),
             middle.note,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -293,8 +300,11 @@ def main() -> None:
     parser.add_argument("--scale", choices=LAYERS, default="full")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument(
-        "--rows", default="*", help="patterns of row names, or groups: convert, average, megatron, answer, memory"
+        "--rows",
+        default="*",
+        help="patterns of row names, or groups: beside, tenfold, convert, average, megatron, answer, memory",
     )
+    parser.add_argument("--core", metavar="PYTHON", help="the Python of an environment that has megatron-core")
     parser.add_argument("--mergekit", metavar="PYTHON", help="the Python of an environment that has mergekit")
     parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     args = parser.parse_args()
@@ -306,20 +316,21 @@ def main() -> None:
     times: dict[str, list[Once]] = {}
     tables: list[str] = []
     lines: list[str] = []
-    for group, rows in groups(work, args.mergekit).items():
+    for group, rows in groups(work, args.mergekit, args.core).items():
         rows = (
             rows
-            if chosen(group)
+            if chosen(group) or chosen(group.split(":")[0])
             else [row for row in rows if chosen(row.name.replace(",", "")) or row.name.startswith("cp")]
         )
         if all(row.name.startswith("cp") for row in rows):
             continue
         found = (
-            measure(rows, work, 1, 1) if group == "memory" else measure(rows, work, 0, args.repeat)
+            measure(rows, work, 1, 1) if group in ("memory", "tenfold") else measure(rows, work, 0, args.repeat)
         )  # memory hardly varies
         times |= found
         tables += ["", f"## {group}", "", *table(found)]
-        lines = ["# Results", "", about, "", "## limits", "", *verdicts(times, limits(work)), *tables]
+        promised = [*verdicts(times, limits(work)), *beside.promises(times, beside.tasks(work, args.core))]
+        lines = ["# Results", "", about, "", "## limits", "", *promised, *tables]
         if args.out:  # after each group: a run takes its time
             args.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

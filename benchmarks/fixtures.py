@@ -3,6 +3,9 @@
 WORK/dcp_fsdp        FSDP: Shard(0) over 4 ranks, as dcp.save writes it
 WORK/dcp_tp          tensor parallel over 4 ranks: o_proj and down_proj are divided along dim 1, norms are replicated
 WORK/run/step-1..4   four FSDP checkpoints that differ
+WORK/dcp_tenth       FSDP, of a model with a tenth of the bytes: two layers and a vocabulary of 1000
+WORK/ranks           model_world_size_4_rank_R.pt: each rank's own part of dcp_fsdp, as training scripts save it
+WORK/hf_sharded      dcp_fsdp as torch's own writer of Hugging Face shards leaves it: a file of each rank
 WORK/chunks_512k     a .metadata of 1000 tensors x 512 ranks, with sparse files of zeros
 """
 
@@ -32,8 +35,8 @@ E, F, V, HEADS, GROUPS = 2048, 5632, 32000, 16, 8
 NUM_TENSORS, NUM_RANKS, ROWS, COLUMNS, BYTES = 1000, 512, 8, 4096, 70000  # of chunks_512k
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, E)}
+def shapes(layers: int, vocabulary: int = V) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, E)}
     for i in range(layers):
         p = f"model.layers.{i}."
         found |= {p + f"self_attn.{n}_proj.weight": (rows, E) for n, rows in (("q", E), ("k", E // 2), ("v", E // 2))}
@@ -44,10 +47,10 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
             p + "mlp.down_proj.weight": (E, F),
         }
         found |= {p + "input_layernorm.weight": (E,), p + "post_attention_layernorm.weight": (E,)}
-    return found | {"model.norm.weight": (E,), "lm_head.weight": (V, E)}
+    return found | {"model.norm.weight": (E,), "lm_head.weight": (vocabulary, E)}
 
 
-def config(layers: int) -> dict[str, object]:
+def config(layers: int, vocabulary: int = V) -> dict[str, object]:
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -56,19 +59,19 @@ def config(layers: int) -> dict[str, object]:
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": GROUPS,
-        "vocab_size": V,
+        "vocab_size": vocabulary,
         "dtype": "bfloat16",
         "tie_word_embeddings": False,
     }
 
 
-def save(folder: Path, layers: int, tensor_parallel: bool, seed: int) -> None:
+def state_dict(layers: int, tensor_parallel: bool, seed: int, vocabulary: int = V) -> dict[str, DTensor]:
     """Each tensor has its own part of the same seeded noise: what the values are does not matter to the speed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(seed * 100 + dist.get_rank())
     noise = torch.randn(V * E // dist.get_world_size(), generator=generator).bfloat16()
     state = {}
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes(layers, vocabulary).items():
         dim = 1 if tensor_parallel and ("o_proj" in name or "down_proj" in name) else 0
         place = Replicate() if tensor_parallel and len(shape) == 1 else Shard(dim)
         local = list(shape)
@@ -76,9 +79,39 @@ def save(folder: Path, layers: int, tensor_parallel: bool, seed: int) -> None:
             local[dim] //= dist.get_world_size()
         numel = int(torch.tensor(local).prod())
         state[name] = DTensor.from_local(noise[:numel].view(local), mesh, [place], run_check=False)
-    dcp.save({"model": state}, checkpoint_id=folder)
+    return state
+
+
+def save(folder: Path, layers: int, tensor_parallel: bool, seed: int, vocabulary: int = V) -> None:
+    dcp.save({"model": state_dict(layers, tensor_parallel, seed, vocabulary)}, checkpoint_id=folder)
+    write_config(folder, layers, vocabulary)
+
+
+def write_config(folder: Path, layers: int, vocabulary: int = V) -> None:
     if dist.get_rank() == 0:
-        (folder / "config.json").write_text(json.dumps(config(layers)))
+        (folder / "config.json").write_text(json.dumps(config(layers, vocabulary)))
+
+
+def apart(state: dict[str, DTensor]) -> dict[str, DTensor]:
+    """The same tensors in memory of their own, which some writers insist on."""
+    return {name: value.clone() for name, value in state.items()}
+
+
+def save_ranks(folder: Path, layers: int) -> None:
+    folder.mkdir(exist_ok=True)
+    torch.save(
+        apart(state_dict(layers, False, 0)),
+        folder / f"model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt",
+    )
+    write_config(folder, layers)
+
+
+def save_shards(folder: Path, layers: int) -> None:
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(apart(state_dict(layers, False, 0)), storage_writer=writer)
+    write_config(folder, layers)
 
 
 def chunks(folder: Path) -> None:
@@ -123,6 +156,9 @@ def main() -> None:
     make(work / "dcp_tp", lambda folder: save(folder, layers, True, 0))
     for step in (1, 2, 3, 4):
         make(work / f"run/step-{step}", lambda folder, seed=step: save(folder, layers, False, seed))  # type: ignore[misc]
+    make(work / "dcp_tenth", lambda folder: save(folder, max(1, layers // 9), False, 0, 1000))
+    make(work / "ranks", lambda folder: save_ranks(folder, layers))
+    make(work / "hf_sharded", lambda folder: save_shards(folder, layers))
     make(work / "chunks_512k", chunks)
     dist.destroy_process_group()
 

@@ -26,7 +26,8 @@ ENVIRON = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # an installe
 @dataclass(frozen=True)
 class Once:
     """One run. `seconds` and `cpu` (of all processes) of the work, `wall` of everything, `peak` bytes of the largest
-    process, `growth` by how much that peak is above what the process had after its imports."""
+    process, `growth` by how much that peak is above what the process had after its imports. `read` and `written` are the
+    bytes that its calls have moved, from and to anything but memory maps, also where the page cache had them."""
 
     seconds: float
     wall: float
@@ -34,6 +35,8 @@ class Once:
     peak: int
     growth: int = 0
     note: str = ""
+    read: int = 0
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,19 @@ def cpu_seconds() -> float:
 
 def timed(work: Callable[[], object]) -> dict[str, Any]:
     """Seconds, CPU seconds and growth of memory of one call."""
-    before, cpu, start = resident(), cpu_seconds(), time.perf_counter()
+    before, moved, cpu, start = resident(), io(), cpu_seconds(), time.perf_counter()
     work()
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "cpu": cpu, "peak": peak, "growth": peak - before}
+    read, written = (b - a for a, b in zip(moved, io(), strict=True))
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "growth": peak - before, "read": read, "written": written}
+
+
+def io(pid: int | str = "self") -> tuple[int, int]:
+    """(bytes read, bytes written) so far by a process and its threads, without its children."""
+    with open(f"/proc/{pid}/io") as file:
+        counts = dict(line.split(": ") for line in file.read().splitlines())
+    return int(counts["rchar"]), int(counts["wchar"])
 
 
 def resident() -> int:
@@ -91,15 +102,18 @@ def process(command: list[object]) -> tuple[str, str, Once]:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.perf_counter()
         child = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env={**os.environ, **ENVIRON})
-        _, status, usage = os.wait4(child.pid, 0)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         seconds = time.perf_counter() - start
+        moved = io(child.pid)
+        _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         texts = out.read(), err.read()
     if status:
         raise SystemExit(f"{' '.join(words)} failed:\n{texts[1][-3000:]}")
-    return *texts, Once(seconds, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return *texts, Once(seconds, seconds, cpu, peak, read=moved[0], written=moved[1])
 
 
 def reported(command: list[object]) -> Once:
@@ -107,7 +121,8 @@ def reported(command: list[object]) -> Once:
     out, _, whole = process(command)
     said = json.loads(out.splitlines()[-1])
     peak = said["peak"] if "ranks" in said else max(whole.peak, said["peak"])
-    return Once(said["seconds"], whole.wall, said["cpu"], peak, said["growth"], said.get("note", ""))
+    moved = said["read"], said["written"]
+    return Once(said["seconds"], whole.wall, said["cpu"], peak, said["growth"], said.get("note", ""), *moved)
 
 
 def copy(source: Path, target: Path, flush: bool = False) -> Callable[[], Once]:
@@ -117,20 +132,40 @@ def copy(source: Path, target: Path, flush: bool = False) -> Callable[[], Once]:
         clear(target)
         cp = process(["cp", "-r", source, target])[2]
         flushed = process(["sync", "-f", target])[2].seconds if flush else 0.0
-        return Once(cp.seconds + flushed, cp.seconds + flushed, cp.cpu, cp.peak)
+        seconds = cp.seconds + flushed
+        return Once(seconds, seconds, cp.cpu, cp.peak, read=cp.read, written=cp.written)
 
     return run
 
 
 def ours(verb: str, num_ranks: int, *keys: str) -> Callable[[], Once]:
     """One of our jobs, on some torchrun ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks] if num_ranks > 1 else []
-    return lambda: reported([sys.executable, *launcher, ROOT / "benchmarks/ours.py", verb, "quiet=true", *keys])
+    words = [ROOT / "benchmarks/ours.py", verb, "quiet=true", *keys]
+    return lambda: reported([sys.executable, *launcher(num_ranks), *words])
 
 
-def peer(name: str, *paths: Path, python: str = sys.executable) -> Callable[[], Once]:
+def peer(name: str, *paths: Path, python: str = sys.executable, num_ranks: int = 1) -> Callable[[], Once]:
     """Another tool, of those in peers.py; the last path is what it makes."""
-    return lambda: reported([python, ROOT / "benchmarks/peers.py", name, *paths])
+    return lambda: reported([python, *launcher(num_ranks), ROOT / "benchmarks/peers.py", name, *paths])
+
+
+def launcher(num_ranks: int) -> list[object]:
+    """What comes before a script that several ranks run."""
+    words: list[object] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks]
+    return words if num_ranks > 1 else []
+
+
+def together(mine: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks have measured, as one: sums of work, the largest of memory."""
+    import torch.distributed as dist
+
+    every: list[Any] = [mine]
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        dist.destroy_process_group()
+    sums = {k: sum(e[k] for e in every) for k in ("cpu", "read", "written")}
+    return {**mine, **sums, **{k: max(e[k] for e in every) for k in ("peak", "growth")}, "ranks": len(every)}
 
 
 def answer(verb: str, *keys: str) -> Callable[[], Once]:

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint  # noqa: F401  a job that writes DCP needs i
 
 import ckpt_dist.averages.tensors
 import ckpt_dist.run
-from benchmarks.measure import clear, timed
+from benchmarks.measure import clear, timed, together
 from ckpt_dist import config
 
 
@@ -36,15 +36,10 @@ def main() -> None:
         dist.barrier()
     report: dict[str, Any] = {}
     mine = timed(lambda: report.update(getattr(ckpt_dist.run, verb)(cfg)))
-    every: list[Any] = [mine]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
-        dist.destroy_process_group()
+    said = together(mine)
     if rank == 0:
-        together = {"cpu": sum(e["cpu"] for e in every)} | {k: max(e[k] for e in every) for k in ("peak", "growth")}
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report["phases"].items())
-        print(json.dumps({**report, "seconds": mine["seconds"], **together, "ranks": len(every), "note": phases}))
+        print(json.dumps({**report, **said, "note": phases}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Another tool, measured: `PYTHON benchmarks/peers.py NAME SOURCE... TARGET`; prints seconds and memory as JSON.
+"""Another tool, measured: `[torchrun ...] benchmarks/peers.py NAME SOURCE... TARGET`; prints seconds and memory as JSON.
 
-Each function imports what its tool needs and gives back the call to measure.
+Each function imports what its tool needs and gives back the call to measure. Where a tool has settings (threads, files),
+they are what its own documentation or launcher uses.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measure import clear, timed
+from benchmarks.measure import clear, timed, together
 
 BUFFER = 64 << 10  # stays in the cache of a core; pieces of 1 MiB take up to four times as long
 
@@ -85,8 +87,165 @@ def move(part: tuple[str, str, int, int]) -> None:
         os.pwrite(b, piece, at)
 
 
+def safetensors_to_dcp(source: str, target: str) -> Callable[[], object]:
+    """What one writes to start training from a Hugging Face model: all tensors into memory, then dcp.save."""
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
+    def work() -> None:
+        state = {}
+        for path in sorted(Path(source).glob("*.safetensors")):
+            state |= load_file(path)
+        dcp.save({"model": state}, checkpoint_id=target, no_dist=True)
+
+    return work
+
+
+def dcp_reshard(source: str, target: str) -> Callable[[], object]:
+    """FSDP's shards into tensor-parallel ones: every rank loads its new part, and all save."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def empty(name: str, of: Any) -> DTensor:
+        dim = 1 if "o_proj" in name or "down_proj" in name else 0
+        place = Shard(dim) if len(of.size) > 1 else Replicate()
+        return zeros(of.size, dtype=of.properties.dtype, device_mesh=mesh, placements=[place])
+
+    def work() -> None:
+        metadata = dcp.FileSystemReader(source).read_metadata()
+        state = {name: empty(name, of) for name, of in metadata.state_dict_metadata.items()}
+        dcp.load(state, checkpoint_id=source)
+        dcp.save(state, checkpoint_id=target)
+
+    return work
+
+
+def torchtitan(source: str, target: str) -> Callable[[], object]:
+    """As torchtitan's convert_to_hf does it: load everything, save with torch's writer, and let it consolidate."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    def work() -> None:
+        metadata = dcp.FileSystemReader(source).read_metadata()
+        tensors = metadata.state_dict_metadata.items()
+        state = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in tensors}
+        dcp.load(state, checkpoint_id=source, no_dist=True)
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+        writer = dcp.HuggingFaceStorageWriter(
+            path=target,
+            save_distributed=True,
+            fqn_to_index_mapping=dict.fromkeys(state, 1),
+            enable_consolidation=True,
+            thread_count_consolidation=5,
+        )
+        dcp.save(state, storage_writer=writer, no_dist=True)
+
+    return work
+
+
+def hf_consolidation(source: str, target: str) -> Callable[[], object]:
+    """torch's script that makes one file of the shards its own writer leaves."""
+    from safetensors import safe_open
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+
+    def work() -> None:
+        os.mkdir(target)
+        names: set[str] = set()
+        for path in Path(source).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                names |= set(file.keys())
+        consolidate_safetensors_files(source, target, dict.fromkeys(names, 1), num_threads=os.cpu_count() or 1)
+
+    return work
+
+
+def fsdp_ranks(source: str, target: str) -> Callable[[], object]:
+    """As the merging scripts of training repositories do it: load the pickles of all ranks, join, save."""
+    import torch
+    import torch.distributed.tensor
+    from safetensors.torch import save_file
+
+    def work() -> None:
+        count = len(list(Path(source).glob("model_world_size_*_rank_*.pt")))
+        files = [Path(source) / f"model_world_size_{count}_rank_{r}.pt" for r in range(count)]
+        ranks = [torch.load(f, map_location="cpu", weights_only=False) for f in files]
+        whole = {}
+        for name, first in ranks[0].items():
+            place = first.placements[0]
+            parts = [rank.pop(name)._local_tensor for rank in ranks[1:]]
+            whole[name] = torch.cat([first._local_tensor, *parts], dim=place.dim) if place.is_shard() else parts[0]
+        os.mkdir(target)
+        save_file(whole, f"{target}/model.safetensors", {"format": "pt"})
+
+    return work
+
+
+def naive_mean(*paths: str) -> Callable[[], object]:
+    """The loop that everyone has written once: a running sum in fp32 over files loaded one after the other."""
+    import torch
+
+    def work() -> None:
+        total: dict[str, torch.Tensor] = {}
+        for path in paths[:-1]:
+            for name, value in torch.load(path, map_location="cpu", weights_only=True)["model"].items():
+                total[name] = value.float() if name not in total else total[name] + value.float()
+        mean = {name: (value / (len(paths) - 1)).bfloat16() for name, value in total.items()}
+        torch.save({"model": mean}, paths[-1])
+
+    return work
+
+
+def megatron_core(source: str, target: str) -> Callable[[], object]:
+    """megatron-core's own loading and saving of a distributed checkpoint, whole tensors on one rank."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    folder = next(p.parent for p in Path(source).rglob(".metadata"))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29377", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    if not torch.cuda.is_available():  # it takes one for granted
+        from tests.real.megatron_core import on_cpu
+
+        on_cpu()
+
+    def work() -> None:
+        state = dist_checkpointing.load_plain_tensors(str(folder))
+        os.mkdir(target)
+        tensors = {k: ShardedTensor.from_rank_offsets(k, v) for k, v in state.items() if isinstance(v, torch.Tensor)}
+        dist_checkpointing.save({**state, **tensors}, target)
+
+    return work
+
+
+PEERS = (
+    dcp_to_torch_save, accelerate, mergekit, torch_plan, mover, safetensors_to_dcp, dcp_reshard, torchtitan,
+    hf_consolidation, fsdp_ranks, naive_mean, megatron_core,
+)  # fmt: skip
+
+
+def main() -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if "WORLD_SIZE" in os.environ:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+    work = {f.__name__: f for f in PEERS}[sys.argv[1]](*sys.argv[2:])
+    if rank == 0:
+        clear(Path(sys.argv[-1]))
+    if "WORLD_SIZE" in os.environ:
+        dist.barrier()
+    mine = timed(work)
+    said = together(mine) if "WORLD_SIZE" in os.environ else mine
+    if rank == 0:
+        print(json.dumps(said))
+
+
 if __name__ == "__main__":
-    known = {f.__name__: f for f in (dcp_to_torch_save, accelerate, mergekit, torch_plan, mover)}
-    work = known[sys.argv[1]](*sys.argv[2:])
-    clear(Path(sys.argv[-1]))
-    print(json.dumps(timed(work)))
+    main()
