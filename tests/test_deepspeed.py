@@ -1,6 +1,6 @@
 """Contract: what DeepSpeed saved under ZeRO is read as DeepSpeed itself reads it. Judges are its own zero_to_fp32 and
 ds_to_universal, of which the digests for kept checkpoints of 0.19.8 are in tests/data (tests/real/zero.py --record), and
-its own engines, where it is installed. Not checked here: tensor parallelism, experts, pipelines, offloading.
+its own engines, where it is installed. Not checked here: tensor parallelism, offloading.
 """
 
 from __future__ import annotations
@@ -242,6 +242,19 @@ def test_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"expert {last} of layer 1 is missing" in refused(capsys, folder, tmp_path / "o")
 
 
+def test_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and values are those that the modules of its stages say."""
+    ours, theirs = to_torch(DATA / "pipeline-2", tmp_path / "t"), GIVEN["pipeline-2"]["together"]
+    assert {n: digest(t) for n, t in ours.items()} == theirs
+    assert "only" not in refused(capsys, DATA / "pipeline-2", tmp_path / "o", "source.weights=master")
+    folder = Path(shutil.copytree(tags(DATA / "pipeline-2"), tmp_path / "s"))
+    (folder / "layer_04-model_states.pt").unlink()
+    assert "'4.weight' is trained and in no file: layer_04-" in refused(capsys, folder, tmp_path / "o")
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    (folder / "mp_rank_01_model_states.pt").unlink()
+    assert "(0 of 1 such files are there)" in refused(capsys, folder, tmp_path / "o")
+
+
 # ---- bad input
 
 
@@ -338,7 +351,7 @@ def test_trackers_of_megatron_deepspeed(tmp_path: Path) -> None:
 def test_what_is_not_read_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, master = tmp_path / "out", "source.weights=master"
     for name, said in {
-        "layer_01-model_00-model_states.pt": "a pipeline's checkpoint: 1 files such as layer_01-model_00",
+        "layer_01-model_01-model_states.pt": "of several tensor-parallel ranks (layer_01-model_01",
         "mp_rank_01_model_states.pt": "2 model-parallel ranks (mp_rank_00 to 01)",
     }.items():
         folder = Path(shutil.copytree(DATA / "two_fp32-2/global_step3", tmp_path / name[:12]))
@@ -419,7 +432,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if CASES[c]["stage"] and c != "experts"])
+def test_a_real_pipeline_has_the_same_weights(saved: Path, tmp_path: Path) -> None:
+    ours, theirs = to_torch(saved / "pipeline", tmp_path / "t"), torch.load(saved / "pipeline/together.pt")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], t) for n, t in theirs.items())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if CASES[c]["stage"] and c not in ("experts", "pipeline")])
 def test_a_real_run_has_the_same_master_weights(case: str, saved: Path, tmp_path: Path) -> None:
     ours = to_torch(saved / case, tmp_path / "t", **{"source.weights": "master"})
     theirs = torch.load(saved / case / "fp32.pt")

@@ -25,7 +25,7 @@ from ckpt_dist.formats._table import File, Table, opened
 
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
-LAYER = re.compile(r"layer_\d+-(?:model_\d+-)?model_states\.pt")
+LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_\d+_model_states\.pt")
 PARTS = (  # keys of a model's file that make up its tensors
     "module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params", "optimizer",
@@ -54,6 +54,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """The model's own weights, or the master weights where they are asked for or nothing else is stored."""
     if _universal.claims(path):
         return _universal.scan(path, _models(path), _state)
+    if layers := _layers(path):
+        return _pipeline(path, layers, options)
     here, keep, strict = _folder(path), options.get("keep"), options.get("unmatched") != "drop"
     master = here.third or options.get("weights") == "master" or bool(options.get("universal") and here.optims)
     carries = strict and "optimizer" in (keep or ())
@@ -124,6 +126,53 @@ def _aliases(main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[
     place = {(r.storage.key, r.offset, r.shape): n for n, r in module.items() if n in held and 0 not in r.shape}
     same = {n: place.get((r.storage.key, r.offset, r.shape), n) for n, r in module.items() if n not in held}
     return {**same, **({str(k): str(v) for k, v in said.items()} if isinstance(said, Mapping) else {})}
+
+
+def _layers(path: Path) -> dict[int, str]:
+    """The files of a pipeline's layers, by their place in its list of layers, if it is one."""
+    found = sorted((int(m[1]), int(m[2] or 0), m[0]) for p in path.iterdir() if (m := LAYER.fullmatch(p.name)))
+    if more := [name for _, t, name in found if t]:
+        raise CheckpointError(
+            f"{path} is of several tensor-parallel ranks ({more[0]}), and the files do not say along which dims tensors are "
+            "divided. Those of Megatron-DeepSpeed are read with source.format=megatron_deepspeed."
+        )
+    return {number: name for number, _, name in found}
+
+
+def _pipeline(path: Path, layers: Mapping[int, str], options: Mapping[str, Any]) -> Catalog:
+    """The weights of a pipeline's layers, which its engine calls `3.weight` if item 3 of its list of layers has them."""
+    stages = sorted(p.name for p in path.iterdir() if MODEL.fullmatch(p.name))
+    if not stages or options.get("weights") == "master" or options.get("universal"):
+        raise CheckpointError(
+            f"{path} is a pipeline's checkpoint, of which the model's own weights are read, and mp_rank_00_model_states.pt "
+            f"({len(stages)} of {max(len(stages), 1)} such files are there). Leave source.weights and target.universal out, or "
+            "make it universal with DeepSpeed's ds_to_universal, which is read."
+        )
+    table = Table()
+    for k, (number, name) in enumerate(layers.items()):
+        file = opened(path, name, k)
+        for place, ref in pt.walk(file.tree):
+            label = ".".join(map(str, (number, *place)))
+            if isinstance(ref, pickles.TensorRef):
+                table.whole(Entry(label, ref.dtype, ref.shape, (label,)), ref, file)
+    mains = [opened(path, name, len(layers) + k) for k, name in enumerate(stages)]
+    _all_layers(path, table, mains)
+    optims = [p.name for p in path.iterdir() if OPTIM.fullmatch(p.name)]
+    dtypes = ", ".join(sorted({e.dtype for e in table.entries.values()}))
+    said = f"weights: the model's own ({dtypes}), of a pipeline of {len(stages)} stages; names begin with the place of a layer"
+    extras = [*_state(table, mains[0]), *_unread(mains[0], optims)]
+    return table.catalog("deepspeed", path, [*layers.values(), *stages], extras, {"notes": (said,)})
+
+
+def _all_layers(path: Path, table: Table, mains: Sequence[File]) -> None:
+    """What is trained is listed by each stage; tied weights under a name of their own."""
+    groups = [group for main in mains for group in main.tree.get("param_shapes") or () if isinstance(group, Mapping)]
+    for name in (str(n) for group in groups for n in group):
+        number, _, _ = name.partition(".")
+        if number.isdecimal() and name not in table.entries:
+            raise CheckpointError(
+                f"{path}: {name!r} is trained and in no file: layer_{int(number):02d}-model_states.pt is missing or of another run."
+            )
 
 
 def _refuse_experts(here: Folder, needed: bool) -> None:
@@ -202,11 +251,6 @@ def _folder(path: Path) -> Folder:
 
 def _refuse(path: Path, names: Sequence[str]) -> None:
     """Checkpoints of which the names of files say already that they are not read."""
-    if layers := sorted(n for n in names if LAYER.fullmatch(n)):
-        raise CheckpointError(
-            f"{path} is a pipeline's checkpoint: {len(layers)} files such as {layers[0]}, with names that count the items of a "
-            "list of layers. Those of Megatron-DeepSpeed are read with source.format=megatron_deepspeed."
-        )
     found = sorted({m[2] for n in names if (m := MODEL.fullmatch(n) or OPTIM.fullmatch(n))})
     if len(found) > 1:
         raise CheckpointError(

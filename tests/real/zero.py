@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "aligned": dict(stage=1, bf16=True, groups=2, universal=True, zero=dict(parameter_alignment=True)),
     "elastic": dict(stage=1, bf16=True, groups=2, zero=dict(elastic_checkpoint=True)),
     "experts": dict(stage=1, bf16=True, model="experts"),
+    "pipeline": dict(stage=1, bf16=False, model="pipeline"),
     "llama": dict(stage=1, bf16=True, model="llama"),
     "llama_three": dict(stage=3, bf16=True, model="llama"),
 }
@@ -84,6 +85,40 @@ class Experts(nn.Module):
         for layer in self.layers:
             x = x + layer(x)[0]
         return nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), ids.flatten())
+
+
+def pipeline(folder: Path, rank: int) -> None:
+    """A stage for each of two ranks; some items of its list of layers are functions, which have no file."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    torch.manual_seed(5)
+    layers = [
+        lambda ids: ids.remainder(11),
+        LayerSpec(nn.Embedding, 11, 6),
+        LayerSpec(nn.Linear, 6, 7),
+        torch.relu,
+        LayerSpec(nn.LayerNorm, 7),
+        LayerSpec(nn.Linear, 7, 11),
+    ]
+    loss = lambda out, ids: nn.functional.cross_entropy(out.float().flatten(0, 1), ids.flatten())  # noqa: E731
+    module = PipelineModule(layers=layers, num_stages=2, loss_fn=loss, partition_method="uniform")
+    config = dict(
+        train_micro_batch_size_per_gpu=2,
+        gradient_accumulation_steps=2,
+        optimizer=dict(type="Adam", params=dict(lr=0.01, torch_adam=True)),
+        zero_optimization=dict(stage=1),
+    )
+    engine = deepspeed.initialize(model=module, model_parameters=[*module.parameters()], config=config)[0]
+    for k in range(2):
+        ids = (IDS + k).remainder(11)
+        engine.train_batch(data_iter=iter([(ids, ids)] * 2))
+    engine.save_checkpoint(str(folder / "pipeline"))
+    each: list[Any] = [None, None]
+    torch.distributed.all_gather_object(each, {n: t.cpu() for n, t in engine.module.state_dict().items()})
+    if rank == 0:
+        torch.save(each[0] | each[1], folder / "pipeline/together.pt")
+    torch.distributed.barrier()
 
 
 def together(engine: Any) -> dict[str, torch.Tensor]:
@@ -152,6 +187,8 @@ def make(folder: Path, name: str, rank: int) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     case = CASES[name]
+    if name == "pipeline":
+        return pipeline(folder, rank)
     engine = engine_of(case, case["stage"])
     first = train(engine, 3)
     info: dict[str, Any] = {
@@ -220,7 +257,7 @@ def record(data: Path, folder: Path, world: str, names: list[str]) -> None:
         tag = (made / "latest").read_text()
         shutil.copytree(made / tag, kept / tag)
         shutil.copy(made / "latest", kept / "latest")
-        kind = "together" if name == "experts" else "fp32"
+        kind = "together" if name in ("experts", "pipeline") else "fp32"
         theirs = torch.load(made / f"{kind}.pt")
         row: dict[str, Any] = {kind: {n: digest(t) for n, t in theirs.items()}}
         if CASES[name].get("universal"):
