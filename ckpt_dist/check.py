@@ -24,8 +24,9 @@ from ckpt_dist.formats import catalog as saving
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report, size, table
-from ckpt_dist.run import _drain, engine_of, job
+from ckpt_dist.run import job
 from ckpt_dist.task import Design
+from ckpt_dist.writing import drain
 
 Config = Mapping[str, Any]
 
@@ -202,7 +203,16 @@ def _read(
     digests: bool = False,
 ) -> Any:
     return task.run_tiles(
-        group, report, engine_of(cfg), what, canon, sides, None, combine, digests=digests, quiet=bool(cfg.get("quiet"))
+        group,
+        report,
+        task.engine_of(cfg),
+        what,
+        canon,
+        sides,
+        None,
+        combine,
+        digests=digests,
+        quiet=bool(cfg.get("quiet")),
     )
 
 
@@ -264,7 +274,7 @@ def _open(group: Group, report: Report, keys: Config, cfg: Config) -> Model:
     with report.phase("scan"):
         settings = {**cfg, "keep": ["weights"], "unmatched": "error"}
         m = scanned(group, lambda more: task.open_model({**keys, **more}, settings))
-        m = task.settle_ties(group, report, m, engine_of(cfg))
+        m = task.settle_ties(group, report, m, task.engine_of(cfg))
     match = cfg.get("match")
     if match:
         m = replace(m, names=tuple(n if n is not None and fnmatch.fnmatch(n, match) else None for n in m.names))
@@ -429,5 +439,5 @@ def fingerprint(cfg: Config) -> str:
         bare = model.canonical(m.dialect)
         d = task.design([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else _own_design(m)
-        done = _read(group, report, "fingerprint", canon, [(m, bound)], _drain, cfg, digests=True)
+        done = _read(group, report, "fingerprint", canon, [(m, bound)], drain, cfg, digests=True)
         return task.fingerprint_of(task.weight_digests(canon, done, 0))

@@ -38,7 +38,7 @@ from ckpt_dist.formats import Layout
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.part import Part, item_bytes, located, part, readers, share, stored, tile_bytes, wanted, wholly
-from ckpt_dist.report import Progress, Report, size
+from ckpt_dist.report import Progress, Report, parse_size, size
 from ckpt_dist.sources import Source, open_source
 
 T = TypeVar("T")
@@ -552,3 +552,10 @@ def prove_all(group: Group, d: Design, models: Sequence[Model], target_chunks: C
     first, last = share(d.canon, np.zeros(len(tile_bytes(d.canon)), bool), group)
     mine = d.canon.views(plan.tiles(d.canon.entries, first=first, last=last))
     return Proof([part(group, m, b, mine) for m, b in zip(models, d.sources, strict=True)], target)
+
+
+def engine_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's settings with sizes in bytes."""
+    engine = dict(cfg["engine"])
+    engine["memory"] = parse_size(engine["memory"])
+    return engine

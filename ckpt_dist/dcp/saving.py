@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckpt_dist import plan, run, sources, task
+from ckpt_dist import beside, plan, sources, task, writing
 from ckpt_dist.api import TARGET
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.config import fill
@@ -87,7 +87,7 @@ class Writer(StorageWriter):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.prepared: run.Prepared | None = None
+        self.prepared: writing.Prepared | None = None
         self.report = Report("save")
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -120,9 +120,9 @@ class Writer(StorageWriter):
         self.report = Report("save")
         m = _model(_catalog(plans), self.settings)
         path = Path(self.settings["target"]["path"])
-        p = run.prepare(Group(alone=True), self.report, [m], self.settings, path, lambda d: keep, False)
+        p = writing.prepare(Group(alone=True), self.report, [m], self.settings, path, lambda d: keep, False)
         errands = _errands(p, m.catalog, plans)
-        run.begin(p, self.settings, ABOUT, ())
+        writing.begin(p, self.settings, ABOUT, ())
         self.prepared = p
         return [replace(one, storage_data=errand) for one, errand in zip(plans, errands, strict=True)]
 
@@ -156,12 +156,12 @@ class Writer(StorageWriter):
         stage.release()
         self.prepared = None
 
-    def _publish(self, p: run.Prepared, all_done: Sequence[Done]) -> None:
+    def _publish(self, p: writing.Prepared, all_done: Sequence[Done]) -> None:
         self.report.target = self.settings["target"]["path"]
         self.report.bytes_written = sum(d.bytes_written for d in all_done)
-        kept = {} if p.staging.single else run.record(self.settings, ABOUT, p.models, (), {}, self.report)
+        kept = {} if p.staging.single else beside.record(self.settings, ABOUT, p.models, (), {}, self.report)
         runs = [one for d in all_done for one in d.runs]
-        run.finish(p, lambda work: work(), runs, {**p.small, **kept}, self.settings)
+        writing.finish(p, lambda work: work(), runs, {**p.small, **kept}, self.settings)
 
     def _say(self) -> None:
         """What was left out, and what is missing for others to read the target."""
@@ -205,7 +205,7 @@ def _model(catalog: Catalog, settings: Mapping[str, Any]) -> Model:
     return task.understand(source, settings["source"], settings)
 
 
-def _errands(p: run.Prepared, catalog: Catalog, plans: Sequence[SavePlan]) -> list[Errand]:
+def _errands(p: writing.Prepared, catalog: Catalog, plans: Sequence[SavePlan]) -> list[Errand]:
     """For each rank the chunks of the target that its shards touch, and no others."""
     source, laid_out = p.design.sources[0], p.layout.catalog
     laid, held = plan.align(p.proof.target, source.views(catalog.chunks))

@@ -1,0 +1,172 @@
+"""What a target has beside its tensors: config, tokenizer, training state, and the record of the job that made it.
+
+Invariant: what cannot be carried or translated is listed in the report; nothing is left out without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ckpt_dist import __version__, configs, formats, megatron, sources, task
+from ckpt_dist.catalog import Extra
+from ckpt_dist.files import pickles
+from ckpt_dist.formats import Layout
+from ckpt_dist.model import FURTHER, Model
+from ckpt_dist.report import Report
+
+Config = Mapping[str, Any]
+
+
+def extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
+    """What is no tensor: carried where it was asked for and the target can hold it, else listed as dropped."""
+    carried: list[Extra] = []
+    lost: dict[str, list[str]] = {}
+    wanted = set(cfg.get("keep") or ["weights"])
+    format = cfg["target"]["format"]
+    holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
+    for extra in m.catalog.extras:
+        if "saved" in m.catalog.about and extra.role in wanted:
+            lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
+        elif extra.role == "weight":
+            lost.setdefault("not a tensor", []).append(extra.name)
+        elif extra.role not in wanted or not holds:
+            lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
+        else:
+            if format == "torch" and extra.address is not None:
+                extra = replace(extra, value=formats.load("dcp").read_extra(m.catalog, extra), address=None)
+            if extra.address is None and not pickles.writable(extra.value):
+                lost.setdefault("of a class that is not written", []).append(extra.name)
+            else:
+                carried.append(extra)
+    return carried, lost
+
+
+def account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence[str]]) -> None:
+    """Each stored name is mapped, carried or dropped, and the report says by which rule."""
+    m = models[0]
+    mapped = sum(n is not None for n in m.names)
+    if m.source.reader is None:
+        report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
+    for rule in {**m.dropped, **lost}:
+        names = (*m.dropped.get(rule, ()), *lost.get(rule, ()))
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        report.notes.append(f"dropped, {rule}: {some}")
+
+
+def small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
+    """Config, tokenizer and processor files of a target that is a model's folder."""
+    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
+    small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
+    if cfg["target"]["format"] == "meta":
+        small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
+        params = _params_json(m, report)
+        return {**small, "params.json": _text(_sized(params, cfg, m))} if params else small
+    config = _config_json(m, d, report)
+    return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small
+
+
+def _sized(config: Config, cfg: Config, m: Model) -> Config:
+    """Both files call the vocabulary the same; one that was asked for replaces the source's."""
+    return config if cfg["target"]["vocab_size"] is None else {**config, "vocab_size": m.sizes["v"]}
+
+
+def _text(config: Config) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
+    config = dict(m.source.config)
+    floats = [e.dtype for e in d.target.entries if "float" in e.dtype]
+    main = max(sorted(set(floats)), key=floats.count) if floats else None
+    if configs.is_params(config) and m.family and {"v", "f"} <= set(m.sizes):
+        head = any("head" in r.weights for r in d.target.rules if r)
+        config = translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
+        config["torch_dtype"] = main  # the word that every version of transformers reads
+    if megatron.is_args(config) and m.family and "v" in m.sizes:
+        weights = {w for rule in d.target.rules if rule for w in rule.weights}
+        kind = megatron.model_type(m.family.model_types, weights)
+        if kind in megatron.CLASSES:
+            config = translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
+            config["torch_dtype"] = main
+    if m.family and m.family.further and FURTHER in m.dropped:
+        config[m.family.further] = 0
+    if config.pop("quantization_config", None):
+        report.notes.append("quantization_config is left out of config.json: what is written is not quantised")
+    if not configs.is_hf(config):
+        report.warnings.append("no config.json was found, so none is written; transformers needs one: model.config=DIR")
+        return {}
+    for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
+        if main and config.get(key) != main:
+            config[key] = main
+    if config.get("tie_word_embeddings") and any("both are kept" in w for w in report.warnings):
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _params_json(m: Model, report: Report) -> dict[str, Any]:
+    config = dict(m.source.config)
+    if configs.is_hf(config) and {"v", "f"} <= set(m.sizes):
+        return translated(configs.to_meta(config, m.sizes), "config.json", report)
+    if not configs.is_params(config):
+        report.warnings.append("no params.json or config.json was found, so none is written: give model.config=PATH")
+        return {}
+    return config
+
+
+def args(d: task.Design, m: Model) -> configs.Translation:
+    """What Megatron calls args, for a model of a known family."""
+    weights = {w for rule in d.target.rules if rule for w in rule.weights}
+    if m.unresolved:
+        return configs.Translation(
+            dict(megatron.SPLIT),
+            (),
+            (f"{m.unresolved} are not known, so args do not say them: give model.config=PATH",),
+        )
+    config, tied = m.source.config, "head" not in weights
+    if configs.is_params(config) and {"v", "f"} <= set(m.sizes):
+        config = configs.to_hf(config, m.sizes, tied).config
+    return megatron.to_args(config, m.sizes, weights, tied)
+
+
+def translated(t: configs.Translation, where: str, report: Report) -> dict[str, Any]:
+    report.guesses += t.guesses
+    if t.lost:
+        report.warnings.append(f"{where}: not translated: {', '.join(t.lost)}")
+    return t.config
+
+
+def record(
+    cfg: Config, about: Config, models: Sequence[Model], given: Sequence[float], prints: Config, report: Report
+) -> dict[str, bytes]:
+    """`ckpt_dist.json`, and for an average `average.yaml`: recipe, sources, fingerprints."""
+    if cfg["target"]["format"] in formats.ALONE:
+        return {}
+    beside = (
+        f"{Path(cfg['target']['path']).name}." if cfg["target"]["format"] == "nemo" else ""
+    )  # of files among others
+    recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
+    found = {f"{beside}ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
+    if about["verb"] == "average":
+        from omegaconf import OmegaConf
+
+        each = [
+            {"path": str(m.source.folder.absolute()), "step": m.step, "weight": w, "fingerprint": f}
+            for m, w, f in zip(models, given, prints["source_fingerprints"], strict=True)
+        ]
+        document = {
+            "ckpt_dist": __version__,
+            "name": about["name"],
+            "fingerprint": prints["fingerprint"],
+            "sources": each,
+            "recipe": _plain(cfg),
+        }
+        found[f"{beside}average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
+    return found
+
+
+def _plain(cfg: Any) -> Any:
+    return json.loads(json.dumps(cfg, default=str))
