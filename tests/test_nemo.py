@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import types
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -428,6 +429,9 @@ BAD = {
     "link": (member("model_weights.ckpt", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is a link"),
     "hard link": (member("model_weights.ckpt", type=tarfile.LNKTYPE, linkname="a"), "is a link"),
     "device": (member("model_weights.ckpt", type=tarfile.CHRTYPE), "is a link, a device"),
+    "backwards": (member("a", pax_headers={"size": "-512"}), r"'a' is -512 bytes long|no tar archive"),
+    "huge": (member("a", pax_headers={"size": "9" * 30}), "is truncated|no tar archive"),
+    "words": (member("a", size=3, pax_headers={f"k{k}": "v" for k in range(999)}), "says 999 things of 'a'"),
     "other": (member("a.txt", size=3), "neither model_weights.ckpt nor model_weights/"),
 }
 
@@ -439,6 +443,18 @@ def test_bad_archives_are_refused(tmp_path: Path, what: str) -> None:
         archive.addfile(info, io.BytesIO(b"abc"))
     with pytest.raises(CheckpointError, match=says):
         ckpt_dist.inspect(tmp_path / "x.nemo")
+
+
+def test_what_an_archive_says_of_all_its_members_is_not_kept_for_each(tmp_path: Path) -> None:
+    words = {f"k{k}": "v" for k in range(200)}
+    with tarfile.open(tmp_path / "x.nemo", "w:", format=tarfile.PAX_FORMAT, pax_headers=words) as archive:
+        for k in range(2000):
+            archive.addfile(member(f"{k}", pax_headers={"comment": "x"}))
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"neither model_weights\.ckpt"):
+        ckpt_dist.inspect(tmp_path / "x.nemo")
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
 
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
