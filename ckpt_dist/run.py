@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,6 +118,8 @@ def _as_stored(cfg: Config, m: Model) -> Config:
     if m.catalog.format == "fsdp" or m.source.reader:
         raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
     about, target = m.catalog.about, {**cfg["target"], "format": m.catalog.format}
+    if about.get("lightning") and target["key"] == "auto":  # NeMo's, also where names are read without it
+        target["key"] = ".".join(map(str, m.wrapper)) or "auto"
     if m.catalog.format == "megatron":
         asked = {k: target[k] for k in ("tp", "pp", "vpp", "ep") if target[k] != 1}
         uneven = len(set(about["partition"])) > 1 and not asked and target["partition"] is None
@@ -157,7 +160,7 @@ def average(cfg: Config) -> dict[str, Any]:
             models = part.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
         cfg = _as_stored(cfg, models[-1])
-        label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
+        label = _label(cfg)
         target = _average_target(cfg, label, models[-1])
         beside = cfg["target"]["format"] == "nemo"  # a file more in the folder of each rank
         cfg = {**cfg, "target": {**cfg["target"], "path": str(target)}} if beside else cfg
@@ -229,6 +232,19 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     return [float(w) for w in given], True
 
 
+def _label(cfg: Config) -> str:
+    """What an average is named after: the name that is given, or that of the folder of the steps."""
+    label = str(cfg.get("name") or os.path.basename(_first_path(cfg)))
+    if "/" in label or "\0" in label:
+        raise UsageError(f"name={label!r:.80} names no folder of its own. Give the folder with target.path.")
+    return label
+
+
+def _first_path(cfg: Config) -> str:
+    """As a whole, so that `.` and `..` have a name too."""
+    return os.path.abspath(os.path.expanduser(_paths(cfg)[0]))
+
+
 def _average_target(cfg: Config, label: str, m: Model) -> Path:
     """`target.path`, or `<name>-averaged` below it when a name is given, or beside the steps when nothing is."""
     path, name = cfg["target"].get("path"), cfg.get("name")
@@ -237,14 +253,14 @@ def _average_target(cfg: Config, label: str, m: Model) -> Path:
         return Path(path or _among(cfg, m)).absolute() / "-".join([label, *steps, "averaged"])
     if path and not name:
         return Path(path)
-    parent = Path(path) if path else Path(_paths(cfg)[0]).absolute().parent
+    parent = Path(path) if path else Path(_first_path(cfg)).parent
     return parent / f"{label}-averaged"
 
 
 def _among(cfg: Config, m: Model) -> Path:
     """The folder of the steps; where several checkpoints are named, that of the last."""
     if isinstance(cfg["source"]["path"], str):
-        return Path(cfg["source"]["path"])
+        return Path(_first_path(cfg))
     return Path(m.catalog.root) if m.catalog.format == "nemo" else m.source.asked.parent
 
 

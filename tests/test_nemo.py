@@ -212,6 +212,27 @@ def test_the_command_of_the_readme_averages_steps_of_nemo_2(stacked: State, tmp_
     )
 
 
+@pytest.mark.parametrize("format", ["torch_dist", "zarr"])
+@pytest.mark.parametrize("keys", [{"recipe": "nemo_average"}, {"target.format": "same"}], ids=["recipe", "same"])
+def test_an_average_of_what_was_made_for_nemo_is_for_nemo(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, keys: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    for step in (10, 20):
+        ckpt_dist.convert(llama, run / f"gpt-step={step}", format=format, quiet=True, **{"target.key": "module"})
+    monkeypatch.chdir(run)
+    ckpt_dist.average(".", quiet=True, **keys)
+    made = (run if "recipe" in keys else tmp_path) / "run-averaged"
+    assert files(made / "weights") == files(run / "gpt-step=20/weights")
+    config = {"model.config": str(llama)}
+    assert ckpt_dist.fingerprint(made, **config) == ckpt_dist.fingerprint(llama)
+    if format == "torch_dist":
+        names = [
+            dcp.FileSystemReader(f / "weights").read_metadata().state_dict_metadata for f in (made, run / "gpt-step=20")
+        ]
+        assert set(names[0]) == set(names[1])
+
+
 @pytest.mark.parametrize(
     ("steps", "says"), [([10, 25], "no step 25"), ([1, 10], "no step 1"), ([10, 40], "step 40.*unfinished")]
 )
