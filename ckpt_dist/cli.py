@@ -196,11 +196,12 @@ def _guarded(job: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has closed stdout; python must not flush into it
         return 0
     except Exception as error:
-        if getattr(error, "shared", False):
-            return 1
-        text = "".join(traceback.format_exception(error))
-        _last_word(f"{text}This is a mistake in ckpt_dist {__version__}, not in your command. Please report it.")
-        return 1
+        file = error.filename if isinstance(error, OSError) else None
+        if not getattr(error, "shared", False):
+            text = "".join(traceback.format_exception(error))
+            mine = f"{text}This is a mistake in ckpt_dist {__version__}, not in your command. Please report it."
+            _last_word(mine if file is None else f"Error: {file!r:.300}: {error.strerror}.", debug=file is not None)  # type: ignore[attr-defined]
+        return 1 if file is None else CheckpointError.exit_code
 
 
 def _last_word(message: str, debug: bool = False, certain: bool = False) -> None:

@@ -24,6 +24,7 @@ from ckpt_dist.errors import CheckpointError, nearest
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
 
 COPIES = ("meta", "torchtitan")  # dialects in which a tied weight is stored twice
+NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)|^\d{1,9}(?=\.)")  # of a layer or an expert, in a stored name
 CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are taken
 
 
@@ -101,8 +102,8 @@ def _table(
 def match(family: Family, dialect: str, name: str) -> Rule | None:
     """The rule for a stored name, or None: `model.layers.3.mlp.up_proj.weight` -> `up: f e`, with l = 3."""
     table = _table(family.name, dialect, tuple(family.dialects[dialect].items()))
-    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", name)
-    hit = table.get(re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "{}", name))
+    numbers = NUMBER.findall(name)
+    hit = table.get(NUMBER.sub("{}", name))
     if hit is None:
         return None
     pattern, axes = hit

@@ -89,11 +89,11 @@ def _word(value: Any) -> str:
 
 
 def _path(value: Any) -> str:
-    """A path that exists is taken as it is, whatever characters it has."""
+    """A path that exists is taken as it is, whatever characters it has; else `~` is the home folder, also of a target."""
     path = os.fspath(value)
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise ValueError
-    return path if os.path.lexists(path) else bare(path)
+    return path if os.path.lexists(path) else os.path.expanduser(bare(path))
 
 
 def _paths(value: Any) -> str | list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ckpt_dist import configs
 from ckpt_dist.configs import Translation
+from ckpt_dist.errors import CheckpointError
 
 LAYER = "decoder.layers.{l}."
 STEPS = "iter_{:07d}"
@@ -56,6 +57,7 @@ OTHERS = {  # args, config.json of the models that do not use the words of Llama
         ("bloom", "hidden_size", (("apply_residual_connection_post_layernorm",) * 2,)),
     )
 }  # fmt: skip
+MOST = 1 << 20  # ranks, experts, rows of a latent: more than any run has
 ALWAYS = dict(  # of args: what these models compute whatever a config.json says
     normalization="RMSNorm", swiglu=True, gated_linear_unit=True, add_bias_linear=False, position_embedding_type="rope",
     rotary_percent=1.0, rotary_interleaved=False, apply_layernorm_1p=False, layernorm_zero_centered_gamma=False,
@@ -119,6 +121,14 @@ def dense_too(rules: Mapping[str, str]) -> dict[str, str]:
 
 def is_args(config: Mapping[str, Any]) -> bool:
     return {"num_layers", "hidden_size", "num_attention_heads"} <= set(config) and not configs.is_hf(config)
+
+
+def count(args: Mapping[str, Any], key: str) -> int:
+    """How many, by one of the args: 0 where that does not say it."""
+    said = args.get(key) or 0
+    if type(said) is not int or said > MOST:
+        raise CheckpointError(f"args are damaged: {key} is {said!r:.40}, no number up to {MOST}.")
+    return max(said, 0)
 
 
 def heads(args: Mapping[str, Any]) -> tuple[int, int, int]:

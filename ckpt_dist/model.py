@@ -220,6 +220,9 @@ def _sizes(
             break
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             continue
+    known = {a: n for a, n in known.items() if n is not None}
+    if wrong := next((f"{n!r:.40} for the length {a}" for a, n in known.items() if not _length(n)), ""):
+        raise CheckpointError(f"{source.folder}: its config says {wrong}. Give the right one with model.config=PATH.")
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
     sizes = families.resolve(family, dialect, shapes, known)
@@ -235,6 +238,10 @@ def _sizes(
     }
     missing = sorted(used - set(sizes))
     return sizes, f"the lengths of {', '.join(missing)}" if missing else ""
+
+
+def _length(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1 << 43 and value == int(value)
 
 
 def _preset(source: Source) -> bool:

@@ -30,9 +30,10 @@ DIVIDED = (  # the dim that tensor-parallel ranks divide, by the end of a name; 
     (r"linear_fc1\.(weight|bias)", 0),
     (r"(linear_proj|linear_fc2)\.weight", 1),
 )
-LAYER = re.compile(r"(decoder\.layers\.(\d+)\.)(.*)")
-LOCAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)")
-TOGETHER = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
+LAYER = re.compile(r"(decoder\.layers\.(\d{1,9})\.)(.*)")
+LOCAL = re.compile(r"mlp\.experts\.local_experts\.(\d{1,9})\.(linear_fc[12])\.(weight|bias)")
+TOGETHER = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d{1,9})")
+MATRIX = re.compile(r"(^|\.)(linear_\w+|word_embeddings|output_layer)\.weight\d*$|mlp\.experts\.weight[12]$")
 GROUPED = re.compile(r"mlp\.experts\.weight([12])")
 
 Piece = tuple[
@@ -116,6 +117,12 @@ def held(
 ) -> Iterator[Part]:
     """What a rank's tensors are. Those that all ranks have alike are taken from the first."""
     for name, ref in tensors.items():
+        need = 2 if MATRIX.search(name) else 1 if divided(name) is not None else 0
+        if len(ref.shape) < need:
+            raise CheckpointError(
+                f"{name} has shape {list(ref.shape)}; it should have {need} dims. Is it of another tool?"
+            )
+    for name, ref in tensors.items():
         layer = LAYER.fullmatch(name)
         own, inner = (layer[1], layer[3]) if layer else ("", name)
         whole = f"decoder.layers.{first + int(layer[2])}." if layer else ""
@@ -156,7 +163,7 @@ def _latent(tensors: Mapping[str, TensorRef], name: str, args: Mapping[str, Any]
     return (
         up.shape[1]
         if up is not None and up is not tensors[name]
-        else int(args.get("q_lora_rank" if "_q_" in name else "kv_lora_rank") or 0)
+        else megatron.count(args, "q_lora_rank" if "_q_" in name else "kv_lora_rank")
     )
 
 
@@ -197,13 +204,18 @@ def _grouped(
     args: Mapping[str, Any],
 ) -> Part:
     """Experts in one tensor: each one's slice of `weight1` and `weight2`, read row by row, is its matrix with columns first."""
-    experts = int(args.get("num_experts") or args.get("num_moe_experts") or 0)
+    experts = megatron.count(args, "num_experts") or megatron.count(args, "num_moe_experts")
     one, two = (tensors.get(own + f"mlp.experts.weight{k}") for k in "12")
     if not experts or one is None or two is None:
         raise CheckpointError(
             f"{own}{inner} holds several experts; how many is in args (num_experts), which do not say it."
         )
     local, width = experts // rank.ep, one.shape[0]
+    if experts % rank.ep or two.shape[0] % local:
+        raise CheckpointError(
+            f"{own}{inner} holds {two.shape[0]} rows for {experts} experts on {rank.ep} ranks, which do not divide evenly. "
+            "Are the args of another model?"
+        )
     inside = two.shape[0] // local
     gated = inner.endswith("1") and one.shape[1] == 2 * inside * local
     rows = (2 if gated else 1) * inside

@@ -158,3 +158,18 @@ def test_what_must_not_be_averaged(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no key 'keep'"):  # optimizer moments are never averaged
         ckpt_dist.average(tmp_path / "run", tmp_path / "ints", keep=["weights", "optimizer"])
     assert not (tmp_path / "ints").exists() and not list(tmp_path.glob(".*ckpt_dist*"))
+
+
+def test_what_an_average_is_named_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "run", trajectory(2, torch.float32))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "run/step-1")
+    for k, path in enumerate(("..", "~/run", str(tmp_path / "run") + "/")):
+        ckpt_dist.average(path, quiet=True)
+        (tmp_path / "run-averaged").rename(tmp_path / f"{k}")
+    ckpt_dist.average("../../run", "~/here", quiet=True)
+    assert (tmp_path / "here/average.yaml").is_file()
+    for name in ("a/b", "../a", "/a"):
+        with pytest.raises(UsageError, match="names no folder of its own"):
+            ckpt_dist.average(tmp_path / "run", name=name, quiet=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "here", "run"]

@@ -286,6 +286,11 @@ def test_an_overlap_does_not_hide_a_hole(tmp_path: Path, refused: Refused) -> No
     assert "layers.0.weight" in refused(tmp_path / "source")
 
 
+def test_what_the_system_refuses_is_said_and_no_mistake_of_ours(tmp_path: Path, refused: Refused) -> None:
+    source = make("hf", tmp_path / "source")
+    assert "File name too long" in refused(source, f"model.config={'x' * 999}")
+
+
 def test_averaged_checkpoints_must_be_of_one_model(tmp_path: Path, refused: Refused) -> None:
     run = tmp_path / "run"
     for step in (1, 2):

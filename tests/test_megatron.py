@@ -380,9 +380,57 @@ def lost_layer(folder: Path) -> None:
     rewritten(folder, change)
 
 
+def a_billion_stages(folder: Path) -> None:
+    rewritten(folder, lambda tree, number: setattr(tree["args"], "pipeline_model_parallel_size", 10**6))
+
+
+def no_number(folder: Path) -> None:
+    rewritten(folder, lambda tree, number: setattr(tree["args"], "tensor_model_parallel_size", float("inf")))
+
+
+def a_layer_far_away(folder: Path) -> None:
+    name = "decoder.layers.999999999.mlp.linear_fc1.weight"
+    rewritten(folder, lambda tree, number: tree["model"].update({name: torch.ones(2, 2)}))
+
+
+def a_layer_beyond_numbers(folder: Path) -> None:
+    name = f"decoder.layers.{'9' * 5000}.mlp.linear_fc1.weight"
+    rewritten(folder, lambda tree, number: tree["model"].update({name: torch.ones(2, 2)}))
+
+
+def no_matrix(folder: Path) -> None:
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    rewritten(folder, lambda tree, number: tree["model"].update({name: torch.ones(3)}))
+
+
+def no_version(folder: Path) -> None:
+    rewritten(folder, lambda tree, number: tree.update(checkpoint_version=[3]))
+
+
+def no_width(folder: Path) -> None:
+    rewritten(folder, lambda tree, number: setattr(tree["args"], "hidden_size", "x"))
+
+
+def experts_of_nobody(folder: Path) -> None:
+    def change(tree: dict[str, Any], number: int) -> None:
+        tree["args"].num_experts = 10**6
+        layer = "decoder.layers.0.mlp.experts."
+        tree["model"] |= {layer + "weight1": torch.ones(32, 8), layer + "weight2": torch.ones(8, 32)}
+
+    rewritten(folder, change)
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (a_billion_stages, r"the files of 1999996 of them are not there"),
+        (no_number, r"tensor_model_parallel_size is inf, no number"),
+        (a_layer_far_away, r"lacks layer 2 of its stage"),
+        (a_layer_beyond_numbers, r"stored names are unknown"),
+        (no_matrix, r"linear_fc2.weight has shape \[3\]; it should have 2 dims"),
+        (no_version, r"checkpoint_version is \[3\], not a number"),
+        (no_width, r"its config says 'x' for the length e"),
+        (experts_of_nobody, r"holds 8 rows for 1000000 experts"),
         (drop_a_rank, r"mp_rank_01_000 is missing: the run had 2 x 2 x 1"),
         (another_save, r"is of iteration 1, mp_rank_00_000/model_optim_rng.pt of 0"),
         (another_model, r"'decoder.final_layernorm.weight' is part of float32\[10\]"),

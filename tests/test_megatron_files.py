@@ -211,7 +211,11 @@ def test_the_tracker_says_which_is_the_latest(llama: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("7", r"says 7, but iter_0000007 is not there.*iter_0000001"), ("metadata", "neither a number nor release")],
+    [
+        ("7", r"says 7, but iter_0000007 is not there.*iter_0000001"),
+        ("metadata", "neither a number nor release"),
+        ("9" * 250, "which is no file name"),
+    ],
 )
 def test_a_tracker_that_is_wrong(llama: Path, tmp_path: Path, text: str, says: str) -> None:
     trackers(llama, tmp_path / "run").write_text(text)

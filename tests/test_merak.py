@@ -435,6 +435,10 @@ def test_old_files_that_are_damaged(tmp_path: Path) -> None:
     file.write_bytes(b"".join(pickle.dumps(v, 2) for v in (legacy.MAGIC, 1000, {}, {}, [])))
     with pytest.raises(CheckpointError, match="version 1000"):
         ckpt_dist.inspect(file)
+    start = pickle.dumps(legacy.MAGIC, 2)  # then a text of more bytes than any machine counts
+    file.write_bytes(start + pickle.dumps(1001, 2) + b"\x80\x04\x8d" + b"\xff" * 8 + b"x.")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        ckpt_dist.inspect(file)
 
 
 def test_config_of_a_checkpoint_is_that_of_its_source(made: Made, tmp_path: Path) -> None:

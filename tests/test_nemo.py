@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import types
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -209,6 +210,27 @@ def test_the_command_of_the_readme_averages_steps_of_nemo_2(stacked: State, tmp_
     close(
         loaded(run / "gpt-averaged/weights", list(stacked), stacked, "module"), mean([states[s] for s in (10, 20, 30)])
     )
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "zarr"])
+@pytest.mark.parametrize("keys", [{"recipe": "nemo_average"}, {"target.format": "same"}], ids=["recipe", "same"])
+def test_an_average_of_what_was_made_for_nemo_is_for_nemo(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, keys: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    for step in (10, 20):
+        ckpt_dist.convert(llama, run / f"gpt-step={step}", format=format, quiet=True, **{"target.key": "module"})
+    monkeypatch.chdir(run)
+    ckpt_dist.average(".", quiet=True, **keys)
+    made = (run if "recipe" in keys else tmp_path) / "run-averaged"
+    assert files(made / "weights") == files(run / "gpt-step=20/weights")
+    config = {"model.config": str(llama)}
+    assert ckpt_dist.fingerprint(made, **config) == ckpt_dist.fingerprint(llama)
+    if format == "torch_dist":
+        names = [
+            dcp.FileSystemReader(f / "weights").read_metadata().state_dict_metadata for f in (made, run / "gpt-step=20")
+        ]
+        assert set(names[0]) == set(names[1])
 
 
 @pytest.mark.parametrize(
@@ -428,6 +450,9 @@ BAD = {
     "link": (member("model_weights.ckpt", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is a link"),
     "hard link": (member("model_weights.ckpt", type=tarfile.LNKTYPE, linkname="a"), "is a link"),
     "device": (member("model_weights.ckpt", type=tarfile.CHRTYPE), "is a link, a device"),
+    "backwards": (member("a", pax_headers={"size": "-512"}), r"'a' is -512 bytes long|no tar archive"),
+    "huge": (member("a", pax_headers={"size": "9" * 30}), "is truncated|no tar archive"),
+    "words": (member("a", size=3, pax_headers={f"k{k}": "v" for k in range(999)}), "says 999 things of 'a'"),
     "other": (member("a.txt", size=3), "neither model_weights.ckpt nor model_weights/"),
 }
 
@@ -439,6 +464,18 @@ def test_bad_archives_are_refused(tmp_path: Path, what: str) -> None:
         archive.addfile(info, io.BytesIO(b"abc"))
     with pytest.raises(CheckpointError, match=says):
         ckpt_dist.inspect(tmp_path / "x.nemo")
+
+
+def test_what_an_archive_says_of_all_its_members_is_not_kept_for_each(tmp_path: Path) -> None:
+    words = {f"k{k}": "v" for k in range(200)}
+    with tarfile.open(tmp_path / "x.nemo", "w:", format=tarfile.PAX_FORMAT, pax_headers=words) as archive:
+        for k in range(2000):
+            archive.addfile(member(f"{k}", pax_headers={"comment": "x"}))
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"neither model_weights\.ckpt"):
+        ckpt_dist.inspect(tmp_path / "x.nemo")
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
 
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:

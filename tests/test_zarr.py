@@ -6,6 +6,7 @@ script, which averaged it, and the zarr package where it is installed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -183,7 +184,7 @@ def header(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     return apply
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "missing": (lambda f: (f / "w/1.0").unlink(), r"w/1.0 is missing: by its .zarray there are 2 chunks, 1 are there"),
     "short": (lambda f: (f / "w/0.0").write_bytes(b"abc"), r"w/0.0 has 3 bytes, by its .zarray 32"),
     "long": (lambda f: (f / "w/0.0").write_bytes(bytes(33)), r"w/0.0 has 33 bytes, by its .zarray 32"),
@@ -199,6 +200,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zero chunk": (header(lambda h: h.update(chunks=[0, 4])), r"is damaged"),
     "text": (header(lambda h: h.update(shape=["4", 4])), r"is damaged"),
     "bomb": (header(lambda h: h.update(shape=[1 << 40, 4], chunks=[1, 1])), r"chunks, more than"),
+    "far": (header(lambda h: h.update(shape=[1 << 12] * 9, chunks=[1] * 9)), r"is damaged"),
+    "nothing": (header(lambda h: h.update(shape=[0, 1 << 42], chunks=[1, 1])), None),
+    "dangling": (lambda f: (f / "x").symlink_to("nowhere"), None),
+    "queue": (lambda f: (os.mkfifo(f / "w/x"), (f / "q").mkdir(), os.mkfifo(f / "q/.zarray")), None),
+    "link": (lambda f: (f / "w2").symlink_to("w"), r"w2 is a link to an array"),
     "no header": (lambda f: (f / "w/.zarray").unlink(), r"w/[01].0 is a chunk of an array whose .zarray is missing"),
     "common": (lambda f: (f / "common.pt").unlink(), r"common.pt is missing"),
 }  # fmt: skip
@@ -210,6 +216,9 @@ def test_damage_is_named(tmp_path: Path, what: str) -> None:
     write(folder / "w", np.ones((4, 4), np.float32), (2, 4))
     change, says = DAMAGE[what]
     change(folder)
+    if says is None:  # no damage to what is there
+        assert ckpt_dist.inspect(folder)["format"] == "zarr"
+        return
     with pytest.raises(CheckpointError, match=says):
         ckpt_dist.convert(folder, tmp_path / "out", format="dcp", model="identity", quiet=True)
     assert not (tmp_path / "out").exists()

@@ -524,7 +524,10 @@ def _walk(data: Any, at: int, tokens: bytes) -> int:
         width = _COUNTED.get(op[0]) if op else None
         if width is None:
             raise pickle.UnpicklingError(f"{op!r} at byte {at}, which is no opcode that fits there")
-        at += 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little")
+        length = int.from_bytes(data[at + 1 : at + 1 + width], "little")
+        at += 1 + width + length
+        if at > len(data):
+            raise pickle.UnpicklingError(f"a value of {length} bytes, of which {len(data)} are there")
 
 
 def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = None) -> Any:

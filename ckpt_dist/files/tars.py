@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from ckpt_dist.errors import CheckpointError
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
-MOST_MEMBERS = 1 << 20
+MOST_MEMBERS, MOST_WORDS = 1 << 20, 256  # and of a pax header, which tarfile copies for each member
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def directory(path: Path) -> dict[str, Member]:
 def _members(path: Path, archive: tarfile.TarFile) -> dict[str, Member]:
     found: dict[str, Member] = {}
     total = path.stat().st_size
-    for count, one in enumerate(archive):
+    for count, one in enumerate(iter(archive.next, None)):
+        archive.members = []  # type: ignore[attr-defined]  # each has a copy of what the archive says of all of them
         pure = PurePosixPath(one.name)
         name = str(pure)
         if count >= MOST_MEMBERS:
@@ -63,6 +64,12 @@ def _members(path: Path, archive: tarfile.TarFile) -> dict[str, Member]:
             raise CheckpointError(
                 f"{path}: {one.name!r} is a link, a device or a sparse file, which no checkpoint needs; refused."
             )
+        if len(one.pax_headers) > MOST_WORDS:
+            raise CheckpointError(
+                f"{path} says {len(one.pax_headers)} things of {name!r}, which no checkpoint needs; refused."
+            )
+        if one.size < 0:
+            raise CheckpointError(f"{path} is damaged: {name!r} is {one.size} bytes long. Fetch it again.")
         if one.offset_data + one.size > total:
             raise CheckpointError(
                 f"{path} is truncated: {name!r} ends at byte {one.offset_data + one.size}, the file has {total}. Fetch it again."

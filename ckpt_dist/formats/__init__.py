@@ -10,6 +10,7 @@ Invariant: a format is a table of addresses. Nothing here reads or writes the by
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -153,12 +154,19 @@ def _neighbours(path: Path) -> str:
 
 def inside(root: Path, name: object, where: str) -> str:
     """A file name that a header gives, if it stays below the checkpoint's folder; anything else is refused."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise CheckpointError(f"{where} names a file {name!r}, which is no file name.")
+    if not isinstance(name, str) or not _possible(name):
+        raise CheckpointError(f"{where} names a file {name!r:.300}, which is no file name.")
     parts = Path(name).parts
     if Path(name).is_absolute() or ".." in parts:
         raise CheckpointError(f"{where} names the file {name!r}, which lies outside the checkpoint; refused.")
     return name
+
+
+def _possible(name: str) -> bool:
+    try:
+        return bool(name) and "\0" not in name and all(len(part) < 256 for part in os.fsencode(name).split(b"/"))
+    except UnicodeEncodeError:
+        return False
 
 
 def split(sizes: Sequence[int], limit: int) -> list[list[int]]:

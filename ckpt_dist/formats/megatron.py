@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def assembled(
     offsets = _offsets(path, files, states, found, args)
     parts = []
     for number, (rank, chunks, (tree, storages)) in enumerate(zip(found, states, opened, strict=True)):
-        version = float(tree.get("checkpoint_version") or 0)
+        version = _version(path / files[number], tree)
         for chunk, state in enumerate(chunks):
             held = ranks.held(state, rank, offsets[chunk, rank.p], args, version)
             parts += [(part, number, storages) for part in held]
@@ -87,6 +87,14 @@ def assembled(
     about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
     about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)}
     return Catalog("megatron", str(path), tuple(files), entries, table, extras, args, about=about)
+
+
+def _version(where: Path, tree: Mapping[str, Any]) -> float:
+    """Which order the rows of a fused QKV have."""
+    said = tree.get("checkpoint_version") or 0
+    if type(said) not in (int, float):
+        raise CheckpointError(f"{where} is damaged: checkpoint_version is {said!r:.60}, not a number.")
+    return float(said)
 
 
 def together(
@@ -163,7 +171,7 @@ def renamed(name: str) -> str:
 
 def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Rank]:
     """The ranks of each folder. `mp_rank_00_001` may be a stage or a group of experts; args tell."""
-    said = [int(args.get(f"{k}_model_parallel_size") or 0) for k in ("tensor", "pipeline", "expert")]
+    said = [megatron.count(args, f"{k}_model_parallel_size") for k in ("tensor", "pipeline", "expert")]
     places = []
     for name in names:
         t, p, e = (int(n) if n else None for n in FOLDER.fullmatch(name).groups())  # type: ignore[union-attr]
@@ -176,12 +184,13 @@ def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Ra
             p, e = None, p
         places.append((t or 0, p or 0, e or 0))
     tp, pp, ep = (max(size, *(p[k] + 1 for p in places)) for k, size in enumerate(said))
-    lost = [(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep) if (t, p, e) not in places]
-    if lost:
-        name = _folder(Rank(*lost[0], tp, pp, ep))
+    there = set(places)
+    each = ((t, p, e) for t in range(tp) for p in range(pp) for e in range(ep))  # of as many as args say, so not a list
+    if lost := next((place for place in each if place not in there), None):
+        name = _folder(Rank(*lost, tp, pp, ep))
         raise CheckpointError(
             f"{path / name} is missing: the run had {tp} x {pp} x {ep} tensor, pipeline and expert ranks, the files of "
-            f"{len(lost)} of them are not there. Fetch them."
+            f"{tp * pp * ep - len(there)} of them are not there. Fetch them."
         )
     etp = args.get("expert_tensor_parallel_size")
     if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
@@ -201,7 +210,7 @@ def _offsets(
         for chunk, state in enumerate(chunks):
             numbers = {int(m[2]) for n in state if (m := ranks.LAYER.fullmatch(n))}
             if numbers != set(range(len(numbers))):
-                lost = min(set(range(max(numbers))) - numbers)
+                lost = next(k for k in count() if k not in numbers)
                 raise CheckpointError(f"{path / file} lacks layer {lost} of its stage.")
             known = counts.setdefault((chunk, rank.p), len(numbers))
             if known != len(numbers):

@@ -35,7 +35,7 @@ DTYPES = {
 CHUNK_BYTES = 64 << 20
 CHUNK = re.compile(r"/\d+(\.\d+)*$")
 OBJECT = re.compile(r"/shard_[\d._]+\.pt$")
-MOST_CHUNKS, MOST_DIMS = 1 << 20, 32  # of one array: more than any checkpoint has files
+MOST_CHUNKS, MOST_DIMS = 1 << 17, 8  # of one array: more than any checkpoint has files
 
 
 def claims(path: Path) -> bool:
@@ -64,7 +64,8 @@ class Grid:
 
     def places(self) -> Ints:
         """Each chunk's place in the grid, row by row: `[[0, 0], [0, 1], ...]`"""
-        return np.indices(self.counts, np.int64).reshape(len(self.shape), prod(self.counts)).T
+        counts = self.counts if prod(self.counts) else (0,) * len(self.shape)
+        return np.indices(counts, np.int64).reshape(len(self.shape), prod(counts)).T
 
     def name(self, place: Sequence[int]) -> str:
         return self.separator.join(map(str, place)) or "0"
@@ -76,14 +77,31 @@ class Grid:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """Every `.zarray`, and the sizes of its chunks' files."""
-    sizes = {}
-    for folder, _, found in os.walk(path):
-        for file in (os.path.join(folder, f) for f in found):
-            sizes[os.path.relpath(file, path)] = os.path.getsize(file)
-    catalog = described(path, sizes, lambda name: (path / name).read_bytes(), options.get("elsewhere") or {})
+    catalog = described(path, _sizes(path), lambda name: (path / name).read_bytes(), options.get("elsewhere") or {})
     common = torch_dist.common_of(path / torch_dist.COMMON)
     config = torch_dist.args_of(common) or torch_dist.settings_beside(path)
     return replace(catalog, config=config, about={**catalog.about, "lightning": torch_dist.of_lightning(common)})
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The size of each plain file, by its name. What cannot be listed is refused: its arrays would be left out unsaid."""
+    sizes = {}
+    for folder, inner, found in os.walk(path, onerror=_unreadable):
+        linked = next(
+            (d for d in inner if os.path.isfile(f"{folder}/{d}/{ARRAY}") and os.path.islink(f"{folder}/{d}")), None
+        )
+        if linked:
+            raise CheckpointError(
+                f"{folder}/{linked} is a link to an array of another folder. Put the array itself there."
+            )
+        for file in (os.path.join(folder, f) for f in found):
+            if os.path.isfile(file):
+                sizes[os.path.relpath(file, path)] = os.path.getsize(file)
+    return sizes
+
+
+def _unreadable(error: OSError) -> None:
+    raise CheckpointError(f"{error.filename} cannot be listed: {error.strerror}.") from None
 
 
 def described(
@@ -138,7 +156,7 @@ def _array(name: str, text: bytes, path: Path) -> tuple[Entry, Grid]:
         if (
             said["zarr_format"] != 2
             or not len(chunk) == len(shape) <= MOST_DIMS
-            or order not in "CF"
+            or order not in ("C", "F")
             or separator not in (".", "/")
         ):
             raise ValueError(f"zarr_format {said['zarr_format']}, shape {shape}, chunks {chunk}, order {order}")
