@@ -25,7 +25,7 @@ from ckpt_dist.engine import journal
 from ckpt_dist.engine.files import reserve
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.zips import combine_runs, crc_of_zeros
-from ckpt_dist.formats import Layout, held
+from ckpt_dist.formats import Layout, held, inside
 
 Runs = Sequence[tuple[int, int, int, int]]
 
@@ -58,10 +58,12 @@ class Staging:
 
 def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequence[Path], overwrite: bool) -> None:
     """Refuse a target that exists, a folder that cannot be written to and a disk that is too small, before any work."""
-    target = staging.target
-    _keep_sources(staging, [target / n for n in (*layout.catalog.files, *layout.late, *layout.own, *more)], sources)
+    target, names = staging.target, (*layout.catalog.files, *layout.late, *layout.own, *more)
+    for name in names:  # some are made of names that a source has
+        inside(target, name, f"What is to be written to {target}")
+    _keep_sources(staging, [target / n for n in names], sources)
     if staging.into:
-        taken = [n for n in (*layout.catalog.files, *layout.late, *layout.own, *more) if (target / n).exists()]
+        taken = [n for n in names if (target / n).exists()]
         if taken and not overwrite:
             raise UsageError(
                 f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
