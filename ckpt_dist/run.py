@@ -87,6 +87,7 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            group.together(lambda: _replicas(cfg, m.catalog.format))
             copies = replicas.others(group, m, cfg)
         cfg = _as_stored(cfg, m)
         target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
@@ -96,6 +97,15 @@ def convert(cfg: Config) -> dict[str, Any]:
             even = [1 / (1 + len(copies))] * (1 + len(copies))
             return _write(group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"})
         return _write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
+
+
+def _replicas(cfg: Config, format: str) -> None:
+    """Copies of several ranks are averaged where they are read, and nowhere silently not."""
+    if cfg["source"]["replicas"] == "average" and format != "megatron_deepspeed":
+        raise UsageError(
+            f"source.replicas=average: of what ranks have alike, {format} takes the first rank's. Leave it out; "
+            "the mean is taken by convert from megatron_deepspeed."
+        )
 
 
 def _universal(cfg: Config) -> Config:
@@ -126,6 +136,7 @@ def _as_stored(cfg: Config, m: Model) -> Config:
 
 def merge(cfg: Config) -> dict[str, Any]:
     """The shards of a training checkpoint into one Hugging Face model, by default inside the checkpoint itself."""
+    _replicas(cfg, "merge")
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
@@ -152,6 +163,7 @@ def _checkpoint_of(m: Model) -> Path:
 
 def average(cfg: Config) -> dict[str, Any]:
     """The weighted mean of several checkpoints of one model, summed in fp32 and rounded once."""
+    _replicas(cfg, "average")
     with job("average", cfg) as (group, report):
         with report.phase("scan"):
             models = part.scanned(group, lambda more: _open_all(cfg, more))
@@ -350,7 +362,7 @@ def _write(
         from ckpt_dist.averages.tensors import use
 
         report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    staged = p.on_disks(group, lambda: begin(p, cfg, about, given))
+    staged = _begun(group, p, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
@@ -374,6 +386,23 @@ def _only_for_plans(models: Sequence[Model], engine: Config) -> None:
             raise UsageError(
                 f"engine.{key}={engine[key]} is only for dry_run=true. Ranks are started by torchrun, or by nproc=."
             )
+
+
+def _begun(group: Group, p: Prepared, work: Callable[[], task.Staged]) -> task.Staged:
+    """Begin on all disks; where one cannot, what the others have just made goes away again."""
+    mine: list[task.Staged] = []
+
+    def noted() -> task.Staged:
+        mine.append(work())
+        return mine[0]
+
+    try:
+        return p.on_disks(group, noted)
+    except Exception:
+        if mine and not mine[0].finished:
+            stage.discard(p.staging)
+        stage.release()
+        raise
 
 
 def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
