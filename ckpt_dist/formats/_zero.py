@@ -83,19 +83,14 @@ def _groups(main: File) -> tuple[Shapes, ...]:
 
 def _same_step(shards: Sequence[tuple[File, Mapping[str, Any]]]) -> None:
     """All ranks have counted as many steps: files that were saved at another time look the same in all else."""
-    first: tuple[File, float] | None = None
-    for file, tree in shards:
-        for key in BASE:
-            said = _by_group(tree.get(key), 1)[0].get("step")
-            step = file.number_of(said, "step") if isinstance(said, pickles.TensorRef) else said
-            if type(step) not in (int, float):
-                continue
-            first = first or (file, step)
-            if step != first[1]:
-                raise CheckpointError(
-                    f"{file.path} is of step {step:g}, {first[0].path.name} of step {first[1]:g}. The files are of two saves; "
-                    "fetch the checkpoint again."
-                )
+    said = [(file, _by_group(tree.get(key), 1)[0].get("step")) for file, tree in shards for key in BASE]
+    steps = [(f, f.number_of(v, "step") if isinstance(v, pickles.TensorRef) else v) for f, v in said]
+    steps = [(f, v) for f, v in steps if type(v) in (int, float)]
+    if other := next(((f, v) for f, v in steps if v != steps[0][1]), None):
+        raise CheckpointError(
+            f"{other[0].path} is of step {other[1]:g}, {steps[0][0].path.name} of step {steps[0][1]:g}. The files are of two "
+            "saves; fetch the checkpoint again."
+        )
 
 
 def _inner(file: File) -> Mapping[str, Any]:
