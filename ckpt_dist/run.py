@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,6 +48,7 @@ from ckpt_dist.report import Report, parse_size, peak_memory, size
 
 Config = Mapping[str, Any]
 T = TypeVar("T")
+COMMAND = Event()  # set where this process is one of the command's
 
 
 @contextmanager
@@ -62,9 +64,10 @@ def job(verb: str, cfg: Config) -> Iterator[tuple[Group, Report]]:
 def _frozen() -> Iterator[None]:
     """The garbage collector leaves alone what was there before: with torch imported, a full look at it takes 0.15 s.
 
-    In a program that has frozen objects itself nothing is done, since they could not be told from ours afterwards.
+    Only in a process of the command, which ends with its job: in a program that converts in a loop, what was thrown away
+    between two jobs would come among the oldest objects each time, and the full look at these would never be due.
     """
-    ours = not gc.get_freeze_count()
+    ours = COMMAND.is_set() and not gc.get_freeze_count()
     if ours:
         gc.freeze()
     try:
