@@ -76,6 +76,7 @@ def _run(verb: str, argv: list[str], configs: list[dict[str, Any]]) -> int:
     for number in () if verb in LOOKING else (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: STOP.set())
     module = importlib.import_module("ckpt_dist.check" if verb in LOOKING else "ckpt_dist.run")
+    importlib.import_module("ckpt_dist.run").COMMAND.set()
     for cfg in configs:
         result = getattr(module, verb)(cfg)
         show_result(result or {}, cfg["json"])

@@ -62,6 +62,16 @@ class Cut:
     parts: int = 1
     fused: int = 1
 
+    def checked(self, name: str, ref: TensorRef) -> Cut:
+        """Itself, for a tensor of a rank that can be a part of this kind."""
+        if self.dim is not None and (self.dim >= len(ref.shape) or ref.shape[self.dim] % self.fused):
+            parts = f"{self.fused} parts along " if self.fused > 1 else ""
+            raise CheckpointError(
+                f"{name!r} has the shape {list(ref.shape)}; a tensor of this name has {parts}dim {self.dim}, which ranks divide. "
+                "It is damaged, or of another model."
+            )
+        return self
+
     def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(n * self.parts if d == self.dim else n for d, n in enumerate(shape))
 
@@ -131,7 +141,7 @@ def held(
         elif GROUPED.fullmatch(inner):
             yield _grouped(whole, own, inner, ref, tensors, rank, args)
         else:
-            cut = _cut(inner, ref, _next(tensors, name), rank, _latent(tensors, name, args))
+            cut = _cut(inner, ref, _next(tensors, name), rank, _latent(tensors, name, args)).checked(name, ref)
             if rank.e or (cut.dim is None and rank.t != rank.replica):
                 continue
             pieces = list(cut.pieces(ref.shape, ref.stride, rank.t))

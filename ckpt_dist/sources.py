@@ -6,6 +6,7 @@ passed over is said.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -192,12 +193,17 @@ def _tracked(asked: Path) -> tuple[Path, str] | None:
         names = [megatron.STEPS.format(count) if number else text, megatron.STEPS.format(count) + merak.ALONE]
         names += [f"global_step{count}", NAMED[1]]
     paths = [asked / formats.inside(asked, n, str(tracker)) for n in names]
-    path = next((p for p in paths if p.is_dir()), paths[0])
-    if not path.is_dir():
+    path = next((p for p in paths if os.path.isdir(p)), paths[0])  # also of a name that is too long for any folder
+    if not os.path.isdir(path):
         raise CheckpointError(
-            f"{tracker} says {text}, but {path.name} is not there. {_content(asked)} Give source.step=NUMBER to take another."
+            f"{tracker} says {_shown(text)}, but {_shown(path.name)} is not there. {_content(asked)} Give source.step=NUMBER to take another."
         )
     return path, tracker.name
+
+
+def _shown(text: str) -> str:
+    """A name out of a file, as a message can show it."""
+    return (text if text.isprintable() else repr(text))[:80]
 
 
 def _one(

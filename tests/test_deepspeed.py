@@ -329,6 +329,61 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lies outside" in refused(capsys, tmp_path / "gone", out)
 
 
+@pytest.mark.parametrize("case", ["two-3", "three-2"])
+def test_a_shard_of_another_step(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: Any) -> None:
+    """Half of a newer save over an older one: all lengths fit, only the counted steps differ."""
+    here = Path(shutil.copytree(DATA / case, tmp_path / "r")) / "global_step3"
+
+    def later(tree: Any) -> None:
+        base = tree.get("base_optimizer_state") or tree["optimizer_state_dict"]
+        base["state"][0]["step"] += 2
+
+    changed(next(here.glob("*pp_rank_1_*optim_states.pt")), later)
+    assert "is of step 5" in refused(capsys, here, tmp_path / "o", "source.weights=master")
+
+
+def test_what_files_say_is_no_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: Any) -> None:
+    """Keys of a source become names of files in a universal checkpoint: none of them leads out of it."""
+    here = Path(shutil.copytree(DATA / "two-3", tmp_path / "r")) / "global_step3"
+    for path in here.glob("*optim_states.pt"):
+        changed(
+            path,
+            lambda t: [
+                s.update({"../../../../../up/evil": s["exp_avg"]}) for s in t["base_optimizer_state"]["state"].values()
+            ],
+        )
+    words = (here, tmp_path / "o", "target.format=deepspeed", "target.universal=true")
+    assert main("convert", [f"source.path={words[0]}", f"target.path={words[1]}", *words[2:]]) == 2
+    assert "cannot be the name of a folder" in capsys.readouterr().err
+    assert not [p for p in tmp_path.rglob("*") if "evil" in p.name or p.name.startswith(".o")]
+
+
+def test_small_files_with_large_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers in names and pickles are not counted up to, and no file asks for more than it could hold."""
+    out, source = tmp_path / "o", DATA / "two-3/global_step3"
+
+    def changed_main(name: str, **what: Any) -> Path:
+        folder = Path(shutil.copytree(source, tmp_path / name))
+        path = next(folder.glob("*model_states.pt"))
+        torch.save({**torch.load(path, weights_only=True), **what}, path)
+        return folder
+
+    far = changed_main("far")
+    shard = next(far.glob("*pp_rank_2_*optim_states.pt"))
+    shard.rename(far / shard.name.replace("rank_2_", "rank_99999999999_"))
+    assert "the shard of rank 2 is missing" in refused(capsys, far, out)
+    experts = changed_main("experts", num_experts=[10**12])
+    torch.save({"x.weight": torch.ones(2)}, experts / "layer_0_expert_0_mp_rank_00_model_states.pt")
+    assert "expert 1 of layer 0 is missing" in refused(capsys, experts, out)
+    for k, shapes in enumerate(([{"w": (2**40, 2**40)}], [{"w": "abc"}], [{"w": (-1, 2)}], [{3: (2,)}])):
+        wrong = changed_main(f"shapes{k}", param_shapes=shapes)
+        assert "param_shapes has" in refused(capsys, wrong, out, "source.weights=master")
+    endless = changed_main("endless", module={"w": torch.zeros(1).expand(2**20, 2**20, 2**20)})
+    assert "a tensor of shape" in refused(capsys, endless, out)
+    (Path(shutil.copytree(DATA / "two-3", tmp_path / "long")) / "latest").write_text("x" * 300)
+    assert "is not there" in refused(capsys, tmp_path / "long", out)
+
+
 def test_a_second_name_that_nobody_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Older files say nothing of shared weights; at stages 1 and 2 their storages do."""
     for case, key in (("three-2", "t"), ("two_fp32-2", "s")):

@@ -8,6 +8,7 @@ checked here: Megatron's own loader (test_megatron.py loads the very same files 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,13 +57,17 @@ def made(real: Real, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         jobs.append((verb, keys(real, case, here / "node{node}" / case) | {"target.shared": False}, 2))
     again = {**keys(real, "dcp", here / "node{node}/again"), "target.shared": False, "engine.verify": False}
     taken = {**again, "target.path": str(here / "node{node}/taken")}
+    below = {**again, "target.path": str(here / "node{node}/a/file/out")}
+    (here / "node1/a").mkdir(parents=True)
+    (here / "node1/a/file").write_text("no folder")
     (here / "node1/taken").mkdir(parents=True)
     jobs += [("convert", again, 2, 3), ("convert", again, 2), ("convert", taken, 2)]
     jobs += [("convert", {**taken, "target.placement": "0,0,2,2", "target.path": str(here / "none")}, 2)]
+    jobs += [("convert", below, 2)]
     (here / "jobs.json").write_text(json.dumps(jobs))
     done = torchrun(4, ROOT / "tests/real/reports.py", here / "jobs.json", here / "reports.json")
     assert done.returncode == 0, done.stderr[-3000:]
-    names = [*JOBS, "stopped", "again", "taken", "placed wrong"]
+    names = [*JOBS, "stopped", "again", "taken", "placed wrong", "below"]
     return here, dict(zip(names, json.loads((here / "reports.json").read_text()), strict=True))
 
 
@@ -153,6 +158,7 @@ def test_a_target_that_one_node_has_is_refused_by_all(made: Any) -> None:
     assert not (here / "node0/taken").exists() and not list((here / "node1/taken").iterdir())
     assert not list(here.rglob(".*.ckpt_dist*"))
     assert "names node 2" in reports["placed wrong"]["error"]
+    assert "Cannot write to" in reports["below"]["error"] and not list((here / "node0").glob("a/file/.*"))
 
 
 # ---- one node: what happens between the nodes' renames
@@ -164,8 +170,9 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def failing(error: Exception) -> Callable[[Any], None]:
-    def settle(place: Any) -> None:
+def failing(error: Exception, words: int = 1) -> Callable[..., None]:
+    def settle(*given: Any) -> None:
+        assert len(given) == words
         raise error
 
     return settle
@@ -199,6 +206,62 @@ def test_a_job_that_ends_between_the_renames_is_published_again(
     assert same(tmp_path / "out", tmp_path / "straight") and not list(tmp_path.glob(".*"))
     with pytest.raises(UsageError, match="exists"):
         ckpt_dist.convert(source, tmp_path / "out", **keys)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_was_there_comes_back_after_an_end_between_two_renames(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    keys: dict[str, Any] = {"format": "dcp", "target.shared": shared, "overwrite": True}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    rename = os.rename
+
+    def ended(a: Path, b: Path) -> None:
+        if str(b).endswith("/out"):
+            raise RuntimeError("killed")
+        rename(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.os, "rename", ended)
+        with pytest.raises(RuntimeError):
+            ckpt_dist.convert(source, tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "finish", failing(CheckpointError("no space"), 4))
+        with pytest.raises(CheckpointError, match="no space"):
+            ckpt_dist.convert(source, tmp_path / "out", **keys)
+    assert (tmp_path / "out/old").read_text() == "old" and not list(tmp_path.glob(".*"))
+
+
+def test_what_is_not_yet_everywhere_is_left_to_its_job(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {"format": "dcp", "target.shared": False}
+    settle = staging.settle
+
+    def another(place: Any) -> None:  # begins while this one waits for other nodes
+        with pytest.raises(UsageError, match="Another job is making"):
+            ckpt_dist.convert(source, tmp_path / "out", **keys)
+        settle(place)
+
+    monkeypatch.setattr(staging, "settle", another)
+    ckpt_dist.convert(source, tmp_path / "out", **keys)
+    assert (tmp_path / "out/.metadata").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_replacing_has_to_be_asked_for_again(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: dict[str, Any] = {"format": "dcp", "target.shared": False}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "settle", failing(RuntimeError("killed")))
+        with pytest.raises(RuntimeError):
+            ckpt_dist.convert(source, tmp_path / "out", overwrite=True, **keys)
+    with pytest.raises(UsageError, match="exists"):
+        ckpt_dist.convert(source, tmp_path / "out", **keys)
+    ckpt_dist.convert(source, tmp_path / "out", overwrite=True, **keys)
+    assert not (tmp_path / "out/old").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path, source: Path) -> None:

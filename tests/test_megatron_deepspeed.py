@@ -331,6 +331,14 @@ SPOILED: list[tuple[Callable[[Path], Any], str]] = [
         lambda s: edited(s / "layer_01-model_01-model_states.pt", lambda t: t.update({"word_embeddings.weight": torch.ones(9, WIDTH)})),
         r"part of float32\[18, 32\], that of another rank of float32\[64, 32\]",
     ),
+    (
+        lambda s: edited(s / "layer_04-model_00-model_states.pt", lambda t: t.update({5: torch.ones(2)})),
+        r"layer_04-model_00-model_states.pt holds .* by name",
+    ),
+    (
+        lambda s: edited(s / "layer_04-model_00-model_states.pt", lambda t: t.update({"self_attention.dense.weight": torch.ones(4)})),
+        r"linear_proj.weight' has the shape \[4\]",
+    ),
     (lambda s: (s.parent / "latest").write_text("global_step9"), r"says global_step9, but global_step9 is not there"),
 ]  # fmt: skip
 

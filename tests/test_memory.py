@@ -4,17 +4,24 @@ ten times as large as `engine.memory`; for a conversion (plain, permuted and cas
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from math import prod
 from pathlib import Path
 from subprocess import PIPE
+from threading import Event
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import ckpt_dist
+from ckpt_dist import run
 from ckpt_dist.files.safetensors import lay_out
 from tests.conftest import ROOT
 
@@ -104,3 +111,19 @@ def test_an_average_of_8_stays_within_its_memory(tmp_path: Path, transport: str)
     before, after = peak("average", tmp_path / "run", tmp_path / "target", **{"engine.transport": transport})
     print(f"average of 8, {transport}: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
     assert after - before < MEMORY + (256 << 20)
+
+
+def test_a_program_that_converts_in_a_loop_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program throws away between two jobs is still found by its garbage collector."""
+
+    class Loop:
+        def __init__(self) -> None:
+            self.me = self
+
+    monkeypatch.setattr(run, "COMMAND", Event())
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    thrown = []
+    for turn in range(30):
+        thrown.append(weakref.ref(Loop()))
+        ckpt_dist.convert(tmp_path / "w.safetensors", tmp_path / f"{turn}.pt", format="torch", quiet=True)
+    assert sum(one() is not None for one in thrown) < 15 and not gc.get_freeze_count()

@@ -444,3 +444,36 @@ def test_old_files_that_are_damaged(tmp_path: Path) -> None:
 def test_config_of_a_checkpoint_is_that_of_its_source(made: Made, tmp_path: Path) -> None:
     ckpt_dist.convert(made("gpt2"), tmp_path / "it", format="merak", tp=2)
     assert json.loads((tmp_path / "it/config.json").read_text())["activation_function"] == "gelu_new"
+
+
+def test_files_that_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers in names are not counted up to; tensors that cannot be a rank's are named."""
+
+    def made(name: str, **more: Any) -> Path:
+        folder = Path(shutil.copytree(CONVERTED / "t2p2", tmp_path / name)) / "release"
+        path = folder / "mp_rank_00_pp_rank_000/partial_model_optim.pt"
+        tree = torch.load(path, weights_only=False)
+        tree["model"] |= {f"module.{k}": v for k, v in more.pop("model", {}).items()}
+        torch.save(tree | more, path)
+        return folder
+
+    far = made("far")
+    shutil.copytree(far / "mp_rank_00_pp_rank_000", far / "mp_rank_99999999_pp_rank_000")
+    cases = [
+        (far, "mp_rank_02_pp_rank_000/partial_model_optim.pt is missing"),
+        (made("layer", model={"2.transformer.h.99999999999.ln_1.weight": torch.ones(8)}), "lacks layer 2"),
+        (made("flat", model={"2.x.row_linear.weight": torch.ones(8)}), "has the shape [8]"),
+        (made("none", model={"0.transformer.wte.weight": torch.tensor(1.0)}), "has the shape []"),
+        (made("odd", model={"2.transformer.h.0.attn.c_attn.col_linear.bias": torch.ones(13)}), "has the shape [13]"),
+    ]
+    for folder, says in cases:
+        assert main("convert", [f"source.path={folder}", f"target.path={tmp_path / 'no'}"]) == 3
+        assert says in capsys.readouterr().err, folder
+    config = {"model.config": str(CONVERTED / "hf-20")}
+    ckpt_dist.convert(made("said", ckpt_dist={"orig_vocab_size": -5}), tmp_path / "hf", **config)
+    assert load_file(tmp_path / "hf/model.safetensors")["transformer.wte.weight"].shape[0] == 20
+
+
+def test_copies_are_not_silently_those_of_the_first_rank(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="merak takes the first"):
+        ckpt_dist.convert(CONVERTED / "t2p2", tmp_path / "no", **{"source.replicas": "average"})

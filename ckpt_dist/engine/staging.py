@@ -25,7 +25,7 @@ from ckpt_dist.engine import journal
 from ckpt_dist.engine.files import reserve
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.zips import combine_runs, crc_of_zeros
-from ckpt_dist.formats import Layout, held
+from ckpt_dist.formats import Layout, held, inside
 
 Runs = Sequence[tuple[int, int, int, int]]
 
@@ -58,15 +58,17 @@ class Staging:
 
 def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequence[Path], overwrite: bool) -> None:
     """Refuse a target that exists, a folder that cannot be written to and a disk that is too small, before any work."""
-    target = staging.target
-    _keep_sources(staging, [target / n for n in (*layout.catalog.files, *layout.late, *layout.own, *more)], sources)
+    target, names = staging.target, (*layout.catalog.files, *layout.late, *layout.own, *more)
+    for name in names:  # some are made of names that a source has
+        inside(target, name, f"What is to be written to {target}")
+    _keep_sources(staging, [target / n for n in names], sources)
     if staging.into:
-        taken = [n for n in (*layout.catalog.files, *layout.late, *layout.own, *more) if (target / n).exists()]
+        taken = [n for n in names if (target / n).exists()]
         if taken and not overwrite:
             raise UsageError(
                 f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
             )
-    elif (target.exists() or target.is_symlink()) and not overwrite and not staging.unsettled:
+    elif (target.exists() or target.is_symlink()) and not overwrite and (staging.old.exists() or not staging.unsettled):
         raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
     parent = target.parent
     while not parent.exists():
@@ -92,8 +94,11 @@ def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path
 def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     """The skeleton: every file at its full size, with its header bytes. Whether an earlier attempt's is gone on with."""
     folder = staging.folder
-    _take_back(staging)
-    _claim(staging)
+    if staging.unsettled:
+        _claim(staging, staging.target)  # the job that published it may be waiting for other nodes
+        _take_back(staging)
+    else:
+        _claim(staging, folder)
     if resume and journal.matches(folder, plan):
         return True
     try:
@@ -109,7 +114,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
                 reserve(file.fileno(), size)
         _write_pieces(staging, layout)
         journal.begin(folder, plan)
-        _claim(staging)
+        _claim(staging, folder)
         return False
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -121,10 +126,10 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
 _claims: list[int] = []
 
 
-def _claim(staging: Staging) -> None:
+def _claim(staging: Staging, folder: Path) -> None:
     """Two jobs must not make one target at the same time; a claim ends with the process, however that ends."""
     try:
-        fd = os.open(staging.folder / journal.FOLDER / journal.PLAN, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(folder / journal.FOLDER / journal.PLAN, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return  # nobody has begun
     try:
@@ -230,7 +235,7 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
             _sync(target.parent)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot publish {target}: {error.strerror}. The finished files are in {folder}."
+            f"Cannot publish {target}: {error.strerror}. Nothing was published; what was there is as it was."
         ) from None
 
 
@@ -241,9 +246,11 @@ def settle(staging: Staging) -> None:
 
 
 def discard(staging: Staging) -> None:
-    """No trace of an attempt."""
+    """No trace of an attempt, and what was there before it is there again."""
     _take_back(staging)
     shutil.rmtree(staging.folder, ignore_errors=True)
+    if staging.old.exists() and not staging.target.exists():  # an end between the two renames of `publish`
+        os.rename(staging.old, staging.target)
 
 
 def _remove(path: Path) -> None:

@@ -251,6 +251,17 @@ def _numbers(values: Any, what: str) -> tuple[int, ...]:
     return found
 
 
+def is_shape(value: Any) -> bool:
+    """Whether a value is the shape of a tensor that could be there."""
+    return (
+        isinstance(value, (tuple, list))
+        and not isinstance(value, Record)
+        and all(type(n) is int and n >= 0 for n in value)
+        and len(value) <= 64
+        and prod(value) < DEEP
+    )
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any, dtype: str | None = None) -> TensorRef:
     """`_rebuild_tensor_v2`: the view must lie in its storage."""
     if not isinstance(storage, Storage):
@@ -259,6 +270,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any, dtyp
     (at,), sizes, steps = _numbers((offset,), "offset"), _numbers(shape, "shape"), _numbers(stride, "stride")
     if len(sizes) != len(steps):
         raise pickle.UnpicklingError(f"a tensor of shape {sizes} with strides {steps}")
+    if prod(sizes) >= DEEP:  # one element may stand for all of them
+        raise pickle.UnpicklingError(f"a tensor of shape {sizes}")
     last = at + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True)) + 1 if prod(sizes) else 0
     have = storage.numel * itemsize(storage.dtype)
     if last * itemsize(kind) > have:

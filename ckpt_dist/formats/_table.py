@@ -20,6 +20,8 @@ from ckpt_dist.files import pickles, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import torch as pt
 
+COUNTERS = {"float32": "<f4", "float64": "<f8", "int32": "<i4", "int64": "<i8"}
+
 
 @dataclass(frozen=True)
 class File:
@@ -32,6 +34,15 @@ class File:
 
     def address(self, ref: pickles.TensorRef, what: str) -> int:
         return pt.storage_record(self.storages, ref, f"{self.path}: {what}")
+
+    def number_of(self, ref: pickles.TensorRef, what: str) -> float | None:
+        """The value of a counter that is a tensor, which a scan may read: it says of which save a file is."""
+        at, kind = self.address(ref, what), COUNTERS.get(ref.dtype)
+        if kind is None or ref.shape not in ((), (1,)):
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(at)
+            return float(np.frombuffer(file.read(itemsize(ref.dtype)), kind)[0])
 
 
 def opened(root: Path, name: str, number: int) -> File:

@@ -179,7 +179,11 @@ def _laid_out(spec: Spec, files: _Files) -> Layout:
 def _value_file(files: _Files, k: int, entry: Entry, info: Mapping[str, Any]) -> tuple[int, Entry] | None:
     """The file of one value of a weight; what it is, if it is the step."""
     name, key = (entry.name, "fp32") if entry.role == "weight" else (str(entry.path[2]), str(entry.path[3]))
-    path = f"{FOLDER}/{_folder(name)}/{key}.pt"
+    path = f"{FOLDER}/{_folder(name)}/{_folder(key)}.pt"
+    if f"{files.tag}/{path}" in files.names:
+        raise UsageError(
+            f"target.universal=true: {entry.name!r} would be the second {path}. Leave it out with keep=weights."
+        )
     if key == "step":
         files.add(path, [(k, replace(entry, path=()))], {})
         return k, entry

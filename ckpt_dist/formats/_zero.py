@@ -59,16 +59,38 @@ def save(main: File, files: Sequence[File]) -> Save:
             f"{main.path.parent}: {len(files)} optimizer files, and the save was of {world} data-parallel ranks. "
             + ("Fetch the missing ones." if world > len(files) else "Move those of the other run away.")
         )
-    groups = main.tree.get("param_shapes")
-    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
-        raise CheckpointError(
-            f"{main.path} does not say which parameters are trained (param_shapes). Is it older than DeepSpeed 0.5?"
-        )
+    _same_step(shards)
+    groups = _groups(main)
     starts = tuple(_starts(g, shards[0][1].get("param_alignment_paddings"), k) for k, g in enumerate(groups))
     settings = main.tree.get("ds_config")
     settings = settings.get("zero_optimization") if isinstance(settings, Mapping) else None
     shuffled = isinstance(settings, Mapping) and settings.get("round_robin_gradients") is True
     return Save(stages[0], tuple(groups), starts, tuple(shards), shuffled)
+
+
+def _groups(main: File) -> tuple[Shapes, ...]:
+    """The trained parameters by group, in their order."""
+    groups = main.tree.get("param_shapes")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
+        raise CheckpointError(
+            f"{main.path} does not say which parameters are trained (param_shapes). Is it older than DeepSpeed 0.5?"
+        )
+    for name, shape in (one for group in groups for one in group.items()):
+        if not isinstance(name, str) or not pickles.is_shape(shape):
+            raise CheckpointError(f"{main.path} is damaged: param_shapes has {name!r:.60} of shape {shape!r:.60}.")
+    return tuple(groups)
+
+
+def _same_step(shards: Sequence[tuple[File, Mapping[str, Any]]]) -> None:
+    """All ranks have counted as many steps: files that were saved at another time look the same in all else."""
+    said = [(file, _by_group(tree.get(key), 1)[0].get("step")) for file, tree in shards for key in BASE]
+    steps = [(f, f.number_of(v, "step") if isinstance(v, pickles.TensorRef) else v) for f, v in said]
+    steps = [(f, v) for f, v in steps if type(v) in (int, float)]
+    if other := next(((f, v) for f, v in steps if v != steps[0][1]), None):
+        raise CheckpointError(
+            f"{other[0].path} is of step {other[1]:g}, {steps[0][0].path.name} of step {steps[0][1]:g}. The files are of two "
+            "saves; fetch the checkpoint again."
+        )
 
 
 def _inner(file: File) -> Mapping[str, Any]:
@@ -94,6 +116,7 @@ def _starts(group: Shapes, paddings: Any, number: int) -> Ints:
     """Where each parameter begins in its group's line; newer files may align them."""
     sizes = ints([prod(shape) for shape in group.values()])
     more = _numbers(paddings[number]) if isinstance(paddings, (list, tuple)) and len(paddings) > number else []
+    more = [n for n in more if 0 <= n < pickles.DEEP]
     steps = sizes + ints(more) if len(more) == len(sizes) else sizes
     return ints(np.cumsum(steps) - steps)
 
@@ -202,7 +225,16 @@ def _mapped(file: File, mappings: Any, found: Mapping[str, Part]) -> None:
 def frozen(files: Sequence[File]) -> dict[str, Part]:
     """Stage 3: what is not trained, of which each rank's model file has one part, in the dtype of the computation."""
     found: dict[str, Part] = {}
-    for name, shape in (files[0].tree.get("frozen_param_shapes") or {}).items():
+    shapes = files[0].tree.get("frozen_param_shapes") or {}
+    step = files[0].tree.get("global_steps")
+    if other := next((f for f in files if shapes and f.tree.get("global_steps") != step), None):
+        raise CheckpointError(
+            f"{other.path} is of step {other.tree.get('global_steps')}, {files[0].path.name} of step {step}. The files are of two "
+            "saves; fetch the checkpoint again."
+        )
+    for name, shape in shapes.items() if isinstance(shapes, Mapping) else ():
+        if not isinstance(name, str) or not pickles.is_shape(shape):
+            raise CheckpointError(f"{files[0].path} is damaged: {name!r:.60} is of shape {shape!r:.60}.")
         what = f"a part of the frozen {name!r}"
         slices = [flat(f, (f.tree.get("frozen_param_fragments") or {}).get(name), what) for f in files]
         runs = zero.parts([prod(shape)], len(slices), [[t.length] for t in slices])
@@ -214,7 +246,7 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
     """The optimizer's state: flat values as parameters have, counters, settings of groups."""
     holders = [tree.get(BASE[s.stage == 3]) for _, tree in s.shards]
     each = [_by_group(h, len(s.groups)) for h in holders]
-    keys = list(dict.fromkeys(key for of in each[0] for key in of))
+    keys = [key for key in dict.fromkeys(key for of in each[0] for key in of) if isinstance(key, str)]
     for key in keys:
         values = [[of[g].get(key) for of in each] for g in range(len(each[0]))]
         flats = [[v for v in of if isinstance(v, pickles.TensorRef) and len(v.shape) == 1] for of in values]
@@ -246,8 +278,9 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
 
 def _by_group(holder: Any, count: int) -> list[Mapping[str, Any]]:
     """The state of each group; a list where each is by itself (elastic checkpoints)."""
-    state = holder.get("state") if isinstance(holder, Mapping) else dict(enumerate(holder or ()))
-    found = [(state or {}).get(g) for g in range(count)]
+    state = holder.get("state") if isinstance(holder, Mapping) else holder
+    state = dict(enumerate(state)) if isinstance(state, (list, tuple)) else state
+    found = [state.get(g) if isinstance(state, Mapping) else None for g in range(count)]
     return [of if isinstance(of, Mapping) else {} for of in found]
 
 

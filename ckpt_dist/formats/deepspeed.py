@@ -11,8 +11,9 @@ save, or the first that is not is named.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,10 @@ def _named(table: Table, main: File, held: Mapping[str, _zero.Part], strict: boo
     for name in [*module, *(n for n in held if n not in module)]:
         part = held.get(aliases.get(name, name))
         if part is not None:
+            if name in module and module[name].shape != part.shape and 0 not in module[name].shape:
+                raise CheckpointError(
+                    f"{main.path}: {name!r} is {list(module[name].shape)}, param_shapes say {list(part.shape)}. It is damaged."
+                )
             table.runs(Entry(name, part.dtype, part.shape, (name,)), part.lo, part.hi, part.file, part.address)
         elif 0 not in module[name].shape or name in buffers:
             table.whole(Entry(name, module[name].dtype, module[name].shape, (name,)), module[name], main)
@@ -191,12 +196,15 @@ def _experts(table: Table, path: Path, main: File, names: list[str], first: int)
         layers.setdefault(layer, set()).add(int(expert))
         file = opened(path, name, first + k)
         for label, ref in file.tree.items():
+            if not isinstance(ref, pickles.TensorRef):
+                raise CheckpointError(f"{file.path}: {label!r:.60} is no tensor, as all of an expert's file are.")
             table.whole(Entry(str(label), ref.dtype, ref.shape, (str(label),)), ref, file)
     said = main.tree.get("num_experts")
     counts = said if isinstance(said, (list, tuple)) and len(said) == len(layers) else [0] * len(layers)
-    for (layer, found), count in zip(sorted(layers.items(), key=lambda row: int(row[0] or 0)), counts, strict=True):
-        if lost := set(range(max(count, max(found) + 1))) - found:
-            raise CheckpointError(f"{path}: expert {min(lost)} of layer {layer or 0} is missing. Fetch its file.")
+    for (layer, found), many in zip(sorted(layers.items(), key=lambda row: int(row[0] or 0)), counts, strict=True):
+        lost = _first_lost(found)
+        if lost < max(found) or (type(many) is int and lost < many):
+            raise CheckpointError(f"{path}: expert {lost} of layer {layer or 0} is missing. Fetch its file.")
     return names
 
 
@@ -236,17 +244,21 @@ def _folder(path: Path) -> Folder:
             f"{path} mixes {models[0][1]} and {models[-1][1]}: files of ZeRO stage 3 and of another stage. Move those of one away."
         )
     for what in (models, optims):
-        lost = sorted(set(range(max((r for r, _ in what), default=-1) + 1)) - {r for r, _ in what})
-        if lost:
-            here = next(n for r, n in what if r > lost[0])
-            wanted = re.sub(r"pp_rank_\d+", f"pp_rank_{lost[0]}", here)
-            raise CheckpointError(f"{path}: the shard of rank {lost[0]} is missing ({wanted}). Fetch it again.")
+        lost = _first_lost({r for r, _ in what} - {-1})
+        if here := next((n for r, n in what if r > lost), None):
+            wanted = re.sub(r"pp_rank_\d+", f"pp_rank_{lost}", here)
+            raise CheckpointError(f"{path}: the shard of rank {lost} is missing ({wanted}). Fetch it again.")
         if len({r for r, _ in what}) < len(what):
             raise CheckpointError(
                 f"{path} holds two files of one rank: {what[0][1]} and {what[1][1]}. Move one run's away."
             )
     experts = sorted(n for n in names if EXPERT.fullmatch(n))
     return Folder(path, [n for _, n in models], [n for _, n in optims], experts)
+
+
+def _first_lost(found: Collection[int]) -> int:
+    """The first number that is not there: `_first_lost({0, 1, 9})` is 2; names of files may have any."""
+    return next(n for n in count() if n not in found)
 
 
 def _refuse(path: Path, names: Sequence[str]) -> None:

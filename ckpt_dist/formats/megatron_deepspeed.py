@@ -18,7 +18,7 @@ from typing import Any
 from ckpt_dist import ranks
 from ckpt_dist.catalog import Catalog, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import pickles, zips
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.megatron import partition, rank_files, renamed, together
@@ -46,10 +46,14 @@ def claims(path: Path) -> bool:
 
 
 def _tree(path: Path) -> Mapping[str, Any]:
-    tree, _ = pt.open_archive(path)
-    if not isinstance(tree, Mapping):
-        raise CheckpointError(f"{path} holds {type(tree).__name__}, a dict of a layer's tensors is expected.")
-    return tree
+    return _opened(path)[0]
+
+
+def _opened(path: Path) -> tuple[Mapping[str, Any], Mapping[str, zips.Record]]:
+    tree, storages = pt.open_archive(path)
+    if not isinstance(tree, Mapping) or not all(isinstance(key, str) for key in tree):
+        raise CheckpointError(f"{path} holds {type(tree).__name__}, a dict of a layer's tensors by name is expected.")
+    return tree, storages
 
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
@@ -64,11 +68,11 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     parts = []
     for place, file in enumerate(files):
         number, t = (int(n) for n in LAYER.fullmatch(file).groups())  # type: ignore[union-attr]
-        tree, storages = pt.open_archive(path / file)
+        tree, storages = _opened(path / file)
         state = {renamed(kinds[number] + k): v for k, v in tree.items() if isinstance(v, pickles.TensorRef)}
         rank = Rank(t, 0, 0, tp, 1, 1, int(options.get("replica") or 0))
         first = blocks.index(number) if number in blocks else 0
-        held = ranks.held(state, rank, first, args, float(about.get("checkpoint_version") or 0))
+        held = ranks.held(state, rank, first, args, _said(about, "checkpoint_version", 0))
         parts += [(part, place, storages) for part in held]
     entries, table = together(path, files, parts)
     alike = sorted({part.name for part, *_ in parts if part.alike}) if tp > 1 else []
@@ -132,13 +136,19 @@ def _state(path: Path, tp: int) -> Mapping[str, Any]:
                 f"{path / file} is of iteration {tree.get('iteration')}, {files[0]} of {trees[0].get('iteration')}. "
                 "The files are of two saves; fetch the checkpoint again."
             )
-    said = int(args_of(trees[0]).get("tensor_model_parallel_size") or tp) if trees else tp
+    said = _said(args_of(trees[0]), "tensor_model_parallel_size", tp) if trees else tp
     if len(files) % tp or said != tp:
         raise CheckpointError(
             f"{path}: layers have files of {tp} tensor-parallel ranks, there are {len(files)} files mp_rank_*, args say "
             f"{said} ranks. Some files are missing or of another save."
         )
     return trees[0] if trees else {"checkpoint_version": 3.0}
+
+
+def _said(facts: Mapping[str, Any], key: str, otherwise: float) -> float:
+    """A number, if one is there."""
+    value = facts.get(key)
+    return value if isinstance(value, (int, float)) else otherwise
 
 
 def _vocabulary(about: Mapping[str, Any]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,27 @@ def _ranks(path: Path) -> list[Rank]:
     places = [tuple(int(n or 0) for n in FOLDER.fullmatch(name).groups()) for name in names]  # type: ignore[union-attr]
     tp, pp = (1 + max(p[k] for p in places) for k in range(2))
     pp = max(pp, 2) if "_pp_" in names[0] else pp  # a run of one stage has no numbers of stages in its names
-    all_ranks = [Rank(t, p, 0, tp, pp, 1) for p in range(pp) for t in range(tp)]
-    lost = [r for r in all_ranks if not _there(path / _folder(r), PART)]
-    if lost:
-        raise CheckpointError(
-            f"{path}/{_folder(lost[0])}{PART} is missing: the run had {tp} x {pp} tensor and pipeline ranks, the files of "
-            f"{len(lost)} of them are not there. Fetch them."
-        )
-    return all_ranks
+    all_ranks = (
+        Rank(t, p, 0, tp, pp, 1) for p in range(pp) for t in range(tp)
+    )  # as many as names say, or till one lacks
+    found = []
+    for rank in all_ranks:
+        if not _there(path / _folder(rank), PART):
+            lost = tp * pp - sum(bool(_there(path / name, PART)) for name in names)
+            raise CheckpointError(
+                f"{path}/{_folder(rank)}{PART} is missing: the run had {tp} x {pp} tensor and pipeline ranks, the files of "
+                f"{lost} of them are not there. Fetch them."
+            )
+        found.append(rank)
+    return found
 
 
 def _same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
     for file, tree in zip(files, trees, strict=True):
         if not isinstance(tree, Mapping) or not isinstance(tree.get("model"), Mapping):
             raise CheckpointError(f"{path / file} holds no model: a dict with the key model is expected.")
+        if odd := next((repr(name) for name in tree["model"] if not isinstance(name, str)), None):
+            raise CheckpointError(f"{path / file} is damaged: {odd:.60} is no name of a tensor.")
         if tree.get("iteration") != trees[0].get("iteration"):
             raise CheckpointError(
                 f"{path / file} is of iteration {tree.get('iteration')}, {files[0]} of {trees[0].get('iteration')}. "
@@ -144,19 +152,22 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
 def _whole(path: Path, names: Sequence[str], pp: int) -> None:
     """No file says how many stages there were: the first and the last tensors are there, and all layers."""
     found = merak.modules(names)
-    lost = set(range(found.count - (pp == 1))) - set(found.number.values())  # some models end with a layer
-    if found.layers and lost:
-        what = "what comes after the layers" if found.count - 1 in lost else f"layer {min(lost) - found.front}"
+    there = set(found.number.values())
+    lost = next(n for n in count() if n not in there)
+    ends = found.count - 1 in there or pp == 1  # some models end with a layer
+    if found.layers and (lost < found.count - 1 or not ends):
+        what = f"layer {lost - found.front}" if ends else "what comes after the layers"
         raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
 
 
 def _held(name: str, ref: pickles.TensorRef, rank: Rank, facts: Mapping[str, Any]) -> Part:
     """The boxes of the whole tensor that a rank's holds; none where the first rank has all."""
-    cut = _cut(name, rank.tp, facts.get("parallel_vocab") is not False)
+    cut = _cut(name, rank.tp, facts.get("parallel_vocab") is not False).checked(name, ref)
     shape, pieces = cut.whole(ref.shape), list(cut.pieces(ref.shape, ref.stride, rank.t))
     if _of_vocabulary(name):
-        said = next((facts[k] for k in ("orig_vocab_size", "padded_vocab_size", "vocab_size") if facts.get(k)), None)
-        shape = (min(shape[0], said) if isinstance(said, int) else shape[0], *shape[1:])
+        words = (facts.get(k) for k in ("orig_vocab_size", "padded_vocab_size", "vocab_size"))
+        said = next((n for n in words if type(n) is int and n > 0), shape[0])
+        shape = (min(shape[0], said), *shape[1:])
         pieces = [([lo[0], *lo[1:]], [min(hi[0], shape[0]), *hi[1:]], at, steps) for lo, hi, at, steps in pieces
                   if lo[0] < shape[0]]  # fmt: skip
     return Part(name, ref.dtype, shape, pieces if cut.dim is not None or rank.t == 0 else [], ref)
