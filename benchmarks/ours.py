@@ -26,6 +26,7 @@ from ckpt_dist import config
 
 def main() -> None:
     verb, words = sys.argv[1], sys.argv[2:]
+    ckpt_dist.run.COMMAND.set()
     cfg = config.load(verb, words)
     rank = int(os.environ.get("RANK", "0"))
     if "WORLD_SIZE" in os.environ:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 import gc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from ckpt_dist.model import Model
 from ckpt_dist.report import Report
 
 Config = Mapping[str, Any]
+COMMAND = Event()  # set where this process is one of the command's
 
 
 @contextmanager
@@ -37,9 +40,10 @@ def job(verb: str, cfg: Config) -> Iterator[tuple[Group, Report]]:
 def _frozen() -> Iterator[None]:
     """The garbage collector leaves alone what was there before: with torch imported, a full look at it takes 0.15 s.
 
-    In a program that has frozen objects itself nothing is done, since they could not be told from ours afterwards.
+    Only in a process of the command, which ends with its job: in a program that converts in a loop, what was thrown away
+    between two jobs would come among the oldest objects each time, and the full look at these would never be due.
     """
-    ours = not gc.get_freeze_count()
+    ours = COMMAND.is_set() and not gc.get_freeze_count()
     if ours:
         gc.freeze()
     try:
@@ -55,6 +59,7 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            group.together(lambda: _replicas(cfg, m.catalog.format))
             copies = replicas.others(group, m, cfg)
         cfg = _as_stored(cfg, m)
         target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
@@ -66,6 +71,15 @@ def convert(cfg: Config) -> dict[str, Any]:
                 group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"}
             )
         return writing.write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
+
+
+def _replicas(cfg: Config, format: str) -> None:
+    """Copies of several ranks are averaged where they are read, and nowhere silently not."""
+    if cfg["source"]["replicas"] == "average" and format != "megatron_deepspeed":
+        raise UsageError(
+            f"source.replicas=average: of what ranks have alike, {format} takes the first rank's. Leave it out; "
+            "the mean is taken by convert from megatron_deepspeed."
+        )
 
 
 def _universal(cfg: Config) -> Config:
@@ -87,6 +101,8 @@ def _as_stored(cfg: Config, m: Model) -> Config:
     if m.catalog.format == "fsdp" or m.source.reader:
         raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
     about, target = m.catalog.about, {**cfg["target"], "format": m.catalog.format}
+    if about.get("lightning") and target["key"] == "auto":  # NeMo's, also where names are read without it
+        target["key"] = ".".join(map(str, m.wrapper)) or "auto"
     if m.catalog.format == "megatron":
         asked = {k: target[k] for k in ("tp", "pp", "vpp", "ep") if target[k] != 1}
         uneven = len(set(about["partition"])) > 1 and not asked and target["partition"] is None
@@ -96,6 +112,7 @@ def _as_stored(cfg: Config, m: Model) -> Config:
 
 def merge(cfg: Config) -> dict[str, Any]:
     """The shards of a training checkpoint into one Hugging Face model, by default inside the checkpoint itself."""
+    _replicas(cfg, "merge")
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
@@ -122,12 +139,13 @@ def _checkpoint_of(m: Model) -> Path:
 
 def average(cfg: Config) -> dict[str, Any]:
     """The weighted mean of several checkpoints of one model, summed in fp32 and rounded once."""
+    _replicas(cfg, "average")
     with job("average", cfg) as (group, report):
         with report.phase("scan"):
             models = part.scanned(group, lambda more: _open_all(cfg, more))
         given, from_user = _coefficients(cfg.get("weights"), models, report)
         cfg = _as_stored(cfg, models[-1])
-        label = cfg.get("name") or Path(str(_paths(cfg)[0])).name
+        label = _label(cfg)
         target = _average_target(cfg, label, models[-1])
         beside = cfg["target"]["format"] == "nemo"  # a file more in the folder of each rank
         cfg = {**cfg, "target": {**cfg["target"], "path": str(target)}} if beside else cfg
@@ -196,6 +214,19 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     return [float(w) for w in given], True
 
 
+def _label(cfg: Config) -> str:
+    """What an average is named after: the name that is given, or that of the folder of the steps."""
+    label = str(cfg.get("name") or os.path.basename(_first_path(cfg)))
+    if "/" in label or "\0" in label:
+        raise UsageError(f"name={label!r:.80} names no folder of its own. Give the folder with target.path.")
+    return label
+
+
+def _first_path(cfg: Config) -> str:
+    """As a whole, so that `.` and `..` have a name too."""
+    return os.path.abspath(os.path.expanduser(_paths(cfg)[0]))
+
+
 def _average_target(cfg: Config, label: str, m: Model) -> Path:
     """`target.path`, or `<name>-averaged` below it when a name is given, or beside the steps when nothing is."""
     path, name = cfg["target"].get("path"), cfg.get("name")
@@ -204,14 +235,14 @@ def _average_target(cfg: Config, label: str, m: Model) -> Path:
         return Path(path or _among(cfg, m)).absolute() / "-".join([label, *steps, "averaged"])
     if path and not name:
         return Path(path)
-    parent = Path(path) if path else Path(_paths(cfg)[0]).absolute().parent
+    parent = Path(path) if path else Path(_first_path(cfg)).parent
     return parent / f"{label}-averaged"
 
 
 def _among(cfg: Config, m: Model) -> Path:
     """The folder of the steps; where several checkpoints are named, that of the last."""
     if isinstance(cfg["source"]["path"], str):
-        return Path(cfg["source"]["path"])
+        return Path(_first_path(cfg))
     return Path(m.catalog.root) if m.catalog.format == "nemo" else m.source.asked.parent
 
 

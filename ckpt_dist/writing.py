@@ -88,7 +88,7 @@ def write(
         from ckpt_dist.averages.tensors import use
 
         report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
-    staged = p.on_disks(group, lambda: begin(p, cfg, about, given))
+    staged = _begun(group, p, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
@@ -112,6 +112,23 @@ def _only_for_plans(models: Sequence[Model], engine: Config) -> None:
             raise UsageError(
                 f"engine.{key}={engine[key]} is only for dry_run=true. Ranks are started by torchrun, or by nproc=."
             )
+
+
+def _begun(group: Group, p: Prepared, work: Callable[[], task.Staged]) -> task.Staged:
+    """Begin on all disks; where one cannot, what the others have just made goes away again."""
+    mine: list[task.Staged] = []
+
+    def noted() -> task.Staged:
+        mine.append(work())
+        return mine[0]
+
+    try:
+        return p.on_disks(group, noted)
+    except Exception:
+        if mine and not mine[0].finished:
+            stage.discard(p.staging)
+        stage.release()
+        raise
 
 
 def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:

@@ -81,7 +81,13 @@ def families_table() -> str:
     for name in family.available():
         found = family.load(name)
         types, spoken = ", ".join(found.model_types), ", ".join(f"`{d}`" for d in found.dialects)
-        fits = [next((f"`{d}`" for d in formats.DIALECTS[f] if d in found.dialects), "-") for f in fixed]
+        fits = [
+            next(
+                (f"`{d}`" for d in formats.DIALECTS[f] if d in found.dialects and name in formats.ONLY.get(f, (name,))),
+                "-",
+            )
+            for f in fixed
+        ]
         rows.append([f"`{name}`", types, spoken, *fits, str(len(found.weights))])
     header = ["family", "`model_type`", "dialects", *(f"in `{f}`" for f in fixed), "weights"]
     return table(" | ".join(header), rows)

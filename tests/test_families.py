@@ -150,11 +150,12 @@ def test_every_format_holds_every_family_that_has_its_dialect(
     print_, spoken = ckpt_dist.fingerprint(folder / "hf"), family.load(name).dialects
     for format in (f for f in formats.FORMATS if hasattr(formats.load(f), "lay_out")):
         out = tmp_path / format / ("all.pt" if format == "torch" else "out")
-        if set(formats.DIALECTS.get(format, spoken)) & set(spoken):
-            ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
+        universal = format == "deepspeed"
+        if set(formats.DIALECTS.get(format, spoken)) & set(spoken) and name in formats.ONLY.get(format, (name,)):
+            ckpt_dist.convert(folder / "hf", out, format=format, universal=universal, quiet=True)
             assert ckpt_dist.fingerprint(out, **{"model.config": str(folder / "hf")}) == print_, format
         else:
-            with pytest.raises(UsageError, match=f"{name} has hf"):
+            with pytest.raises(UsageError, match=f"{name} has hf|is no part of a model whose layers are GPT's"):
                 ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
             assert not out.exists()
 

@@ -52,6 +52,7 @@ DIALECTS = {  # formats whose files have names of one dialect only, or of the fi
     "merak": ("hf",),
     "megatron_deepspeed": ("megatron",),
 }
+ONLY = {"megatron_deepspeed": ("bloom", "gpt2")}  # formats that hold models of some families
 RANKS = {  # formats with files of their own for each of some kinds of ranks
     "meta": ("tp",),
     "megatron": ("tp", "pp", "vpp", "ep"),
