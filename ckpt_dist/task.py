@@ -118,6 +118,11 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
                 f"target.dialect={asked}: the source is of no known family, so its names cannot be translated. Give model=FAMILY."
             )
         return ""
+    only = formats.ONLY.get(str(cfg_target.get("format")))
+    if only and first.family.name not in only:
+        raise UsageError(
+            f"target.format={cfg_target['format']}: it holds models of {' and '.join(only)}, this one is of {first.family.name}."
+        )
     if asked == "auto":
         choices = formats.dialects(cfg_target, first.dialect)
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]

@@ -148,14 +148,14 @@ def test_every_format_holds_every_family_that_has_its_dialect(
     """The README's table of families x dialects x formats, cell by cell."""
     _, folder = made({"llama": "llama_plain"}.get(name) or next(n for n in CONFIGS if NAMES.get(n, n) == name))
     print_, spoken = ckpt_dist.fingerprint(folder / "hf"), family.load(name).dialects
-    for format in (f for f in formats.FORMATS if hasattr(formats.load(f), "lay_out")):
+    for format in (f for f in formats.FORMATS if hasattr(formats.load(f), "lay_out") and f != "nemo"):  # only averages
         out = tmp_path / format / ("all.pt" if format == "torch" else "out")
         universal = format == "deepspeed"
         if set(formats.DIALECTS.get(format, spoken)) & set(spoken) and name in formats.ONLY.get(format, (name,)):
             ckpt_dist.convert(folder / "hf", out, format=format, universal=universal, quiet=True)
             assert ckpt_dist.fingerprint(out, **{"model.config": str(folder / "hf")}) == print_, format
         else:
-            with pytest.raises(UsageError, match=f"{name} has hf|is no part of a model whose layers are GPT's"):
+            with pytest.raises(UsageError, match=f"{name} has hf|it holds models of bloom and gpt2"):
                 ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
             assert not out.exists()
 
