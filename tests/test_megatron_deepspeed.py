@@ -337,7 +337,7 @@ SPOILED: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (
         lambda s: edited(s / "layer_04-model_00-model_states.pt", lambda t: t.update({"self_attention.dense.weight": torch.ones(4)})),
-        r"linear_proj.weight' has the shape \[4\]",
+        r"linear_proj.weight has shape \[4\]",
     ),
     (lambda s: (s.parent / "latest").write_text("global_step9"), r"says global_step9, but global_step9 is not there"),
 ]  # fmt: skip
