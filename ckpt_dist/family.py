@@ -117,11 +117,11 @@ def counted(family: Family) -> set[str]:
 
 def predicts(family: Family, config: Mapping[str, Any], name: str) -> bool:
     """Whether a name is of a layer that predicts further tokens: `model.layers.61.enorm.weight` of 61 layers, or Megatron's."""
-    count = int(config.get(family.further) or 0) if family.further else 0
+    said = (config.get(key) for key in (family.further or "", "num_hidden_layers"))
+    count, last = (n if isinstance(n, (int, float)) else 0 for n in said)  # another word says nothing
     found = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
     if name.startswith("mtp.") and family.further:
         return True
-    last = int(config.get("num_hidden_layers") or 0)
     return found is not None and 0 < last <= int(found[1]) < last + count
 
 

@@ -230,7 +230,12 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
         return Translation({**config, **SPLIT, **({"padded_vocab_size": lengths["v"]} if "v" in lengths else {})})
     if not lengths.get("l"):
         return Translation(dict(SPLIT))
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    said = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(one, Mapping) for one in said):
+        raise CheckpointError(
+            f"config.json is damaged: rope_scaling is {said[0]!r:.60}, rope_parameters {said[1]!r:.60}."
+        )
+    rope = {**said[0], **said[1]}
     given = {**rope, **config}
     args: dict[str, Any] = {m: given[hf] for m, hf in FIELDS if given.get(hf) is not None}
     scaling, lost = _scaling(rope)

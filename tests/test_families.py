@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist import families, family, formats
 from ckpt_dist.cli import main
-from ckpt_dist.errors import UsageError
+from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.pattern import parse
 
 SMALL = dict(
@@ -255,6 +255,13 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(
         assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
         ckpt_dist.convert(tmp_path / "in", tmp_path / "all", format=format, quiet=True, model="identity")
         assert load_file(tmp_path / "all/model.safetensors").keys() == tensors.keys() | more.keys()
+    for wrong in ({"num_nextn_predict_layers": [1]}, {"num_hidden_layers": "x"}, {"num_hidden_layers": float("nan")}):
+        (tmp_path / "in/config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(CheckpointError, match=r"unknown to deepseek_v3|its config says|the config says 3 of them"):
+            ckpt_dist.inspect(tmp_path / "in")
+    (tmp_path / "in/config.json").write_text(json.dumps(config | {"rope_scaling": "yarn"}))
+    with pytest.raises(CheckpointError, match="rope_scaling is 'yarn'"):
+        ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format="megatron", quiet=True)
 
 
 def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

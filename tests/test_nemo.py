@@ -394,6 +394,18 @@ def test_ranks_that_are_missing_or_of_other_steps_are_named(llama: Path, tmp_pat
         ckpt_dist.inspect(run)
 
 
+def test_a_step_that_the_first_rank_lacks_is_missed_and_not_left_out(llama: Path, tmp_path: Path) -> None:
+    run = tmp_path / "version_0/checkpoints"
+    for step in (10, 20, 30):
+        nemo1(llama, run, step, "tp2", old, tmp_path / "scratch")
+    (run / "mp_rank_00" / (NAME.format(20, 160) + ".ckpt")).unlink()
+    with pytest.raises(CheckpointError, match=r"mp_rank_00/.*step=20-.*does not exist"):
+        ckpt_dist.average(run, recipe="nemo_average", name="gpt", quiet=True)
+    (run / "mp_rank_00" / (NAME.format(30, 240) + ".ckpt")).unlink()
+    found = ckpt_dist.inspect(run)
+    assert found["step"] == 10 and any("step 30 passed over" in note for note in found["notes"])
+
+
 def test_a_model_is_not_written_as_files_of_nemo(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"target.format=torch_dist with target.key=module"):
         ckpt_dist.convert(llama, tmp_path / "no", format="nemo", quiet=True)

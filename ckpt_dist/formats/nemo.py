@@ -41,10 +41,13 @@ def passed(path: Path) -> bool:
 
 
 def files(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that are files: those of the first rank, or without ranks its own."""
-    ranks = _folders(folder)
-    where = folder / ranks[0] if ranks else folder
-    return sorted(p for p in where.glob("*" + ENDING) if p.is_file() and not passed(p))
+    """The checkpoints of a folder that are files: its own, or those of any rank, as the first rank calls them.
+
+    One that the first rank lacks is among them, so that it is missed and not left out.
+    """
+    ranks = [folder / f for f in _folders(folder)] or [folder]
+    names = {p.name for rank in ranks for p in rank.glob("*" + ENDING) if p.is_file()}
+    return sorted(p for p in (ranks[0] / name for name in names) if not passed(p))
 
 
 def _folders(folder: Path) -> list[str]:
