@@ -198,6 +198,15 @@ def test_what_is_not_on_the_list_is_refused_by_name(data: bytes) -> None:
         pickles.loads(data, "evil")
 
 
+def test_names_of_classes_take_no_more_memory_than_settings_need() -> None:
+    def named(count: int, distinct: int) -> bytes:
+        return b"\x80\x02(" + b"".join(b"cnemo.a\nb%d\n" % (k % distinct) for k in range(count)) + b"t."
+
+    assert len(set(pickles.loads(named(9000, 7), "x"))) == 7
+    with pytest.raises(CheckpointError, match="more than 4096 classes"):
+        pickles.loads(named(9000, 9000), "x")
+
+
 def test_small_pickles_cannot_ask_for_much_memory() -> None:
     import resource
 

@@ -25,6 +25,7 @@ from ckpt_dist.files.dtypes import FROM_STORAGE, TABLE, itemsize, storage_class
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 DEEP = 1 << 40
+MOST_CLASSES = 1 << 12  # of a framework, in one pickle
 
 
 class Record(list):  # type: ignore[type-arg]
@@ -453,12 +454,19 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in TABLE:
             return Dtype(name)
         if path.startswith(FOREIGN) and all(part.isidentifier() for part in path.split(".")):
-            return _record(path)
+            return self._foreign(path)
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
             return _join
         raise _Refused(path)
 
+    def _foreign(self, path: str) -> type[Record]:
+        """One class for each name; a class takes a hundred times the memory of its name."""
+        if path not in self.classes and len(self.classes) >= MOST_CLASSES:
+            raise pickle.UnpicklingError(f"more than {MOST_CLASSES} classes")
+        return self.classes.get(path) or self.classes.setdefault(path, _record(path))
+
     persistent: Callable[[Any], Any]
+    classes: dict[str, type[Record]]
 
     def persistent_load(self, pid: Any) -> Any:
         return self.persistent(pid)
@@ -549,7 +557,7 @@ def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = Non
     `persistent` says what a persistent id stands for; by default those of torch.save, which are storages.
     """
     unpickler = _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER))
-    unpickler.persistent = persistent or storage
+    unpickler.persistent, unpickler.classes = persistent or storage, {}
     try:
         _bounded(data)
         return unpickler.load()
