@@ -6,6 +6,7 @@ its own engines, where it is installed. Not checked here: tensor parallelism, of
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 import types
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 import ckpt_dist
-from ckpt_dist import zero
+from ckpt_dist import task, zero
 from ckpt_dist.cli import main
 from ckpt_dist.errors import CheckpointError, UsageError
 from tests.conftest import ROOT, torchrun
@@ -523,3 +524,13 @@ def test_a_real_engine_goes_on(case: str, world: int, stage: int, saved: Path, t
 def test_a_real_engine_starts_from_weights_alone(stage: int, saved: Path, tmp_path: Path) -> None:
     first = json.loads((saved / "one/losses.json").read_text())[0]
     assert losses(2, saved / "one/start.pt", tmp_path, "one", stage) == pytest.approx(first[:2], rel=1e-6)
+
+
+def test_what_is_no_tensor_goes_from_rank_to_rank() -> None:
+    """Ranks get the scan of the first one, with objects of DeepSpeed's in it."""
+    for case in ("three-2", "two-3"):
+        catalog = task.open_model({"path": str(DATA / case), "weights": "master"}, {}).catalog
+        again = pickle.loads(pickle.dumps(catalog.extras))
+        assert again == catalog.extras
+        records = [(a.value, b.value) for a, b in zip(again, catalog.extras) if hasattr(b.value, "path")]
+        assert records and all(a.path == b.path for a, b in records)

@@ -477,3 +477,13 @@ def test_files_that_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_copies_are_not_silently_those_of_the_first_rank(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="merak takes the first"):
         ckpt_dist.convert(CONVERTED / "t2p2", tmp_path / "no", **{"source.replicas": "average"})
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_padded_vocabulary_is_read_back(tmp_path: Path, tp: int) -> None:
+    keys = {"model.config": str(CONVERTED / "hf-11"), "tp": tp, "pp": 2, "engine.verify": True}
+    report = ckpt_dist.convert(CONVERTED / "hf-11", tmp_path / "m", format="merak", **keys)
+    assert any("read back" in note for note in report["notes"])
+    last = torch.load(rank_files(tmp_path / "m/release/mp_rank_01_pp_rank_000")[0], weights_only=False)["model"]
+    rows = last["module.0.transformer.wte.weight"]
+    assert torch.equal(rows[-1], rows[-2])

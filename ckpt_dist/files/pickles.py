@@ -39,6 +39,9 @@ class Record(list):  # type: ignore[type-arg]
     def __init__(self, *args: Any) -> None:
         super().__init__(args)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:  # from rank to rank; its class has no name there
+        return _again, (self.path, list(self))
+
     def __setitem__(self, key: Any, value: Any) -> None:  # items of a subclass of dict
         self.append((key, value))
 
@@ -95,6 +98,10 @@ class Sharded:
 
 def _record(path: str) -> type[Record]:
     return type(path.rpartition(".")[2], (Record,), {"__slots__": (), "path": path})
+
+
+def _again(path: str, content: list[Any]) -> Record:
+    return _record(path)(*content)
 
 
 _CHECKPOINT = "torch.distributed.checkpoint."
