@@ -382,7 +382,7 @@ def test_small_files_with_large_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     endless = changed_main("endless", module={"w": torch.zeros(1).expand(2**20, 2**20, 2**20)})
     assert "a tensor of shape" in refused(capsys, endless, out)
     (Path(shutil.copytree(DATA / "two-3", tmp_path / "long")) / "latest").write_text("x" * 300)
-    assert "is not there" in refused(capsys, tmp_path / "long", out)
+    assert "which is no file name" in refused(capsys, tmp_path / "long", out)
 
 
 def test_a_second_name_that_nobody_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,9 +250,7 @@ def _one(path: tuple[str, str], number: int, entry: Entry, cut: Cut, rank: Rank)
     shape, first = (rows, *entry.shape[1:]), rank.t * rows
     zeros, rest, steps = [0] * (len(shape) - 1), list(shape[1:]), strides_of(shape)
     pieces: list[Piece] = []
-    apart = have - (
-        rows * rank.tp > have
-    )  # the row that is there again is a box of its own: all copies are equal boxes
+    apart = have - (rows * rank.tp > have)  # a row that is there again is a box of its own, equal to its copies
     if first < apart:
         pieces.append(([first, *zeros], [min(first + rows, apart), *rest], 0, steps))
     for row in range(max(apart - first, 0), rows):
