@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_dist import megatron, merak
+from ckpt_dist.families import gpt2
 
 model_types = ("bloom",)
 
@@ -63,26 +64,12 @@ _hf = {
     "lm_head.weight": "head: v e",
 }
 
-_m = megatron.LAYER
+_word = "embedding.word_embeddings."
 _megatron = {
-    "embedding.word_embeddings.weight": "embed: v e",
-    "embedding.word_embeddings.norm.weight": "embed_norm: e",
-    "embedding.word_embeddings.norm.bias": "embed_norm_bias: e",
-    _m + "self_attention.linear_qkv.layer_norm_weight": "attn_norm: e",
-    _m + "self_attention.linear_qkv.layer_norm_bias": "attn_norm_bias: e",
-    _m + "self_attention.linear_qkv.weight": "q, k, v: (h (1 + 1 + 1) d) e",
-    _m + "self_attention.linear_qkv.bias": "q_bias, k_bias, v_bias: (h (1 + 1 + 1) d)",
-    _m + "self_attention.linear_proj.weight": "o: e (h d)",
-    _m + "self_attention.linear_proj.bias": "o_bias: e",
-    _m + "mlp.linear_fc1.layer_norm_weight": "mlp_norm: e",
-    _m + "mlp.linear_fc1.layer_norm_bias": "mlp_norm_bias: e",
-    _m + "mlp.linear_fc1.weight": "up: f e",
-    _m + "mlp.linear_fc1.bias": "up_bias: f",
-    _m + "mlp.linear_fc2.weight": "down: e f",
-    _m + "mlp.linear_fc2.bias": "down_bias: e",
-    "decoder.final_layernorm.weight": "norm: e",
-    "decoder.final_layernorm.bias": "norm_bias: e",
-    "output_layer.weight": "head: v e",
+    _word + "weight": "embed: v e",
+    _word + "norm.weight": "embed_norm: e",
+    _word + "norm.bias": "embed_norm_bias: e",
+    **{k: v for k, v in gpt2.dialects["megatron"].items() if "embedding." not in k},
 }
 
 dialects = dict(
@@ -97,9 +84,4 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     return dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=c["n_head"], d=width // c["n_head"], f=4 * width)
 
 
-def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
-    count, _, width = megatron.heads(a)
-    return dict(l=a["num_layers"], e=a["hidden_size"], h=count, d=width)
-
-
-sizes = dict(hf=_from_hf, megatron=_from_args)
+sizes = dict(hf=_from_hf, megatron=gpt2.from_args)

@@ -108,9 +108,9 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     return known | dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=heads, d=width // heads)
 
 
-def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
+def from_args(a: Mapping[str, Any]) -> dict[str, int]:
     count, _, width = megatron.heads(a)
     return dict(l=a["num_layers"], e=a["hidden_size"], h=count, d=width)
 
 
-sizes = dict(hf=_from_hf, megatron=_from_args)
+sizes = dict(hf=_from_hf, megatron=from_args)
