@@ -1,5 +1,6 @@
 """One job of ours, measured: `[torchrun ...] benchmarks/ours.py VERB key=value ...`; prints its report as JSON.
 
+It is a process of the command's, where the garbage collector leaves alone what is there before the job (`run.COMMAND`).
 Everything is imported and the ranks have met before the old target is deleted and the job starts, so that the job
 finds the same freshly freed memory as `cp` does. The clock runs from the call of the verb to its return: it holds all
 phases of the report, from the first scan to the publish.
