@@ -100,6 +100,7 @@ def averages(work: Path, mergekit: str | None) -> list[Row]:
     for n, ranks in RANKS.items():
         keys = [f"source.path=[{paths}]", f"target.path={out}", "engine.fsync=false"]
         rows.append(Row(f"mean of 4 HF -> HF, {ranks}", ours("average", n, *keys), models))
+    rows.append(Row("two-thread floor, 4 HF -> HF", peer("plain_mean", *models, out), models))
     if mergekit:
         rows.append(Row("mergekit linear, 4 HF -> HF", peer("mergekit", *models, out, python=mergekit), models))
     return rows
