@@ -302,7 +302,7 @@ def _measured(group: Group, job: Job, engine: Given, target: Path) -> dict[str, 
         return calibrate.rates(samples, target, workers, block, made, kernel, bool(engine.get("fsync", True)))
 
     found = group.on_first(measure)
-    return found | ({"exchange": calibrate.exchange(group)} if group.world > 1 else {})
+    return found | ({"exchange": calibrate.exchange(group, str(engine["device"]))} if group.world > 1 else {})
 
 
 def _main_dtype(bound: Bound) -> str:

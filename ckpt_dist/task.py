@@ -371,7 +371,8 @@ def run_tiles(
 
                 if collective:
                     memory = int(engine["memory"])
-                    done = exchange.run(group, job, needs, files_of, crew, memory, advance)
+                    with group.carrier(str(engine["device"])) as wire:
+                        done = exchange.run(group, job, needs, files_of, crew, memory, advance, wire)
                 else:
                     done = fill(job, crew, advance)
             flush()

@@ -46,6 +46,24 @@ def test_both_transports_and_any_number_of_ranks_give_the_same_bytes(
         assert (report["bytes_exchanged"] > 0) == (n > 1), (name, n)
 
 
+def test_the_way_through_devices_gives_the_same_bytes(tmp_path: Path, real: Real) -> None:
+    """What NCCL's way adds to gloo's (memory of its own, copies to and from a device, a group, one batch of calls), with the
+    CPU as the device; NCCL itself needs GPUs."""
+    given = {n: JOBS[n] for n in ("tp x fsdp -> dcp", "average")}
+    jobs = [
+        (verb, {"source.path": str(real(case.partition("/")[0]) / case.partition("/")[2]),
+                "target.path": str(tmp_path / f"{name} staged"), "engine.transport": "collective", **keys}, 2)
+        for name, (verb, case, keys) in given.items()
+    ]  # fmt: skip
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = torchrun(4, ROOT / "tests/real/reports.py", tmp_path / "jobs.json", tmp_path / "reports.json", "staged")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, report in zip(given, json.loads((tmp_path / "reports.json").read_text()), strict=True):
+        direct(tmp_path / name, real, name)
+        assert same(tmp_path / f"{name} staged", tmp_path / name), report
+        assert report["bytes_exchanged"] >= report["staged"] > 0
+
+
 def direct(out: Path, real: Real, name: str) -> dict[str, Any]:
     """The same job by one process that reads and writes what it needs."""
     verb, case, keys = JOBS[name]

@@ -165,13 +165,15 @@ class _Timed:
         self.seconds += time.perf_counter() - begin
 
 
-def exchange(group: Group) -> float:
+def exchange(group: Group, device: str) -> float:
     """Bytes/s that the ranks of a node send, when all ranks send to all at once; every rank calls this."""
     sizes = np.full(group.world, SENT)
-    send, into = np.ones(SENT * group.world, np.uint8), np.empty(SENT * group.world, np.uint8)
-    group.all_to_all(send, sizes, into, sizes)  # connections are made by the first
-    begin = time.perf_counter()
-    for _ in range(2):
-        group.all_to_all(send, sizes, into, sizes)
-    seconds = max(group.gather(time.perf_counter() - begin))
+    with group.carrier(device) as wire:
+        send, into = wire.room(SENT * group.world), wire.room(SENT * group.world)
+        send[:] = 1
+        group.all_to_all(send, sizes, into, sizes, wire)  # connections are made by the first
+        begin = time.perf_counter()
+        for _ in range(2):
+            group.all_to_all(send, sizes, into, sizes, wire)
+        seconds = max(group.gather(time.perf_counter() - begin))
     return 2 * SENT * (group.world - 1) * group.local_world / seconds

@@ -25,6 +25,7 @@ from ckpt_dist.engine.files import Files, Reader
 from ckpt_dist.engine.fill import Crew, Done, Job, Side, fill
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import WORDS, Move, gather, simplify
+from ckpt_dist.engine.wire import Wire
 from ckpt_dist.errors import STOP, CheckpointError
 from ckpt_dist.plan import Moves
 
@@ -151,6 +152,7 @@ def run(
     crew: Crew,
     memory: int,
     advance: Callable[[int], None],
+    wire: Wire,
 ) -> Done:
     """Make the tiles of a job whose sources arrive in waves; every rank calls this together, also one without tiles."""
     per, waves = _wave_tiles(group, wanted, job.last - job.first, min(memory // 4, WAVE_BYTES))
@@ -170,7 +172,7 @@ def run(
     np.add.at(arriving, (asked[:, 0], asked_of), space)
 
     arrived_by_wave: dict[int, Bytes] = {}
-    room = [np.empty(int(arriving.sum(axis=1).max(initial=0)), np.uint8) for _ in range(2)]
+    room = [wire.room(int(arriving.sum(axis=1).max(initial=0))) for _ in range(2)]
     sides, first = [], 0
     for want, own in zip(wanted, files, strict=True):
         mine = slice(first, first + len(want.moves.tile))
@@ -180,7 +182,7 @@ def run(
     served = [
         part.reshape(-1, HEAD + 2 * width) for part in group.swap([asked[asked_of == r] for r in range(group.world)])
     ]
-    outbox = _Outbox(served, waves, width, files, crew.size)
+    outbox = _Outbox(served, waves, width, files, crew.size, wire)
     total, passed_on = Done(), 0
 
     def make(wave: int) -> None:
@@ -199,7 +201,7 @@ def run(
             if wave + 1 < waves:
                 serving = pool.submit(outbox.serve, wave + 1)
             arrived = room[wave % 2][: arriving[wave].sum()]
-            group.all_to_all(sent, sizes, arrived, arriving[wave])
+            group.all_to_all(sent, sizes, arrived, arriving[wave], wire)
             passed_on += int(sizes.sum())
             arrived_by_wave[wave] = arrived
             if making is None or making.exception() is None:  # waits: no more than two waves are held
@@ -219,7 +221,9 @@ def _side(want: Wanted, source: Source, away: NDArray[np.bool_], wave: Ints, at:
 class _Outbox:
     """What this rank reads for the others: `requests[owner]`, sorted by wave, is packed in their order."""
 
-    def __init__(self, requests: Sequence[Ints], waves: int, width: int, files: Sequence[Files], workers: int) -> None:
+    def __init__(
+        self, requests: Sequence[Ints], waves: int, width: int, files: Sequence[Files], workers: int, wire: Wire
+    ) -> None:
         self.requests, self.width, self.files = requests, width, files
         self.pool = ThreadPoolExecutor(workers, "reads")
         self.workers = workers
@@ -227,7 +231,7 @@ class _Outbox:
         sizes = np.zeros(waves, np.int64)
         for rows in requests:
             np.add.at(sizes, rows[:, 0], padded(rows[:, 5]))
-        self.room = [np.empty(int(sizes.max(initial=0)), np.uint8) for _ in range(2)]
+        self.room = [wire.room(int(sizes.max(initial=0))) for _ in range(2)]
 
     def serve(self, wave: int) -> tuple[Bytes, Ints]:
         """(bytes, how many for each rank) of a wave."""

@@ -10,7 +10,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, ints
+from ckpt_dist.engine import wire
 from ckpt_dist.engine.watch import Watch
 from ckpt_dist.errors import STOPPED, CheckpointError, Stopped
 
 T = TypeVar("T")
 Bytes: TypeAlias = "NDArray[np.uint8]"
-TIMEOUT = timedelta(days=7)  # ranks may wait long for a slow one; dead ones are found by their watch
 
 
 class Elsewhere(CheckpointError):
@@ -50,7 +49,7 @@ class Group:
 
             self.dist = dist
             if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=TIMEOUT)
+                dist.init_process_group("gloo", timeout=wire.TIMEOUT)
                 self.mine = True
             self.watch = Watch(self.rank, self.world, timeout_s)
 
@@ -87,33 +86,33 @@ class Group:
         if busy:
             self.watch.begin()
 
-    def all_to_all(self, send: Bytes, sizes: Ints, into: Bytes, arriving: Ints) -> None:
+    def all_to_all(self, send: Bytes, sizes: Ints, into: Bytes, arriving: Ints, by: wire.Wire | None = None) -> None:
         """Fill `into` with what each rank has for this one; `sizes` bytes go to and `arriving` come from each.
 
-        What stays here is copied; only the rest is a collective.
+        What stays here is copied; only the rest is a collective, `by` a wire whose memory both are.
         """
-        if self.world == 1:
-            into[:] = send
-            return
-        import torch
-
         ends, begins = np.cumsum(sizes), np.cumsum(arriving)
-        mine = slice(ends[self.rank] - sizes[self.rank], ends[self.rank])
-        here = slice(begins[self.rank] - arriving[self.rank], begins[self.rank])
-        into[here] = send[mine]
+        going = [send[end - size : end] for end, size in zip(ends, sizes)]
+        coming = [into[end - size : end] for end, size in zip(begins, arriving)]
+        coming[self.rank][:] = going[self.rank]
+        if self.world == 1:
+            return
+        after = [(self.rank + step) % self.world for step in range(1, self.world)]  # not all to one at a time
+        carry = (by or wire.Memory()).carry
+        parts = [(r, going[r]) for r in after if len(going[r])], [(r, coming[r]) for r in after[::-1] if len(coming[r])]
+        self.collective(lambda: carry(*parts))
 
-        def pass_on() -> None:
-            requests: list[Any] = []
-            for step in range(1, self.world):
-                to, of = (self.rank + step) % self.world, (self.rank - step) % self.world
-                if sizes[to]:
-                    requests.append(self.dist.isend(torch.from_numpy(send[ends[to] - sizes[to] : ends[to]]), to))
-                if arriving[of]:
-                    requests.append(self.dist.irecv(torch.from_numpy(into[begins[of] - arriving[of] : begins[of]]), of))
-            for request in requests:
-                request.wait()
-
-        self.collective(pass_on)
+    @contextmanager
+    def carrier(self, device: str) -> Iterator[wire.Wire]:
+        """What carries much between ranks: NCCL, if every rank has a GPU for itself and `device` is not `cpu`; else gloo."""
+        mine = wire.gpu(self.local_rank, self.local_world) if self.world > 1 and device != "cpu" else None
+        found: wire.Wire = wire.Memory()
+        if all(self.gather(mine is not None)):
+            made: list[wire.Wire] = []
+            self.collective(lambda: made.append(wire.Device(mine, "nccl")))
+            found = made[0]
+        yield found
+        found.close()  # not after a failure: the ranks would wait for each other
 
     def swap(self, parts: Sequence[Ints]) -> list[Ints]:
         """One array of integers for each rank; the arrays that the ranks have for this one, flat."""
