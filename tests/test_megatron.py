@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ckpt_dist
 from ckpt_dist.errors import CheckpointError, UsageError
@@ -30,7 +31,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4": dict(tp=4),
     "ep2": dict(ep=2),
     "ep2pp2": dict(ep=2, pp=2),
+    "stages": dict(pp=4, stages="Et|tt||tL"),
 }
+PARTITIONS = {"first": [1, 3], "stages": [1, 2, 0, 1]}
 STRICT = (  # all of megatron-core's StrictHandling; what the first one loads is what is compared
     "assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "raise_all", "return_unexpected", "return_all", "ignore_all",
 )  # fmt: skip
@@ -55,7 +58,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
     "llama-tied": (dict(tie_word_embeddings=True), {}, ("tp1", "tp2pp2", "pp2")),
     "mistral": (dict(sliding_window=None), {}, ("tp2",)),
     "qwen2": ({}, dict(add_qkv_bias=True), ("tp1", "tp2pp2", "tp4")),
-    "qwen3": ({}, dict(qk_layernorm=True), ("tp2pp2", "vpp2")),
+    "qwen3": ({}, dict(qk_layernorm=True), ("tp2pp2", "vpp2", "stages")),
     "gpt2": (dict(n_embd=32, n_head=4, n_layer=4, n_positions=64, n_inner=96, vocab_size=64), {}, ("tp1", "tp2pp2")),
     "mixtral": (
         dict(num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
@@ -90,6 +93,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
         ("tp1", "ep2"),
     ),
 }  # fmt: skip
+KINDS["deepseek_v3-mtp"] = (  # one more layer, behind the others
+    KINDS["deepseek_v3"][0] | dict(num_nextn_predict_layers=1),
+    KINDS["deepseek_v3"][1] | dict(mtp_num_layers=1),
+    ("tp1", "pp2", "ep2pp2"),
+)
 
 
 def settings(kind: str) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def settings(kind: str) -> dict[str, Any]:
         base |= dict(
             moe_router_topk=2, moe_router_pre_softmax=False, moe_ffn_hidden_size=48 if kind == "mixtral" else 16
         )
-    if kind == "deepseek_v3":
+    if kind.startswith("deepseek_v3"):
         base |= dict(num_query_groups=4)
     return base | more
 
@@ -142,7 +150,9 @@ def transformer(kind: str, folder: Path) -> torch.Tensor:
 
     torch.manual_seed(0)
     base = {} if kind == "gpt2" else SMALL
-    given = AutoConfig.for_model(kind.partition("-")[0], **{**base, **KINDS[kind][0]})
+    further = KINDS[kind][0].get("num_nextn_predict_layers", 0)
+    depth = dict(num_hidden_layers=SMALL["num_hidden_layers"] + further) if further else {}
+    given = AutoConfig.for_model(kind.partition("-")[0], **{**base, **KINDS[kind][0], **depth})
     model = AutoModelForCausalLM.from_config(given, attn_implementation="eager").eval()
     for weight in model.parameters():
         if weight.dim() == 1:
@@ -150,10 +160,50 @@ def transformer(kind: str, folder: Path) -> torch.Tensor:
     for name, buffer in model.named_buffers():
         if "correction_bias" in name:
             torch.nn.init.uniform_(buffer, -0.1, 0.1)
+    if further:
+        return predicting(model, folder)
     model.save_pretrained(folder)
     with torch.no_grad():
         found: torch.Tensor = model(torch.tensor(IDS)).logits
     return found
+
+
+def predicting(model: Any, folder: Path) -> torch.Tensor:
+    """As DeepSeek-V3 was published: the last layer is not of the model, but predicts one more token. And its logits.
+
+    transformers leaves such layers out, so how it is computed is written here, from the report of DeepSeek-V3.
+    """
+    last = model.config.num_hidden_layers - 1
+    layer, own = model.model.layers[last], f"model.layers.{last}."
+    more = {f"{own}{n}.weight": torch.rand(32) + 0.5 for n in ("enorm", "hnorm", "shared_head.norm")}
+    more[own + "eh_proj.weight"] = torch.randn(32, 64) * 0.3
+    copies = {
+        own + "embed_tokens.weight": "model.embed_tokens.weight",
+        own + "shared_head.head.weight": "lm_head.weight",
+    }
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | more | {n: tensors[of].clone() for n, of in copies.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict(num_hidden_layers=last, num_nextn_predict_layers=1)
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def normed(name: str, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(value, (32,), more[f"{own}{name}.weight"], 1e-6)
+
+    ids = torch.tensor(IDS)
+    following = torch.cat([ids[:, 1:], ids[:, :1] * 0], 1)
+    with torch.no_grad():
+        model.model.layers = model.model.layers[:last]
+        hidden = model.model(ids).last_hidden_state
+        both = torch.cat([normed("enorm", model.model.embed_tokens(following)), normed("hnorm", hidden)], -1)
+        inside = both @ more[own + "eh_proj.weight"].T
+        places = torch.arange(ids.shape[1])[None]
+        mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+        turned = model.model.rotary_emb(inside, places)
+        out = layer(inside, attention_mask=mask, position_ids=places, position_embeddings=turned)
+        out = normed("shared_head.norm", out[0] if isinstance(out, tuple) else out)
+        return torch.stack([model.lm_head(hidden), model.lm_head(out)])
 
 
 Ran = Callable[[str], tuple[Path, torch.Tensor]]
@@ -168,7 +218,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     jobs, wanted = [], {}
     for kind, (_, more, layouts) in KINDS.items():
         wanted[kind] = transformer(kind, top / kind / "hf")
-        dialect = "megatron_local" + ("" if kind == "deepseek_v3" else "_stacked")
+        dialect = "megatron_local" + ("" if kind.startswith("deepseek_v3") else "_stacked")
         own = {"target.dialect": dialect} if "num_moe_experts" in more else {}
         ckpt_dist.convert(top / kind / "hf", top / kind / "ours", format="torch_dist", **own)
         jobs += [job(top / kind, kind, layout, top / kind / "ours/iter_0000001") for layout in layouts]
@@ -199,8 +249,8 @@ def test_what_megatron_saves_is_the_same_model(ran: Ran, kind: str, layout: str)
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_a_rank_file_is_what_the_module_of_that_rank_holds(ran: Ran, tmp_path: Path, kind: str, layout: str) -> None:
     top, _ = ran(kind)
-    keys = {f"target.{k}": v for k, v in LAYOUTS[layout].items() if k != "first"}
-    keys |= {"target.partition": [1, 3]} if layout == "first" else {}
+    keys = {f"target.{k}": v for k, v in LAYOUTS[layout].items() if k not in ("first", "stages")}
+    keys |= {"target.partition": PARTITIONS[layout]} if layout in PARTITIONS else {}
     ckpt_dist.convert(top / "hf", tmp_path / "made", format="megatron", **{"target.spec": "local", **keys})
     theirs = sorted((top / f"legacy-{layout}").rglob("*.pt"))
     ours = sorted((tmp_path / "made").rglob("*.pt"))
@@ -244,12 +294,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mixtral", "deepseek_v3", "deepseek_v3-mtp"])
 def test_every_layout_becomes_every_other(models: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     source = models(kind)
     wanted = ckpt_dist.fingerprint(source)
-    experts = kind in ("mixtral", "deepseek_v3")
-    names = [n for n in PLACES if (experts or "ep" not in n) and not (kind == "deepseek_v3" and n == "stacked")]
+    latent = kind.startswith("deepseek_v3")
+    experts = kind == "mixtral" or latent
+    names = [n for n in PLACES if (experts or "ep" not in n) and not (latent and n == "stacked")]
     for one in names:
         ckpt_dist.convert(source, tmp_path / one, **PLACES[one])
         assert ckpt_dist.fingerprint(tmp_path / one, **{"model.config": str(source)}) == wanted, one

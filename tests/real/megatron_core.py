@@ -82,10 +82,14 @@ def build(job: dict[str, Any]) -> list[Any]:
     """The model chunks of this rank."""
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    layout = {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "first": None, **job["layout"]}
+    layout = {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "first": None, "stages": None, **job["layout"]}
     ps.destroy_model_parallel()
     ps.initialize_model_parallel(
         layout["tp"],
@@ -116,6 +120,7 @@ def build(job: dict[str, Any]) -> list[Any]:
         pipeline_model_parallel_size=layout["pp"],
         virtual_pipeline_model_parallel_size=layout["vpp"],
         num_layers_in_first_pipeline_stage=layout["first"],
+        pipeline_model_parallel_layout=layout["stages"],
         expert_model_parallel_size=layout["ep"],
         expert_tensor_parallel_size=1 if layout["ep"] > 1 else None,
         moe_token_dispatcher_type="alltoall",
@@ -135,6 +140,7 @@ def build(job: dict[str, Any]) -> list[Any]:
     chunks = []
     for chunk in range(layout["vpp"] or 1):
         stage = {"vp_stage": chunk} if layout["vpp"] else {}
+        further = get_gpt_mtp_block_spec(config, spec, False, **stage) if config.mtp_num_layers else None
         torch.manual_seed(1)
         chunks.append(
             GPTModel(
@@ -143,6 +149,7 @@ def build(job: dict[str, Any]) -> list[Any]:
                 pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, **stage),
                 post_process=ps.is_pipeline_last_stage(ignore_virtual=False, **stage),
                 parallel_output=False,
+                mtp_block_spec=further,
                 **model,
                 **stage,
             ).eval()
@@ -195,11 +202,22 @@ def logits(chunks: list[Any], ids: torch.Tensor) -> torch.Tensor | None:
             else:
                 hidden = out  # type: ignore[assignment]
             model.set_input_tensor(hidden)
-        out = model(ids, positions, mask)
+        out = _computed(model, ids, positions, mask)
         if step < size * len(chunks) - 1 and size > 1:
             dist.send(out.contiguous(), ranks[(rank + 1) % size])
             out = None
     return out
+
+
+def _computed(model: Any, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What a stage makes; of one that also predicts further tokens the logits of each: with labels, it tells losses only."""
+    if not (model.config.mtp_num_layers and model.post_process):
+        return model(ids, positions, mask)  # type: ignore[no-any-return]
+    made: list[torch.Tensor] = []
+    heard = model.output_layer.register_forward_hook(lambda layer, given, out: made.append(out[0].transpose(0, 1)))
+    model(ids, positions, mask, labels=ids)
+    heard.remove()
+    return torch.stack([made[-1], *made[:-1]])
 
 
 def legacy(chunks: list[Any], job: dict[str, Any]) -> None:
@@ -224,6 +242,7 @@ def legacy(chunks: list[Any], job: dict[str, Any]) -> None:
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": layout.get("vpp"),
         "decoder_first_pipeline_num_layers": layout.get("first"),
+        "pipeline_model_parallel_layout": layout.get("stages"),
         "expert_model_parallel_size": ep,
         **job.get("args", {}),
     }
