@@ -147,7 +147,7 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
             )
     for model in _models(tree):
         for place, leaf in pt.walk(model):
-            if str(place[-1]).endswith(STATE) and leaf is not None:
+            if place and str(place[-1]).endswith(STATE) and leaf is not None:
                 name = ".".join(map(str, place))
                 yield Extra(name, (name,), "state", pickles.Record())
 

@@ -174,7 +174,7 @@ def load(chunks: list[Any], folder: str, strict: str) -> None:
         loaded, *wrong = loaded
         assert not any(wrong), wrong
     for k, chunk in enumerate(chunks):
-        state = loaded["model" if len(chunks) == 1 else f"model{k}"]
+        state = loaded.get("model" if len(chunks) == 1 else f"model{k}", {})  # a stage may be empty
         lost, more = chunk.load_state_dict(state, strict=False)
         assert not [n for n in lost if "_extra_state" not in n] and not more, (lost, more)
 
@@ -210,11 +210,12 @@ def logits(chunks: list[Any], ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def _computed(model: Any, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What a stage makes; of one that also predicts further tokens the logits of each: with labels, it tells losses only."""
+    """What a stage makes; of one that also predicts further tokens the logits of each: with labels, it tells losses only,
+    and makes them in the same memory."""
     if not (model.config.mtp_num_layers and model.post_process):
         return model(ids, positions, mask)  # type: ignore[no-any-return]
     made: list[torch.Tensor] = []
-    heard = model.output_layer.register_forward_hook(lambda layer, given, out: made.append(out[0].transpose(0, 1)))
+    heard = model.output_layer.register_forward_hook(lambda layer, given, out: made.append(out[0].transpose(0, 1).clone()))
     model(ids, positions, mask, labels=ids)
     heard.remove()
     return torch.stack([made[-1], *made[:-1]])
