@@ -275,7 +275,9 @@ def lay_out(spec: Spec) -> Layout:
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
     about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
     common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
-    made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
+    chunks = ["model"] if vpp == 1 else [f"model{k}" for k in range(vpp)]
+    empty = [[Extra(k, (k,), "state", {}) for k in chunks if k not in {one.path[0] for one in held}] for held in each]
+    made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step), empty)
     return replace(made, holders=_holders(o.get("placement"), all_ranks))
 
 
@@ -286,13 +288,14 @@ def rank_files(
     each: Sequence[Sequence[ranks.Piecewise]],
     common: Sequence[Extra],
     tracker: str,
+    own: Sequence[Sequence[Extra]] = (),
 ) -> Layout:
-    """Files that hold what `each` says of them, and `common` besides; beside their folder the tracker."""
+    """Files that hold what `each` says of them, `common` and their `own` besides; beside their folder the tracker."""
     made = [one for group in each for one in group]
     parts = tuple(Entry(one.path[-1], spec.entries[one.entry].dtype, one.shape, one.path) for one in made)
     ends = np.cumsum([len(group) for group in each]).tolist()
     groups = [list(range(lo, hi)) for lo, hi in zip([0, *ends], ends, strict=False)]
-    layout = pt.lay_out_files(replace(spec, entries=parts, extras=()), names, groups, common)
+    layout = pt.lay_out_files(replace(spec, entries=parts, extras=()), names, groups, common, own)
     at = layout.catalog.chunks
     rows = [
         (one.entry, piece, int(at.file[k]), int(at.offset[k]) + piece[2] * itemsize(parts[k].dtype))

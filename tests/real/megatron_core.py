@@ -126,21 +126,21 @@ def build(job: dict[str, Any]) -> list[Any]:
         moe_token_dispatcher_type="alltoall",
         **settings,
     )
+    spec = one = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+        multi_latent_attention=mla,
+    )
     if config.num_moe_experts and isinstance(config.moe_layer_freq, list):
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
-    else:
-        spec = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=False,
-            qk_layernorm=config.qk_layernorm,
-            normalization=config.normalization,
-            multi_latent_attention=mla,
-        )
     model = job["model"]
     chunks = []
     for chunk in range(layout["vpp"] or 1):
         stage = {"vp_stage": chunk} if layout["vpp"] else {}
-        further = get_gpt_mtp_block_spec(config, spec, False, **stage) if config.mtp_num_layers else None
+        layers = spec if getattr(spec, "layer_specs", True) else one  # a stage may have no other layer
+        further = get_gpt_mtp_block_spec(config, layers, False, **stage) if config.mtp_num_layers else None
         torch.manual_seed(1)
         chunks.append(
             GPTModel(
@@ -215,7 +215,9 @@ def _computed(model: Any, ids: torch.Tensor, positions: torch.Tensor, mask: torc
     if not (model.config.mtp_num_layers and model.post_process):
         return model(ids, positions, mask)  # type: ignore[no-any-return]
     made: list[torch.Tensor] = []
-    heard = model.output_layer.register_forward_hook(lambda layer, given, out: made.append(out[0].transpose(0, 1).clone()))
+    heard = model.output_layer.register_forward_hook(
+        lambda layer, given, out: made.append(out[0].transpose(0, 1).clone())
+    )
     model(ids, positions, mask, labels=ids)
     heard.remove()
     return torch.stack([made[-1], *made[:-1]])
