@@ -6,7 +6,6 @@ Not checked: families in the names of other frameworks than transformers (test_r
 from __future__ import annotations
 
 import json
-import re
 import sys
 import types
 from collections.abc import Callable
