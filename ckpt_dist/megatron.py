@@ -222,7 +222,7 @@ def _latent(args: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, An
         num_key_value_heads=args["num_attention_heads"],
         n_shared_experts=lengths["s"] // lengths["m"] if "s" in lengths else None,
         first_k_dense_replace=len(dense) if dense == list(range(len(dense))) else None,
-        norm_topk_prob=True,
+        norm_topk_prob=args.get("moe_router_topk", 2) > 1,  # of one expert Megatron takes its score as it is
         scoring_func="sigmoid",
         topk_method="noaux_tc",
         n_group=args.get("moe_router_num_groups", 1),

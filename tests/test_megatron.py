@@ -171,12 +171,9 @@ def transformer(kind: str, folder: Path) -> torch.Tensor:
 
 
 def predicting(model: Any, folder: Path) -> torch.Tensor:
-    """As DeepSeek-V3 was published: the last layer is not of the model, but predicts one more token. And its logits.
-
-    transformers leaves such layers out, so how it is computed is written here, from the report of DeepSeek-V3.
-    """
+    """As DeepSeek-V3 was published: the last layer is not of the model, but predicts one more token. And its logits."""
     last = model.config.num_hidden_layers - 1
-    layer, own = model.model.layers[last], f"model.layers.{last}."
+    own = f"model.layers.{last}."
     more = {f"{own}{n}.weight": torch.rand(32) + 0.5 for n in ("enorm", "hnorm", "shared_head.norm")}
     more[own + "eh_proj.weight"] = torch.randn(32, 64) * 0.3
     copies = {
@@ -189,23 +186,33 @@ def predicting(model: Any, folder: Path) -> torch.Tensor:
     config = json.loads((folder / "config.json").read_text())
     config |= dict(num_hidden_layers=last, num_nextn_predict_layers=1)
     (folder / "config.json").write_text(json.dumps(config))
+    return predicted(model, more)
+
+
+@torch.no_grad()
+def predicted(model: Any, more: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the next token and of the one after it, which the last layer of the model predicts.
+
+    transformers leaves such layers out, so how it is computed is written here, from the report of DeepSeek-V3.
+    """
+    last = model.config.num_hidden_layers - 1
+    layer, model.model.layers = model.model.layers[last], model.model.layers[:last]
 
     def normed(name: str, value: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(value, (32,), more[f"{own}{name}.weight"], 1e-6)
+        weight = more[f"model.layers.{last}.{name}.weight"]
+        return torch.nn.functional.rms_norm(value, weight.shape, weight, model.config.rms_norm_eps)
 
     ids = torch.tensor(IDS)
     following = torch.cat([ids[:, 1:], ids[:, :1] * 0], 1)
-    with torch.no_grad():
-        model.model.layers = model.model.layers[:last]
-        hidden = model.model(ids).last_hidden_state
-        both = torch.cat([normed("enorm", model.model.embed_tokens(following)), normed("hnorm", hidden)], -1)
-        inside = both @ more[own + "eh_proj.weight"].T
-        places = torch.arange(ids.shape[1])[None]
-        mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)[None, None]
-        turned = model.model.rotary_emb(inside, places)
-        out = layer(inside, attention_mask=mask, position_ids=places, position_embeddings=turned)
-        out = normed("shared_head.norm", out[0] if isinstance(out, tuple) else out)
-        return torch.stack([model.lm_head(hidden), model.lm_head(out)])
+    hidden = model.model(ids).last_hidden_state
+    both = torch.cat([normed("enorm", model.model.embed_tokens(following)), normed("hnorm", hidden)], -1)
+    inside = both @ more[f"model.layers.{last}.eh_proj.weight"].T
+    places = torch.arange(ids.shape[1])[None]
+    mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+    turned = model.model.rotary_emb(inside, places)
+    out = layer(inside, attention_mask=mask, position_ids=places, position_embeddings=turned)
+    out = normed("shared_head.norm", out[0] if isinstance(out, tuple) else out)
+    return torch.stack([model.lm_head(hidden), model.lm_head(out)])
 
 
 Ran = Callable[[str], tuple[Path, torch.Tensor]]
@@ -268,9 +275,32 @@ def test_a_rank_file_is_what_the_module_of_that_rank_holds(ran: Ran, tmp_path: P
             assert all(torch.equal(a[key][n], t) and a[key][n].dtype == t.dtype for n, t in held.items())
 
 
-# ---- without megatron-core: every layout to every other, older files, files that are not whole
+# ---- without megatron-core: what it once wrote, every layout to every other, older files, files that are not whole
 
 
+@pytest.mark.parametrize("place", ["dist", "legacy"])
+def test_a_model_that_megatron_began_predicts_further_tokens(tmp_path: Path, place: str) -> None:
+    """`tests/data/make_mtp.py`: its own first values, its own logits; the config.json is made of its args alone."""
+    from transformers import AutoModelForCausalLM
+
+    top = Path(__file__).parent / "data/megatron-core-0.16-mtp"
+    report = ckpt_dist.convert(top / place, tmp_path / "hf")
+    assert report["warnings"] == []
+    depth = json.loads((tmp_path / "hf/config.json").read_text())["num_hidden_layers"] + 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", num_hidden_layers=depth, attn_implementation="eager")
+    ours, theirs = predicted(model.eval(), load_file(tmp_path / "hf/model.safetensors")), torch.load(top / "logits.pt")
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert ckpt_dist.fingerprint(tmp_path / "hf") == ckpt_dist.fingerprint(top / place)
+    for keys in ({"format": "torch_dist", "target.dialect": "megatron_local"}, {"format": "megatron", **SPLIT}):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / keys["format"], **keys)
+        assert ckpt_dist.fingerprint(tmp_path / keys["format"]) == ckpt_dist.fingerprint(top / place)
+    for mine, his in zip(rank_files(tmp_path / "megatron"), rank_files(top / "legacy"), strict=True):
+        a, b = (torch.load(f, weights_only=False)["model"] for f in (mine, his))
+        b = {n: t for n, t in b.items() if t is not None}
+        assert a.keys() == b.keys() and all(torch.equal(a[n], t) for n, t in b.items())
+
+
+SPLIT = {"target.tp": 2, "target.pp": 2, "target.spec": "local"}
 PLACES: dict[str, dict[str, Any]] = {
     "hf": dict(format="hf"),
     "stacked": dict(format="torch_dist"),

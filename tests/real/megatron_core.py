@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m tests.real.megatron_core JOBS.json
 
 JOBS.json is a list of jobs, each with `settings` (TransformerConfig), `model` (GPTModel), `layout` (tp, pp, vpp, ep,
-first) and what to do: `load` a torch_dist checkpoint with each of `strict`, `logits` to save, `save` a torch_dist checkpoint, `legacy` to
+first, stages) and what to do: `load` a torch_dist checkpoint with each of `strict` (none: its own first values), `logits` to save, `save` a torch_dist checkpoint, `legacy` to
 write every rank's own state dict as Megatron-LM's training code lays it out.
 """
 
@@ -157,6 +157,18 @@ def build(job: dict[str, Any]) -> list[Any]:
     return chunks
 
 
+def begun(chunks: list[Any]) -> None:
+    """Other first values of norms and biases than ones and zeros, the same on all tensor-parallel ranks."""
+    torch.manual_seed(2)
+    for chunk in chunks:
+        for weight in chunk.parameters():
+            if weight.dim() == 1:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        for name, buffer in chunk.named_buffers():
+            if "expert_bias" in name:
+                torch.nn.init.uniform_(buffer, -0.1, 0.1)
+
+
 def sharded(chunks: list[Any]) -> dict[str, Any]:
     from megatron.core import parallel_state as ps
 
@@ -260,6 +272,8 @@ def run(job: dict[str, Any]) -> None:
     from megatron.core import parallel_state as ps
 
     chunks = build(job)
+    if "load" not in job:
+        begun(chunks)
     for strict in job.get("strict", ()):
         load(chunks, job["load"], strict)
     if job.get("logits"):
