@@ -7,6 +7,7 @@ transformers' models, gives logits, and saves again in both of its formats.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,9 +96,9 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
         ("tp1", "ep2"),
     ),
 }  # fmt: skip
-KINDS["deepseek_v3-mtp"] = (  # one more layer, behind the others
-    KINDS["deepseek_v3"][0] | dict(num_nextn_predict_layers=1),
-    KINDS["deepseek_v3"][1] | dict(mtp_num_layers=1),
+KINDS["deepseek_v3-mtp"] = (  # all layers alike, and one more behind them
+    KINDS["deepseek_v3"][0] | dict(num_nextn_predict_layers=1, first_k_dense_replace=0),
+    KINDS["deepseek_v3"][1] | dict(mtp_num_layers=1, moe_layer_freq=1),
     ("tp2", "ep2pp2", "apart"),
 )
 
@@ -227,7 +228,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     jobs, wanted = [], {}
     for kind, (_, more, layouts) in KINDS.items():
         wanted[kind] = transformer(kind, top / kind / "hf")
-        dialect = "megatron_local" + ("" if kind.startswith("deepseek_v3") else "_stacked")
+        dialect = "megatron_local" + ("" if kind == "deepseek_v3" else "_stacked")
         own = {"target.dialect": dialect} if "num_moe_experts" in more else {}
         ckpt_dist.convert(top / kind / "hf", top / kind / "ours", format="torch_dist", **own)
         jobs += [job(top / kind, kind, layout, top / kind / "ours/iter_0000001") for layout in layouts]
@@ -301,6 +302,21 @@ def test_a_model_that_megatron_began_predicts_further_tokens(tmp_path: Path, pla
 
 
 SPLIT = {"target.tp": 2, "target.pp": 2, "target.spec": "local"}
+
+
+def test_the_newer_name_of_a_layer_that_predicts_further_tokens(tmp_path: Path) -> None:
+    """Megatron-LM of August 2026, from source."""
+    top = Path(__file__).parent / "data/megatron-core-0.16-mtp/legacy"
+    shutil.copytree(top, tmp_path / "newer")
+    rewritten(
+        tmp_path / "newer",
+        lambda tree, number: tree.update(
+            model={n.replace(".transformer_layer.", ".mtp_model_layer."): t for n, t in tree["model"].items()}
+        ),
+    )
+    assert ckpt_dist.fingerprint(tmp_path / "newer") == ckpt_dist.fingerprint(top)
+
+
 PLACES: dict[str, dict[str, Any]] = {
     "hf": dict(format="hf"),
     "stacked": dict(format="torch_dist"),
@@ -327,13 +343,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mixtral", "deepseek_v3-mtp"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mixtral", "deepseek_v3", "deepseek_v3-mtp"])
 def test_every_layout_becomes_every_other(models: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     source = models(kind)
     wanted = ckpt_dist.fingerprint(source)
-    latent = kind.startswith("deepseek_v3")
-    experts = kind == "mixtral" or latent
-    names = [n for n in PLACES if (experts or "ep" not in n) and not (latent and n == "stacked")]
+    experts = kind in ("mixtral", "deepseek_v3", "deepseek_v3-mtp")
+    names = [n for n in PLACES if (experts or "ep" not in n) and not (kind == "deepseek_v3" and n == "stacked")]
     for one in names:
         ckpt_dist.convert(source, tmp_path / one, **PLACES[one])
         assert ckpt_dist.fingerprint(tmp_path / one, **{"model.config": str(source)}) == wanted, one

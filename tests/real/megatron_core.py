@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 4 -m tests.real.megatron_core JOBS.json
 
 JOBS.json is a list of jobs, each with `settings` (TransformerConfig), `model` (GPTModel), `layout` (tp, pp, vpp, ep,
-first, stages) and what to do: `load` a torch_dist checkpoint with each of `strict` (none: its own first values), `logits` to save, `save` a torch_dist checkpoint, `legacy` to
-write every rank's own state dict as Megatron-LM's training code lays it out.
+first, stages) and what to do: `load` a torch_dist checkpoint with each of `strict` (none: its own first values),
+`logits` to save, `save` a torch_dist checkpoint, `legacy` to write every rank's own state dict as Megatron-LM's training
+code lays it out.
 """
 
 from __future__ import annotations
