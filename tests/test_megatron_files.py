@@ -456,6 +456,13 @@ def test_layouts_are_read_as_megatron_reads_them(text: str) -> None:
     assert stages.read(text) == [sum(x.name == "decoder" for x in row) for row in theirs]
 
 
+def test_a_layout_with_layers_that_predict_further_tokens() -> None:
+    said = stages.spelled([3, 4, 0, 3], 1)
+    assert said == "Et*3|t*4||t*3mL" and stages.read(said) == [3, 4, 0, 3]
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed; the rest of this test has passed")
+    megatron_layout(said, 4).validate_layer_layout(num_layers=10, mtp_num_layers=1)
+
+
 @pytest.mark.parametrize("said", ["Ett|t|tL", "Ex|L", "(t)*999999|" * 9, "E" + "(((t)*99)*99)*99" + "L"])
 def test_layouts_that_are_not_those_of_the_files(llama: Path, tmp_path: Path, said: str) -> None:
     ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **{"target.pp": 2})
