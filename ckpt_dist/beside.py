@@ -15,7 +15,7 @@ from ckpt_dist import __version__, configs, formats, megatron, sources, task
 from ckpt_dist.catalog import Extra
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout
-from ckpt_dist.model import FURTHER, Model
+from ckpt_dist.model import Model, rules
 from ckpt_dist.report import Report
 
 Config = Mapping[str, Any]
@@ -92,8 +92,10 @@ def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
         if kind in megatron.CLASSES:
             config = translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
             config["torch_dtype"] = main
-    if m.family and m.family.further and FURTHER in m.dropped:
-        config[m.family.further] = 0
+    for axis, key in m.family.further.items() if m.family else ():
+        there = axis in {a for rule in rules(m) if rule for a, _ in rule.fixed}
+        if there or config.get(key):
+            config[key] = m.sizes[axis] if there else 0
     if config.pop("quantization_config", None):
         report.notes.append("quantization_config is left out of config.json: what is written is not quantised")
     if not configs.is_hf(config):
@@ -129,7 +131,14 @@ def args(d: task.Design, m: Model) -> configs.Translation:
     config, tied = m.source.config, "head" not in weights
     if configs.is_params(config) and {"v", "f"} <= set(m.sizes):
         config = configs.to_hf(config, m.sizes, tied).config
-    return megatron.to_args(config, m.sizes, weights, tied)
+    made = megatron.to_args(config, m.sizes, weights, tied)
+    return made if megatron.is_args(config) else replace(made, config={**made.config, **_tokenizer(m)})
+
+
+def _tokenizer(m: Model) -> dict[str, str]:
+    """What Megatron reads a folder's tokenizer with, where there is one."""
+    file = next((p for n, p in sources.assets(m.source).items() if n.startswith("tokenizer")), None)
+    return dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(file.parent.absolute())) if file else {}
 
 
 def translated(t: configs.Translation, where: str, report: Report) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Families: the weights of one kind of model, and the names and layouts that each framework gives them.
 
 A family is one declarative file in `families/`. A *dialect* maps stored names to patterns; `{l}` in a name is
-the axis that the number stands for. `bind` turns a catalog into views of weights, `spell` lists what a
-checkpoint in some dialect holds: the same table, read in both directions.
+the axis that the number stands for, `{l+n}` the axis n, whose numbers go on where those of l end. `bind` turns a
+catalog into views of weights, `spell` lists what a checkpoint in some dialect holds: the same table, read in both
+directions.
 
 Invariant: each stored name is matched by exactly one rule or reported; nothing is guessed by position.
 """
@@ -24,6 +25,7 @@ from ckpt_dist.errors import CheckpointError, nearest
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
 
 COPIES = ("meta", "torchtitan")  # dialects in which a tied weight is stored twice
+PLACE = re.compile(r"\{(?:(\w+)\+)?(\w+)\}")  # in a name of a table: `{l}` counts from 0, `{l+n}` on from the last of l
 NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)|^\d{1,9}(?=\.)")  # of a layer or an expert, in a stored name
 CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are taken
 
@@ -38,8 +40,10 @@ class Family:
     What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> when a model
     has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
     type -> what transformers takes where a config does not say it.
-    `further`: the key of a config.json with the number of layers behind the others that predict further tokens.
+    `further`: the axis of layers that predict further tokens -> the key of a config.json with their number; a dialect
+    without such layers leaves them out.
     `zeros`: a weight that dialects without a name for it take to be 0 -> another weight that is where it is.
+    `copies`: a weight that only some dialects have, and that always equals another one -> that one.
     """
 
     name: str
@@ -50,7 +54,8 @@ class Family:
     ties: Mapping[str, str] = field(default_factory=dict)
     zeros: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
-    further: str | None = None
+    further: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     init: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
@@ -87,42 +92,54 @@ class Rule:
     fixed: tuple[tuple[str, int], ...] = ()
 
 
+Places = tuple[tuple[str, str], ...]  # of a name: (the axis whose length is added, or none; the axis)
+
+
 @cache
 def _table(
     family_name: str, dialect: str, rules: tuple[tuple[str, str], ...]
-) -> dict[str, tuple[Pattern, tuple[str, ...]]]:
+) -> dict[str, list[tuple[Pattern, Places]]]:
     """Rules keyed by the name with every number replaced by `{}`, so that a lookup is one dictionary access."""
-    table = {}
+    table: dict[str, list[tuple[Pattern, Places]]] = {}
     for name, text in rules:
         pattern = parse(text.partition(" if ")[0])
-        table[re.sub(r"\{\w+\}", "{}", name)] = (pattern, tuple(re.findall(r"\{(\w+)\}", name)))
+        table.setdefault(PLACE.sub("{}", name), []).append((pattern, tuple(PLACE.findall(name))))
     return table
 
 
-def match(family: Family, dialect: str, name: str) -> Rule | None:
-    """The rule for a stored name, or None: `model.layers.3.mlp.up_proj.weight` -> `up: f e`, with l = 3."""
+def match(family: Family, dialect: str, name: str, sizes: Mapping[str, int] | None = None) -> Rule | None:
+    """The rule for a stored name, or None: `model.layers.3.mlp.up_proj.weight` -> `up: f e`, with l = 3.
+
+    Of a name that stands for layers of two kinds it is the kind that has as many, by what is known of `sizes`.
+    """
     table = _table(family.name, dialect, tuple(family.dialects[dialect].items()))
-    numbers = NUMBER.findall(name)
-    hit = table.get(NUMBER.sub("{}", name))
-    if hit is None:
-        return None
-    pattern, axes = hit
-    return Rule(pattern, pattern.weights, tuple(zip(axes, map(int, numbers), strict=True)))
+    numbers = [int(n) for n in NUMBER.findall(name)]
+    found, sizes = [], sizes or {}
+    for pattern, places in table.get(NUMBER.sub("{}", name), ()):
+        fixed = tuple((a, k - sizes.get(base, k) if base else k) for (base, a), k in zip(places, numbers, strict=True))
+        found.append(Rule(pattern, pattern.weights, fixed))
+    fits = (r for r in found if all(0 <= k < sizes.get(a, 0) for a, k in r.fixed))
+    return (next(fits, None) or found[0]) if found else None
+
+
+def axes_in(name: str) -> tuple[str, ...]:
+    """The axes that stand in a name of a table: `experts.{x}.w1` -> `("x",)`"""
+    return tuple(axis for _, axis in PLACE.findall(name))
 
 
 def counted(family: Family) -> set[str]:
     """The axes that stand in stored names, in whatever dialect: layers and experts."""
-    return {a for rules in family.dialects.values() for name in rules for a in re.findall(r"\{(\w+)\}", name)}
+    return {a for rules in family.dialects.values() for name in rules for a in axes_in(name)}
 
 
-def predicts(family: Family, config: Mapping[str, Any], name: str) -> bool:
-    """Whether a name is of a layer that predicts further tokens: `model.layers.61.enorm.weight` of 61 layers, or Megatron's."""
-    said = (config.get(key) for key in (family.further or "", "num_hidden_layers"))
-    count, last = (n if isinstance(n, (int, float)) else 0 for n in said)  # another word says nothing
-    found = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
-    if name.startswith("mtp.") and family.further:
-        return True
-    return found is not None and 0 < last <= int(found[1]) < last + count
+def weights_in(family: Family, dialect: str) -> set[str]:
+    """The weights that a dialect has names for."""
+    return {w for text in family.dialects[dialect].values() for w in parse(text.partition(" if ")[0]).weights}
+
+
+def without(family: Family, dialect: str) -> set[str]:
+    """The axes of layers that a dialect has no names for."""
+    return set(family.further) - {a for name in family.dialects.get(dialect, ()) for a in axes_in(name)}
 
 
 def dropped(family: Family, name: str) -> bool:
@@ -142,7 +159,7 @@ def resolve(
     sizes = dict(known)
     seen: dict[tuple[Pattern, tuple[int, ...]], str] = {}
     for name, stored in named:
-        rule = match(family, dialect, name)
+        rule = match(family, dialect, name, known)
         if rule is None:
             continue
         for axis, index in rule.fixed:
@@ -271,7 +288,7 @@ def spell(
         pattern = parse(text)
         if not all(w in present for w in (*pattern.weights, *([beside] if beside else []))):
             continue
-        names = re.findall(r"\{(\w+)\}", name)
+        names = axes_in(name)
         places = [family.axes(pattern.weights[0]).index(a) for a in names]
         corners = sorted({tuple(int(c) for c in row) for row in present[pattern.weights[0]][:, places]})
         if beside:
@@ -279,15 +296,9 @@ def spell(
             corners = [c for c in corners if c in there]
         for corner in corners:
             fixed = tuple(zip(names, corner, strict=True))
-            found.append(
-                (
-                    corner,
-                    position,
-                    name.format(**dict(fixed)),
-                    Rule(pattern, pattern.weights, fixed),
-                    shape(pattern, sizes),
-                )
-            )
+            numbers = tuple(sizes.get(base, 0) + k for (base, _), k in zip(PLACE.findall(name), corner, strict=True))
+            spelled = PLACE.sub("{}", name).format(*numbers)
+            found.append((numbers, position, spelled, Rule(pattern, pattern.weights, fixed), shape(pattern, sizes)))
     first = min((p for c, p, *_ in found if c), default=0)
     found.sort(key=lambda f: (bool(f[0]) + (not f[0] and f[1] > first) * 2, f[0], f[1]))
     return [(name, rule, stored) for _, _, name, rule, stored in found]
@@ -296,6 +307,6 @@ def spell(
 def missing_names(family: Family, dialect: str, name: str) -> str:
     """The nearest known stored name, for an error about an unknown one."""
     number = iter(re.findall(r"\d+", name))
-    known = [re.sub(r"\{\w+\}", "{}", k) for k in family.dialects[dialect]]
+    known = [PLACE.sub("{}", k) for k in family.dialects[dialect]]
     hint = nearest(re.sub(r"\d+", "{}", name), known)
     return re.sub(r"\{\}", lambda _: next(number, "0"), hint)

@@ -116,9 +116,8 @@ def checkpoint(cfg: Config) -> Model:
 def described(m: Model) -> dict[str, str]:
     """How each weight begins, in words: `{"embed": "normal, std 0.02", "norm": "1"}`."""
     assert m.family is not None
-    rules = [families.match(m.family, CANONICAL, e.name) for e in m.catalog.entries]
     starts = m.source.reader.starts
-    return {w: str(s) for rule, s in zip(rules, starts, strict=True) if rule for w in rule.weights}
+    return {w: str(s) for rule, s in zip(model.rules(m), starts, strict=True) if rule for w in rule.weights}
 
 
 def _family(asked: str, config: Config, path: Path) -> Family:
@@ -170,7 +169,7 @@ def _weights(family: Family, config: Config, path: Path) -> list[str]:
 
 def _corners(family: Family, weight: str, sizes: Mapping[str, int], config: Config, path: Path) -> Ints:
     """The lower corner of each stored box: one for each layer (and expert) that has a name of its own and the weight."""
-    named = {a for name in family.dialects[CANONICAL] for a in re.findall(r"\{(\w+)\}", name)}
+    named = {a for name in family.dialects[CANONICAL] for a in families.axes_in(name)}
     counts = [sizes[a] if a in named else 1 for a in family.axes(weight)]
     corners: Ints = np.indices(counts).reshape(len(counts), -1).T
     if weight not in family.layers:

@@ -16,6 +16,7 @@ from ckpt_dist.configs import Translation
 from ckpt_dist.errors import CheckpointError
 
 LAYER = "decoder.layers.{l}."
+FURTHER = "mtp.layers.{n}."  # one that predicts further tokens
 STEPS = "iter_{:07d}"
 TRACKER = "latest_checkpointed_iteration.txt"
 FIELDS = (  # args, config.json
@@ -38,7 +39,15 @@ FIELDS = (  # args, config.json
     ("moe_router_num_groups", "n_group"),
     ("moe_router_group_topk", "topk_group"),
 )
-EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}  # elsewhere num_experts
+EXPERTS = {
+    "mixtral": "num_local_experts",
+    "gpt_oss": "num_local_experts",
+    "deepseek_v3": "n_routed_experts",
+}  # elsewhere num_experts
+YARN = (  # args of latent attention, rope_scaling of config.json
+    ("rotary_scaling_factor", "factor"),
+    *((n, n) for n in ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
+)
 CLASSES = dict(
     llama="LlamaForCausalLM",
     mistral="MistralForCausalLM",
@@ -48,6 +57,7 @@ CLASSES = dict(
     mixtral="MixtralForCausalLM",
     gpt2="GPT2LMHeadModel",
     bloom="BloomForCausalLM",
+    deepseek_v3="DeepseekV3ForCausalLM",
 )
 OTHERS = {  # args, config.json of the models that do not use the words of Llama
     kind: (("hidden_size", width), ("num_layers", "n_layer"), ("num_attention_heads", "n_head"),
@@ -65,6 +75,10 @@ ALWAYS = dict(  # of args: what these models compute whatever a config.json says
     moe_router_score_function="softmax", moe_router_enable_expert_bias=False, moe_router_topk_scaling_factor=None,
     attention_output_gate=False, no_rope_freq=None, scale_factor=None, mscale=None,
 )  # fmt: skip
+LATENT = {  # the same, of DeepSeek-V3
+    **{k: v for k, v in ALWAYS.items() if k not in ("mtp_num_layers", "moe_router_topk_scaling_factor", "mscale")},
+    **dict(multi_latent_attention=True, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+}
 SPLIT = dict(  # of args: how ranks share the layers; what a source says of its own does not hold for a target
     virtual_pipeline_model_parallel_size=None, num_layers_per_virtual_pipeline_stage=None,
     num_virtual_stages_per_pipeline_rank=None, decoder_first_pipeline_num_layers=None,
@@ -78,7 +92,7 @@ SHAPE = (  # of config.json: what shapes and weights say too, or what Megatron c
     "n_embd", "n_layer", "n_head", "n_positions", "n_ctx", "n_inner", "layer_norm_epsilon", "layer_norm_eps", "qk_head_dim",
     "rope_interleave", "rope_parameters", "rope_scaling", "rope_theta", "scoring_func", "topk_method", "norm_topk_prob",
     "is_decoder", "return_dict", "bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window", "max_window_layers",
-    "seq_aux",
+    "seq_aux", "num_nextn_predict_layers",
 )  # fmt: skip
 UNUSED = (
     "dropout",
@@ -188,14 +202,37 @@ def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: 
         config["rope_scaling"] = {**configs.SCALED, "factor": float(told.get("rope_scaling_factor", 8))}
     elif told.get("rotary_seq_len_interpolation_factor", 1) != 1:
         config["rope_scaling"] = dict(rope_type="linear", factor=float(told["rotary_seq_len_interpolation_factor"]))
-    lost = [f"{k}={told[k]!r}" for k, v in ALWAYS.items() if k in told and told[k] != v]
-    if kind == "qwen3_moe":
+    always = LATENT if kind == "deepseek_v3" else ALWAYS
+    lost = [f"{k}={told[k]!r}" for k, v in always.items() if k in told and told[k] != v]
+    if kind == "deepseek_v3":
+        config |= _latent(told, lengths)
+    elif kind == "qwen3_moe":
         config |= {"norm_topk_prob": not told.get("moe_router_pre_softmax"), "mlp_only_layers": _dense_layers(told)}
     elif told.get("moe_router_pre_softmax"):
         lost.append("moe_router_pre_softmax=True")
     guesses.append("no bos_token_id and eos_token_id")
     text = "config.json, from Megatron's args: " + ", ".join(guesses)
     return Translation(config, (text,), tuple(lost))
+
+
+def _latent(args: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
+    """What only the config.json of a DeepSeek-V3 says."""
+    dense, scaled = _dense_layers(args), {hf: args[m] for m, hf in YARN if m in args}
+    config: dict[str, Any] = dict(
+        num_key_value_heads=args["num_attention_heads"],
+        n_shared_experts=lengths["s"] // lengths["m"] if "s" in lengths else None,
+        first_k_dense_replace=len(dense) if dense == list(range(len(dense))) else None,
+        norm_topk_prob=args.get("moe_router_topk", 2) > 1,  # of one expert Megatron takes its score as it is
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        n_group=args.get("moe_router_num_groups", 1),
+        topk_group=args.get("moe_router_group_topk", 1),
+        routed_scaling_factor=args.get("moe_router_topk_scaling_factor", 1.0),
+        attention_bias=False,
+        head_dim=args["qk_pos_emb_head_dim"],
+    )
+    yarn = args.get("rope_type", "yarn") == "yarn" and "factor" in scaled
+    return config | {"rope_scaling": {"type": "yarn", "rope_type": "yarn", **scaled} if yarn else None}
 
 
 def _to_other_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool) -> Translation:
@@ -238,7 +275,7 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
     rope = {**said[0], **said[1]}
     given = {**rope, **config}
     args: dict[str, Any] = {m: given[hf] for m, hf in FIELDS if given.get(hf) is not None}
-    scaling, lost = _scaling(rope)
+    scaling, lost = _scaling(rope, "kv_down" in weights)
     groups = lengths.get("g", lengths.get("h"))
     rotary = "positions" not in weights
     args |= dict(
@@ -247,6 +284,7 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
         kv_channels=lengths["c"] * lengths["r"] if "r" in lengths else lengths.get("d"),
         ffn_hidden_size=lengths.get("f"),
         padded_vocab_size=lengths.get("v"),
+        **({"vocab_size": config["vocab_size"]} if config.get("vocab_size") else {}),
         untie_embeddings_and_output_weights=not tied,
         normalization="LayerNorm" if "norm_bias" in weights else "RMSNorm",
         swiglu="gate" in weights or "expert_gate" in weights,
@@ -257,6 +295,7 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
         add_position_embedding=not rotary,
         rotary_percent=1.0,
         rotary_interleaved=False,
+        mtp_num_layers=lengths["n"] if "mtp_enorm" in weights else None,
     )
     if "num_attention_heads" not in args:
         args["num_attention_heads"] = (groups or 1) * lengths.get("q", 1)
@@ -273,8 +312,22 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
     return Translation(args, (), (*lost, *_untold(config, args)))
 
 
-def _scaling(rope: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Args of a config's rope scaling; Megatron has Llama 3's with all but the factor fixed, and the linear one."""
+def divisor(args: Mapping[str, Any], tp: int) -> dict[str, int]:
+    """Args by which Megatron, that pads a vocabulary for its ranks, comes to as many rows as are stored.
+
+    `divisor(dict(vocab_size=50257, padded_vocab_size=50304), 1)` -> `dict(make_vocab_size_divisible_by=128)`
+    """
+    key, words, rows = "make_vocab_size_divisible_by", args.get("vocab_size"), args.get("padded_vocab_size")
+    if type(words) is not int or type(rows) is not int or words < 1:
+        return {}
+    tries = (args.get(key), *(1 << k for k in (7, 6, 5, 4, 3, 2, 1, 0, *range(8, 15))))
+    fits = (n for n in tries if type(n) is int and n > 0 and -(-words // (n * tp)) * n * tp == rows)
+    return {key: found} if (found := next(fits, None)) else {}
+
+
+def _scaling(rope: Mapping[str, Any], latent: bool) -> tuple[dict[str, Any], list[str]]:
+    """Args of a config's rope scaling; Megatron has Llama 3's with all but the factor fixed, the linear one, and of
+    latent attention YaRN."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     odd = [
         f"rope {k}={rope[k]!r}"
@@ -283,6 +336,9 @@ def _scaling(rope: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ]
     if any(isinstance(v, Mapping) for v in rope.values()):
         return {}, [f"rope of each kind of layer: {', '.join(sorted(rope))}"]
+    if latent and kind in ("yarn", "default"):
+        told = {m: rope[hf] for m, hf in YARN if hf in rope} if kind == "yarn" else {}
+        return {"rope_type": "yarn" if kind == "yarn" else "rope", **told}, []
     if kind == "llama3":
         return dict(use_rope_scaling=True, rope_scaling_factor=float(rope.get("factor", 8))), odd
     if kind == "linear":

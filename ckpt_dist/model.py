@@ -88,9 +88,6 @@ def recognise(
         elif name is not None and chosen and families.dropped(chosen, name):
             names[e] = None
             dropped.setdefault("derived buffer", []).append(entry.name)
-        elif name is not None and chosen and families.predicts(chosen, source.config, name):
-            names[e] = None
-            dropped.setdefault(FURTHER, []).append(entry.name)
         elif name is not None and chosen and families.match(chosen, spoken, name) is None:
             names[e] = None
             lost.append(name)
@@ -231,7 +228,7 @@ def _sizes(
     used = {
         a
         for n, _ in shapes
-        for rule in [families.match(family, dialect, n)]
+        for rule in [families.match(family, dialect, n, sizes)]
         if rule
         for k in range(len(rule.weights))
         for a in rule.pattern.axes(k)
@@ -281,8 +278,25 @@ def bind_plain(model: Model) -> Bound:
 def bind_family(model: Model) -> Bound:
     """Names as the family's dialect reads them. A tied copy that the source lacks is read from what it is tied to."""
     assert model.family is not None
-    rules = tuple(None if n is None else families.match(model.family, model.dialect, n) for n in model.names)
-    return Bound(model.catalog.entries, rules, model.sizes, axes_of(model.family))
+    return Bound(model.catalog.entries, rules(model), model.sizes, axes_of(model.family))
+
+
+def rules(model: Model) -> tuple[Rule | None, ...]:
+    """What each stored name says, as the family's dialect reads it."""
+    assert model.family is not None
+    known = (model.family, model.dialect)
+    return tuple(None if n is None else families.match(*known, n, model.sizes) for n in model.names)
+
+
+def spoken(model: Model, dialect: str) -> Model:
+    """Without the layers that predict further tokens, where a dialect has no words for them."""
+    lost = families.without(model.family, dialect) if model.family else set()
+    gone = {e for e, rule in enumerate(rules(model)) if rule and lost & {a for a, _ in rule.fixed}} if lost else set()
+    if not gone:
+        return model
+    names = tuple(None if e in gone else n for e, n in enumerate(model.names))
+    stored = tuple(model.catalog.entries[e].name for e in sorted(gone))
+    return replace(model, names=names, dropped={**model.dropped, FURTHER: stored})
 
 
 def axes_of(family: Family) -> dict[str, tuple[str, ...]]:
@@ -305,6 +319,23 @@ def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
     return found
 
 
+def copied(family: Family, present: Mapping[str, Ints]) -> dict[str, tuple[str, Ints]]:
+    """The weights that no source needs to hold, for they equal another one: which, and their corners.
+
+    Where they stand in names of layers, they are in those of any other weight with such an axis.
+    """
+    found = {}
+    for copy, of in family.copies.items():
+        original = of if of in present else family.ties.get(of, of)
+        own = set(family.axes(copy)) - set(family.axes(of))
+        other = next((w for w in present if own <= set(family.axes(w)) and w not in family.copies), None)
+        if copy not in present and original in present and other:
+            places = [family.axes(other).index(a) if a in own else -1 for a in family.axes(copy)]
+            zero = np.zeros((len(present[other]), 1), np.int64)
+            found[copy] = original, distinct(np.hstack([present[other], zero])[:, places], axis=0)
+    return found
+
+
 def beside(family: Family, zeros: Mapping[str, str], present: Mapping[str, Ints]) -> dict[str, Ints]:
     """Corners of weights that no source holds: each is wherever another one is."""
     found = {}
@@ -322,8 +353,14 @@ def spelled(
     named = {w for _, rule, _ in found for w in rule.weights}
     for weight in present:
         if weight not in named and weight not in family.zeros:
+            copy = (
+                f" (it would not need one, were it equal to {family.copies[weight]!r})"
+                if weight in family.copies
+                else ""
+            )
             raise CheckpointError(
-                f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect."
+                f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}{copy}; choose another "
+                "target.dialect."
             )
     entries = tuple(Entry(name, dtype_of(rule), shape, (name,)) for name, rule, shape in found)
     return Bound(entries, tuple(rule for _, rule, _ in found), sizes, axes_of(family))
@@ -343,8 +380,7 @@ def resized(m: Model, axis: str, length: int) -> Model:
         raise UsageError(
             f"{m.source.folder}: its vocabulary is not known, so it cannot become {length}. Give model.config=PATH."
         )
-    rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
-    dims = {e: r.pattern.dims.index((axis,)) for e, r in enumerate(rules) if r and (axis,) in r.pattern.dims}
+    dims = {e: r.pattern.dims.index((axis,)) for e, r in enumerate(rules(m)) if r and (axis,) in r.pattern.dims}
     catalog, have = m.catalog, m.sizes[axis]
     entries = tuple(
         replace(e, shape=tuple(length if d == dims.get(i) else n for d, n in enumerate(e.shape)))

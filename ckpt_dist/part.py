@@ -216,7 +216,7 @@ def _ends(catalog: Catalog) -> Ints:
 def stored(m: Model) -> NDArray[np.float64]:
     """Of each file, the bytes in files for a byte that is read from it: less than 1 where values are computed."""
     each = np.full(len(m.catalog.files), 0.0 if m.source.reader else 1.0)
-    for q in quantised.of(m.catalog):
+    for q in quantised.computed(m.catalog):
         each[q.file] = q.stored_bytes / max(q.nbytes, 1)
     return each
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from ckpt_dist.catalog import Catalog, Chunks, Entry, whole
 from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files.codecs import Packed
 from ckpt_dist.files.dtypes import itemsize
 
 METHODS = ("fp8", "mxfp8", "mxfp4")  # the first two differ in their blocks and scales only
@@ -101,6 +102,12 @@ def of(catalog: Catalog) -> tuple[Quantised, ...]:
     """The quantised weights of a catalog, in the order of their addresses."""
     found: tuple[Quantised, ...] = catalog.about.get("quantised", ())
     return found
+
+
+def computed(catalog: Catalog) -> tuple[Quantised | Packed, ...]:
+    """Everything whose bytes are not those of a file: quantised weights, and chunks that are compressed."""
+    packed: tuple[Packed, ...] = catalog.about.get("packed", ())
+    return (*of(catalog), *packed)
 
 
 def readable(catalog: Catalog, config: Mapping[str, Any], dtype_of: Callable[[Entry], str]) -> Catalog:

@@ -28,9 +28,13 @@ DIVIDED = (  # the dim that tensor-parallel ranks divide, by the end of a name; 
     (r"linear_(q|q_up|kv_up|q_down|kv_down)_proj\.weight", 0),
     (r"core_attention\.softmax_offset", 0),
     (r"linear_fc1\.(weight|bias)", 0),
+    (r"eh_proj\.weight", 0),
     (r"(linear_proj|linear_fc2)\.weight", 1),
 )
 LAYER = re.compile(r"(decoder\.layers\.(\d{1,9})\.)(.*)")
+FURTHEST = re.compile(r"(mtp\.layers\.(\d{1,9})\.)(.*)")
+FURTHER = "mtp."  # of layers that predict further tokens, which are behind all others: ranks number them alike
+INSIDE = re.compile(r"((?:decoder|mtp)\.layers\.(\d{1,9})\.(?:transformer_layer\.)?)(.*)")
 LOCAL = re.compile(r"mlp\.experts\.local_experts\.(\d{1,9})\.(linear_fc[12])\.(weight|bias)")
 TOGETHER = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d{1,9})")
 MATRIX = re.compile(r"(^|\.)(linear_\w+|word_embeddings|output_layer)\.weight\d*$|mlp\.experts\.weight[12]$")
@@ -133,9 +137,9 @@ def held(
                 f"{name} has shape {list(ref.shape)}; it should have {need} dims. Is it of another tool?"
             )
     for name, ref in tensors.items():
-        layer = LAYER.fullmatch(name)
+        layer = INSIDE.fullmatch(name)
         own, inner = (layer[1], layer[3]) if layer else ("", name)
-        whole = f"decoder.layers.{first + int(layer[2])}." if layer else ""
+        whole = f"decoder.layers.{first + int(layer[2])}." if layer and not own.startswith(FURTHER) else own
         if LOCAL.fullmatch(inner) or TOGETHER.fullmatch(inner):
             yield from _expert(whole, own, inner, ref, tensors, rank)
         elif GROUPED.fullmatch(inner):
@@ -272,31 +276,36 @@ def holds(entries: Sequence[Entry], rank: Rank, stages: Sequence[int], spec: str
     """All tensors of one rank. `stages`: layers of each stage, virtual chunk by chunk; `spec`: te or local modules."""
     chunks = len(stages) // rank.pp
     shapes = {x.name: x.shape for x in entries}
+    further, last = any(n.startswith(FURTHER) for n in shapes), len(stages) - 1
+    normed = max((k for k, count in enumerate(stages) if count), default=last) if further else last
     for chunk in range(chunks):
         key = "model" if chunks == 1 else f"model{chunk}"
         stage = chunk * rank.pp + rank.p
         lo = sum(stages[:stage])
         for number, entry in enumerate(entries):
-            layer = LAYER.fullmatch(entry.name)
-            if layer and lo <= int(layer[2]) < lo + stages[stage]:
+            layer = INSIDE.fullmatch(entry.name)
+            behind = entry.name.startswith(FURTHER)
+            if layer and (stage == last if behind else lo <= int(layer[2]) < lo + stages[stage]):
                 cut = _target_cut(layer[3], entry, shapes, rank, spec)
-                prefix = f"decoder.layers.{int(layer[2]) - lo}."
+                prefix = layer[1] if behind else f"decoder.layers.{int(layer[2]) - lo}."
                 if layer[3].startswith(EXPERTS):
                     yield from _experts(key, prefix, layer[3], number, entry, cut, rank, spec)
                 else:
                     yield _one((key, prefix + _in_module(layer[3], spec)), number, entry, cut, rank)
             elif not layer:
-                for name in _ends(
-                    entry.name, stage == 0, stage == len(stages) - 1, "output_layer.weight" not in shapes
-                ):
+                end = normed if entry.name.startswith("decoder.") else last
+                for name in _ends(entry.name, stage == 0, stage == end, "output_layer.weight" not in shapes, further):
                     yield _one((key, name), number, entry, _target_cut(name, entry, shapes, rank, spec), rank)
 
 
-def _ends(name: str, first: bool, last: bool, tied: bool) -> list[str]:
-    """What the first and the last stage call a tensor that is of no layer; tied, the embedding is on both."""
+def _ends(name: str, first: bool, last: bool, tied: bool, further: bool) -> list[str]:
+    """What the first and the last stage call a tensor that is of no layer; tied, the embedding is on both.
+
+    A layer that predicts further tokens embeds them too, on the last stage.
+    """
     if name.startswith("embedding."):
-        copy = tied and last and not first and name.endswith("word_embeddings.weight")
-        return [name] if first else ["output_layer.weight"] if copy else []
+        copy = tied and last and name.endswith("word_embeddings.weight")
+        return [name] if first or (last and further) else ["output_layer.weight"] if copy else []
     return [name] if last else []
 
 

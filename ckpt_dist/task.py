@@ -43,7 +43,9 @@ from ckpt_dist.sources import Source, open_source
 
 T = TypeVar("T")
 TIED = "tied to "  # the rule by which an equal copy is left out
+EQUAL = "equal to "  # the same, of copies that belong to a dialect, and not to a model
 OWN = "own"  # a transport by which ranks read what they see, and exchange only what somebody does not
+KEPT = 1 << 30  # of compressed chunks, by a reader without an engine
 WORKER_BYTES = (
     24 << 20
 )  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
@@ -103,11 +105,18 @@ def design(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     same = all(m.dialect == first.dialect for m in models)
     names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
     ordered = cfg_target.get("format") in formats.ORDERED and first.family is not None and not first.unresolved
+    ordered |= any(rule.startswith(EQUAL) for m in models for rule in m.dropped)  # they are stored again
     if names_stay and cfg_target.get("vocab_size") is None and not ordered:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = _plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
     return _family_design(models, dialect, cfg_target)
+
+
+def spoken(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> list[Model]:
+    """The sources without what the target's dialect has no words for, and says so."""
+    dialect = _target_dialect(models[0], cfg_target)
+    return [model.spoken(m, dialect) for m in models]
 
 
 def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
@@ -141,7 +150,7 @@ def _uniform(m: Model) -> bool:
     """Whether all layers have the same weights, so that one tensor can hold a weight of all of them."""
     assert m.family is not None
     layers: dict[str, set[int]] = {}
-    for rule in (families.match(m.family, m.dialect, n) for n in m.names if n is not None):
+    for rule in model.rules(m):
         for axis, index in rule.fixed if rule else ():
             if axis == "l":
                 layers.setdefault(rule.weights[0], set()).add(index)  # type: ignore[union-attr]
@@ -180,13 +189,12 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
         if dialect in families.COPIES and copy not in present and tied(first)
     }
     zeros = {w: of for w, of in first.family.zeros.items() if w not in present and of in present}
-    target = model.spelled(
-        first.family,
-        dialect,
-        present | {c: present[o] for c, o in ties.items()} | model.beside(first.family, zeros, present),
-        first.sizes,
-        dtype_of_tied(dtype_of, ties | zeros),
-    )
+    more = {c: present[o] for c, o in ties.items()} | model.beside(first.family, zeros, present)
+    named = families.weights_in(first.family, dialect)
+    copies = {c: found for c, found in model.copied(first.family, present).items() if c in named}
+    more |= {c: corners for c, (_, corners) in copies.items()}
+    ties |= {c: of for c, (of, _) in copies.items()}
+    target = model.spelled(first.family, dialect, present | more, first.sizes, dtype_of_tied(dtype_of, ties | zeros))
     canon = _with_own(canon, target, {*first.family.zeros} - {*zeros})
     rules = tuple(
         None if r is None or r.weights[0] in zeros else replace(r, weights=tuple(ties.get(w, w) for w in r.weights))
@@ -317,6 +325,8 @@ def run_tiles(
         if proof is None or here is not None or finished.any()
         else proof.parts
     )  # another share, other parts
+    kept = int(engine["memory"]) // 2 if any(m.catalog.about.get("packed") for m, _ in sources) else 0
+    engine = {**engine, "memory": int(engine["memory"]) - kept}
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
@@ -325,7 +335,7 @@ def run_tiles(
     report.notes += [said] if said and target else []
 
     def work() -> Done:
-        files_of = [opened(m) for m, _ in sources]
+        files_of = [opened(m, kept // len(sources)) for m, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down
@@ -394,13 +404,17 @@ def run_tiles(
     return done
 
 
-def opened(m: Model) -> Any:
-    """What the bytes of a source come from: its files, or what computes them."""
+def opened(m: Model, memory: int = KEPT) -> Any:
+    """What the bytes of a source come from: its files, or what computes them, within some memory."""
     if m.source.reader:
         return m.source.reader
     files = Files(m.catalog.root, m.catalog.files)
-    if not quantised.of(m.catalog):
+    if not quantised.computed(m.catalog):
         return files
+    if packed := m.catalog.about.get("packed"):
+        from ckpt_dist.engine.unpack import Unpacked
+
+        return Unpacked(files, packed, memory)
     from ckpt_dist.engine.dequantise import Dequantised
 
     return Dequantised(files, quantised.of(m.catalog))
@@ -495,10 +509,13 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
 
     Values that are not stored yet cannot be compared: both are kept.
     """
-    if m.family is None or m.source.reader or not (tied(m) or not is_hf(m.source.config)):
+    if m.family is None or m.source.reader:
         return m
-    rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
-    where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}
+    m = _without_copies(group, report, m, engine)
+    assert m.family is not None
+    if not tied(m) and is_hf(m.source.config):
+        return m
+    where = {r.weights[0]: e for e, r in enumerate(model.rules(m)) if r is not None and len(r.weights) == 1}
     for copy, of in m.family.ties.items():
         if copy not in where or of not in where:
             continue
@@ -517,7 +534,30 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
     return m
 
 
-def equal_entries(group: Group, report: Report, m: Model, one: int, two: int, engine: Mapping[str, Any]) -> bool:
+def _without_copies(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
+    """Without the copies that only some dialects have; one that is not equal stays, and is said."""
+    assert m.family is not None
+    found = [(e, r.weights[0]) for e, r in enumerate(model.rules(m)) if r and len(r.weights) == 1]
+    where = {weight: e for e, weight in found}
+    for e, copy in found if not m.unresolved else ():
+        of = m.family.copies.get(copy, "")
+        original = where.get(of, where.get(m.family.ties.get(of, "")))
+        if original is None:
+            continue
+        saved = "saved" in m.catalog.about
+        report.guesses += [f"{m.names[e]} and {m.names[original]} are equal"] if saved else []
+        if saved or equal_entries(group, report, m, e, original, engine, expected=True):
+            rule, names = EQUAL + str(m.names[original]), tuple(None if k == e else n for k, n in enumerate(m.names))
+            gone = (*m.dropped.get(rule, ()), m.catalog.entries[e].name)
+            m = replace(m, names=names, dropped={**m.dropped, rule: gone})
+        else:
+            report.warnings.append(f"{m.names[e]} is no copy of {m.names[original]}; it is kept")
+    return m
+
+
+def equal_entries(
+    group: Group, report: Report, m: Model, one: int, two: int, engine: Mapping[str, Any], expected: bool = False
+) -> bool:
     """Whether two stored tensors have the same shape, dtype and bytes. Where nobody says that they have, one thread
     stops at the first difference: hardly anything is read of a large model whose head is its own."""
     a, b = m.catalog.entries[one], m.catalog.entries[two]
@@ -529,7 +569,7 @@ def equal_entries(group: Group, report: Report, m: Model, one: int, two: int, en
         rules = tuple(families.plain(a, "tied") if i == e else None for i in range(len(m.names)))
         sides.append((m, Bound(m.catalog.entries, rules, {}, {})))
     different: list[int] = []
-    expected = tied(m)
+    expected |= tied(m)
     engine = {**engine, "transport": OWN} | ({} if expected else {"workers": 1})
 
     def compare(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:

@@ -164,7 +164,7 @@ def prepare(
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
-    models = [task.settle_ties(group, report, m, task.engine_of(cfg)) for m in models]
+    models = [task.settle_ties(group, report, m, task.engine_of(cfg)) for m in task.spoken(models, target)]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
     if any((m.family is None) != (models[0].family is None) for m in models):
@@ -174,10 +174,11 @@ def prepare(
     _same_tensors(models, d.sources)
     extras, lost = beside.extras(models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
-    layout = _lay_out(d, models[-1], extras, cfg, path, placement)
+    told = beside.args(d, models[-1]) if target["format"] in formats.ARGS else None
+    if told and target["format"] != "merak":  # which writes those of a source, not of a config.json
+        beside.translated(told, "config.json", report)
+    layout = _lay_out(d, models[-1], extras, told.config if told else {}, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
-    if target["format"] in ("megatron", "torch_dist", "zarr", "megatron_deepspeed"):
-        beside.translated(beside.args(d, models[0]), "config.json", report)
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
@@ -194,7 +195,7 @@ def prepare(
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
     beside.account(report, models, lost | task.unsaid(models[0], d))
     combine = combination(d)
-    if combine is keep and any(quantised.of(m.catalog) for m in models):
+    if combine is keep and any(quantised.computed(m.catalog) for m in models):
         combine = made
     p = Prepared(models, d, combine, layout, proof, staging, small)
     if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
@@ -346,14 +347,20 @@ def _casts(d: task.Design) -> bool:
 
 
 def _lay_out(
-    d: task.Design, m: Model, extras: Sequence[Extra], cfg: Config, path: Path, placement: Sequence[int] | None
+    d: task.Design,
+    m: Model,
+    extras: Sequence[Extra],
+    args: Config,
+    cfg: Config,
+    path: Path,
+    placement: Sequence[int] | None,
 ) -> Layout:
     target = cfg["target"]
     options = {
         **target,
         "max_shard_size": parse_size(target["max_shard_size"]),
         "sizes": m.sizes,
-        "args": beside.args(d, m).config,
+        "args": args,
         "step": m.step,
         "file": path.name if is_file_name(path, target["format"]) else None,
         "placement": placement,

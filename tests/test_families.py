@@ -6,7 +6,6 @@ Not checked: families in the names of other frameworks than transformers (test_r
 from __future__ import annotations
 
 import json
-import re
 import sys
 import types
 from collections.abc import Callable
@@ -178,7 +177,7 @@ def test_a_table_is_whole(name: str) -> None:
         for stored, text in rules.items():
             pattern = parse(text.partition(" if ")[0])
             for branch, weight in enumerate(pattern.weights):
-                axes = (*re.findall(r"\{(\w+)\}", stored), *pattern.axes(branch))
+                axes = (*family.axes_in(stored), *pattern.axes(branch))
                 assert sorted(axes) == sorted(table.axes(weight)), (dialect, stored)
                 named.add(weight)
         assert set(table.weights) - named <= {*table.optional, *table.zeros}, dialect
@@ -233,32 +232,67 @@ def test_a_family_that_is_only_a_table(format: str, tmp_path: Path, monkeypatch:
         assert torch.equal(mixes, torch.stack([tensors[f"blocks.{k}.mix"].T for k in range(4)]))
 
 
-@pytest.mark.parametrize("format", ["hf", "torch_dist"])
-def test_layers_that_predict_further_tokens_are_left_out_and_said(
-    format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
-) -> None:
-    """As DeepSeek-V3 was published: one more layer than num_hidden_layers, which transformers ignores too."""
-    model, folder = made("deepseek_v3")
-    tensors, last = load_file(folder / "hf/model.safetensors"), model.config.num_hidden_layers
+def published(folder: Path, source: Path) -> dict[str, torch.Tensor]:
+    """As DeepSeek-V3 was published: one more layer than num_hidden_layers, which transformers ignores; its tensors."""
+    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    last = config["num_hidden_layers"]
     more = {n.replace(f".{last - 1}.", f".{last}.", 1): t for n, t in tensors.items() if f"layers.{last - 1}." in n}
     more |= {f"model.layers.{last}.{n}.weight": torch.randn(32) for n in ("enorm", "hnorm", "shared_head.norm")}
     more |= {f"model.layers.{last}.eh_proj.weight": torch.randn(32, 64)}
-    (tmp_path / "in").mkdir()
-    save_file(tensors | {n: t + 1 for n, t in more.items()}, tmp_path / "in/model.safetensors")
-    config = json.loads((folder / "hf/config.json").read_text()) | {"num_nextn_predict_layers": 1}
-    (tmp_path / "in/config.json").write_text(json.dumps(config))
-    report = ckpt_dist.convert(tmp_path / "in", tmp_path / "out", format=format, quiet=True)
-    assert any("predicts further tokens" in note and f"and {len(more) - 3} more" in note for note in report["notes"])
-    print_ = ckpt_dist.fingerprint(tmp_path / "out", **{"model.config": str(folder / "hf")})
-    assert print_ == ckpt_dist.fingerprint(folder / "hf")
-    if format == "hf":
-        assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
-        ckpt_dist.convert(tmp_path / "in", tmp_path / "all", format=format, quiet=True, model="identity")
-        assert load_file(tmp_path / "all/model.safetensors").keys() == tensors.keys() | more.keys()
+    more = {n: t + 1 for n, t in more.items()}
+    more |= {f"model.layers.{last}.embed_tokens.weight": tensors["model.embed_tokens.weight"].clone()}
+    more |= {f"model.layers.{last}.shared_head.head.weight": tensors["lm_head.weight"].clone()}
+    folder.mkdir()
+    save_file(tensors | more, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return tensors | more
+
+
+def test_layers_that_predict_further_tokens(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    source = made("deepseek_v3")[1] / "hf"
+    tensors = published(tmp_path / "in", source)
+    own, without = ckpt_dist.fingerprint(tmp_path / "in"), ckpt_dist.fingerprint(source)
+    assert own != without
+    for format in ("hf", "torch_dist", "megatron", "sfpt"):
+        ckpt_dist.convert(tmp_path / "in", tmp_path / format, format=format, quiet=True)
+        config = {"model.config": str(tmp_path / "in")}
+        assert ckpt_dist.fingerprint(tmp_path / format, **config) == own
+        ckpt_dist.convert(tmp_path / format, tmp_path / f"{format}-back", quiet=True, **config)
+        back = load_file(tmp_path / f"{format}-back/model.safetensors")
+        assert back.keys() == tensors.keys() and all(torch.equal(back[n], t) for n, t in tensors.items())
+        assert json.loads((tmp_path / f"{format}-back/config.json").read_text())["num_nextn_predict_layers"] == 1
+    # torchtitan has no such layers
+    report = ckpt_dist.convert(tmp_path / "in", tmp_path / "titan", format="dcp", dialect="torchtitan", quiet=True)
+    lost = len(tensors) - len(load_file(source / "model.safetensors"))
+    assert any("predicts further tokens" in note and f"and {lost - 3} more" in note for note in report["notes"])
+    assert ckpt_dist.fingerprint(tmp_path / "titan", **{"model.config": str(source)}) == without
+    ckpt_dist.convert(tmp_path / "titan", tmp_path / "less", quiet=True, **{"model.config": str(tmp_path / "in")})
+    assert json.loads((tmp_path / "less/config.json").read_text())["num_nextn_predict_layers"] == 0
+    loaded = {n: torch.empty_like(t) for n, t in tensors.items()}
+    reader = ckpt_dist.dcp.reader(tmp_path / "torch_dist", config=tmp_path / "in")
+    torch.distributed.checkpoint.load(loaded, storage_reader=reader, no_dist=True)
+    assert all(torch.equal(loaded[n], t) for n, t in tensors.items())
+
+
+def test_a_copy_that_is_none_is_kept_or_refused(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    tensors = published(tmp_path / "in", made("deepseek_v3")[1] / "hf")
+    name = next(n for n in tensors if n.endswith("shared_head.head.weight"))
+    save_file(tensors | {name: tensors[name] + 1}, tmp_path / "in/model.safetensors")
+    report = ckpt_dist.convert(tmp_path / "in", tmp_path / "out", quiet=True)
+    assert any("is no copy of lm_head.weight" in w for w in report["warnings"])
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[name], tensors[name] + 1)
+    with pytest.raises(CheckpointError, match=r"'mtp_head' .* has no name .* were it equal to 'head'"):
+        ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format="megatron", quiet=True)
+    config = json.loads((tmp_path / "in/config.json").read_text())
     for wrong in ({"num_nextn_predict_layers": [1]}, {"num_hidden_layers": "x"}, {"num_hidden_layers": float("nan")}):
         (tmp_path / "in/config.json").write_text(json.dumps(config | wrong))
-        with pytest.raises(CheckpointError, match=r"unknown to deepseek_v3|its config says|the config says 3 of them"):
+        with pytest.raises(CheckpointError, match="its config says"):
             ckpt_dist.inspect(tmp_path / "in")
+    for wrong in ({"num_nextn_predict_layers": 0}, {"num_nextn_predict_layers": None}, {"num_hidden_layers": 2}):
+        (tmp_path / "in/config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(CheckpointError, match=r"the config says \d of them"):
+            ckpt_dist.inspect(tmp_path / "in")
+    save_file(tensors, tmp_path / "in/model.safetensors")
     (tmp_path / "in/config.json").write_text(json.dumps(config | {"rope_scaling": "yarn"}))
     with pytest.raises(CheckpointError, match="rope_scaling is 'yarn'"):
         ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format="megatron", quiet=True)

@@ -7,6 +7,7 @@ transformers' models, gives logits, and saves again in both of its formats.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ckpt_dist
 from ckpt_dist.errors import CheckpointError, UsageError
@@ -30,7 +32,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4": dict(tp=4),
     "ep2": dict(ep=2),
     "ep2pp2": dict(ep=2, pp=2),
+    "stages": dict(pp=4, stages="Et|tt||tL"),
+    "apart": dict(pp=4, stages="Ett|tt|m|L"),
 }
+APART = "apart"  # only saved: there one stage hands two tokens' states to the next, and no other writes files like that
+PARTITIONS = {"first": [1, 3], "stages": [1, 2, 0, 1]}
 STRICT = (  # all of megatron-core's StrictHandling; what the first one loads is what is compared
     "assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "raise_all", "return_unexpected", "return_all", "ignore_all",
 )  # fmt: skip
@@ -55,7 +61,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
     "llama-tied": (dict(tie_word_embeddings=True), {}, ("tp1", "tp2pp2", "pp2")),
     "mistral": (dict(sliding_window=None), {}, ("tp2",)),
     "qwen2": ({}, dict(add_qkv_bias=True), ("tp1", "tp2pp2", "tp4")),
-    "qwen3": ({}, dict(qk_layernorm=True), ("tp2pp2", "vpp2")),
+    "qwen3": ({}, dict(qk_layernorm=True), ("tp2pp2", "vpp2", "stages")),
     "gpt2": (dict(n_embd=32, n_head=4, n_layer=4, n_positions=64, n_inner=96, vocab_size=64), {}, ("tp1", "tp2pp2")),
     "mixtral": (
         dict(num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
@@ -90,6 +96,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
         ("tp1", "ep2"),
     ),
 }  # fmt: skip
+KINDS["deepseek_v3-mtp"] = (  # all layers alike, and one more behind them
+    KINDS["deepseek_v3"][0] | dict(num_nextn_predict_layers=1, first_k_dense_replace=0),
+    KINDS["deepseek_v3"][1] | dict(mtp_num_layers=1, moe_layer_freq=1),
+    ("tp2", "ep2pp2", "apart"),
+)
 
 
 def settings(kind: str) -> dict[str, Any]:
@@ -108,7 +119,7 @@ def settings(kind: str) -> dict[str, Any]:
         base |= dict(
             moe_router_topk=2, moe_router_pre_softmax=False, moe_ffn_hidden_size=48 if kind == "mixtral" else 16
         )
-    if kind == "deepseek_v3":
+    if kind.startswith("deepseek_v3"):
         base |= dict(num_query_groups=4)
     return base | more
 
@@ -130,7 +141,7 @@ def job(top: Path, kind: str, layout: str, loaded: Path) -> dict[str, Any]:
         load=str(loaded),
         strict=STRICT if layout == KINDS[kind][2][0] else STRICT[:1],
         ids=IDS,
-        logits=str(top / f"{layout}.logits"),
+        logits=str(top / f"{layout}.logits") if layout != APART else None,
         save=str(top / f"dist-{layout}/iter_0000007"),
         legacy=str(top / f"legacy-{layout}"),
     )  # fmt: skip
@@ -142,7 +153,9 @@ def transformer(kind: str, folder: Path) -> torch.Tensor:
 
     torch.manual_seed(0)
     base = {} if kind == "gpt2" else SMALL
-    given = AutoConfig.for_model(kind.partition("-")[0], **{**base, **KINDS[kind][0]})
+    further = KINDS[kind][0].get("num_nextn_predict_layers", 0)
+    depth = dict(num_hidden_layers=SMALL["num_hidden_layers"] + further) if further else {}
+    given = AutoConfig.for_model(kind.partition("-")[0], **{**base, **KINDS[kind][0], **depth})
     model = AutoModelForCausalLM.from_config(given, attn_implementation="eager").eval()
     for weight in model.parameters():
         if weight.dim() == 1:
@@ -150,10 +163,57 @@ def transformer(kind: str, folder: Path) -> torch.Tensor:
     for name, buffer in model.named_buffers():
         if "correction_bias" in name:
             torch.nn.init.uniform_(buffer, -0.1, 0.1)
+    if further:
+        return predicting(model, folder)
     model.save_pretrained(folder)
     with torch.no_grad():
         found: torch.Tensor = model(torch.tensor(IDS)).logits
     return found
+
+
+def predicting(model: Any, folder: Path) -> torch.Tensor:
+    """As DeepSeek-V3 was published: the last layer is not of the model, but predicts one more token. And its logits."""
+    last = model.config.num_hidden_layers - 1
+    own = f"model.layers.{last}."
+    more = {f"{own}{n}.weight": torch.rand(32) + 0.5 for n in ("enorm", "hnorm", "shared_head.norm")}
+    more[own + "eh_proj.weight"] = torch.randn(32, 64) * 0.3
+    copies = {
+        own + "embed_tokens.weight": "model.embed_tokens.weight",
+        own + "shared_head.head.weight": "lm_head.weight",
+    }
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | more | {n: tensors[of].clone() for n, of in copies.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict(num_hidden_layers=last, num_nextn_predict_layers=1)
+    (folder / "config.json").write_text(json.dumps(config))
+    return predicted(model, more)
+
+
+@torch.no_grad()
+def predicted(model: Any, more: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the next token and of the one after it, which the last layer of the model predicts.
+
+    transformers leaves such layers out, so how it is computed is written here, from the report of DeepSeek-V3.
+    """
+    last = model.config.num_hidden_layers - 1
+    layer, model.model.layers = model.model.layers[last], model.model.layers[:last]
+
+    def normed(name: str, value: torch.Tensor) -> torch.Tensor:
+        weight = more[f"model.layers.{last}.{name}.weight"]
+        return torch.nn.functional.rms_norm(value, weight.shape, weight, model.config.rms_norm_eps)
+
+    ids = torch.tensor(IDS)
+    following = torch.cat([ids[:, 1:], ids[:, :1] * 0], 1)
+    hidden = model.model(ids).last_hidden_state
+    both = torch.cat([normed("enorm", model.model.embed_tokens(following)), normed("hnorm", hidden)], -1)
+    inside = both @ more[f"model.layers.{last}.eh_proj.weight"].T
+    places = torch.arange(ids.shape[1])[None]
+    mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+    turned = model.model.rotary_emb(inside, places)
+    out = layer(inside, attention_mask=mask, position_ids=places, position_embeddings=turned)
+    out = normed("shared_head.norm", out[0] if isinstance(out, tuple) else out)
+    return torch.stack([model.lm_head(hidden), model.lm_head(out)])
 
 
 Ran = Callable[[str], tuple[Path, torch.Tensor]]
@@ -178,7 +238,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return lambda kind: (top / kind, wanted[kind])
 
 
-CASES = [(kind, layout) for kind, (*_, layouts) in KINDS.items() for layout in layouts]
+SAVED = [(kind, layout) for kind, (*_, layouts) in KINDS.items() for layout in layouts]
+CASES = [(kind, layout) for kind, layout in SAVED if layout != APART]
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
@@ -188,7 +249,7 @@ def test_megatron_computes_what_transformers_computes(ran: Ran, kind: str, layou
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.parametrize(("kind", "layout"), SAVED)
 def test_what_megatron_saves_is_the_same_model(ran: Ran, kind: str, layout: str) -> None:
     top, _ = ran(kind)
     wanted = ckpt_dist.fingerprint(top / "hf")
@@ -199,8 +260,8 @@ def test_what_megatron_saves_is_the_same_model(ran: Ran, kind: str, layout: str)
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_a_rank_file_is_what_the_module_of_that_rank_holds(ran: Ran, tmp_path: Path, kind: str, layout: str) -> None:
     top, _ = ran(kind)
-    keys = {f"target.{k}": v for k, v in LAYOUTS[layout].items() if k != "first"}
-    keys |= {"target.partition": [1, 3]} if layout == "first" else {}
+    keys = {f"target.{k}": v for k, v in LAYOUTS[layout].items() if k not in ("first", "stages")}
+    keys |= {"target.partition": PARTITIONS[layout]} if layout in PARTITIONS else {}
     ckpt_dist.convert(top / "hf", tmp_path / "made", format="megatron", **{"target.spec": "local", **keys})
     theirs = sorted((top / f"legacy-{layout}").rglob("*.pt"))
     ours = sorted((tmp_path / "made").rglob("*.pt"))
@@ -215,7 +276,45 @@ def test_a_rank_file_is_what_the_module_of_that_rank_holds(ran: Ran, tmp_path: P
             assert all(torch.equal(a[key][n], t) and a[key][n].dtype == t.dtype for n, t in held.items())
 
 
-# ---- without megatron-core: every layout to every other, older files, files that are not whole
+# ---- without megatron-core: what it once wrote, every layout to every other, older files, files that are not whole
+
+
+@pytest.mark.parametrize("place", ["dist", "legacy"])
+def test_a_model_that_megatron_began_predicts_further_tokens(tmp_path: Path, place: str) -> None:
+    """`tests/data/make_mtp.py`: its own first values, its own logits; the config.json is made of its args alone."""
+    from transformers import AutoModelForCausalLM
+
+    top = Path(__file__).parent / "data/megatron-core-0.16-mtp"
+    report = ckpt_dist.convert(top / place, tmp_path / "hf")
+    assert report["warnings"] == []
+    depth = json.loads((tmp_path / "hf/config.json").read_text())["num_hidden_layers"] + 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", num_hidden_layers=depth, attn_implementation="eager")
+    ours, theirs = predicted(model.eval(), load_file(tmp_path / "hf/model.safetensors")), torch.load(top / "logits.pt")
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert ckpt_dist.fingerprint(tmp_path / "hf") == ckpt_dist.fingerprint(top / place)
+    for keys in ({"format": "torch_dist", "target.dialect": "megatron_local"}, {"format": "megatron", **SPLIT}):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / keys["format"], **keys)
+        assert ckpt_dist.fingerprint(tmp_path / keys["format"]) == ckpt_dist.fingerprint(top / place)
+    for mine, his in zip(rank_files(tmp_path / "megatron"), rank_files(top / "legacy"), strict=True):
+        a, b = (torch.load(f, weights_only=False)["model"] for f in (mine, his))
+        b = {n: t for n, t in b.items() if t is not None}
+        assert a.keys() == b.keys() and all(torch.equal(a[n], t) for n, t in b.items())
+
+
+SPLIT = {"target.tp": 2, "target.pp": 2, "target.spec": "local"}
+
+
+def test_the_newer_name_of_a_layer_that_predicts_further_tokens(tmp_path: Path) -> None:
+    """Megatron-LM of August 2026, from source."""
+    top = Path(__file__).parent / "data/megatron-core-0.16-mtp/legacy"
+    shutil.copytree(top, tmp_path / "newer")
+    rewritten(
+        tmp_path / "newer",
+        lambda tree, number: tree.update(
+            model={n.replace(".transformer_layer.", ".mtp_model_layer."): t for n, t in tree["model"].items()}
+        ),
+    )
+    assert ckpt_dist.fingerprint(tmp_path / "newer") == ckpt_dist.fingerprint(top)
 
 
 PLACES: dict[str, dict[str, Any]] = {
@@ -244,11 +343,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mixtral", "deepseek_v3", "deepseek_v3-mtp"])
 def test_every_layout_becomes_every_other(models: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     source = models(kind)
     wanted = ckpt_dist.fingerprint(source)
-    experts = kind in ("mixtral", "deepseek_v3")
+    experts = kind in ("mixtral", "deepseek_v3", "deepseek_v3-mtp")
     names = [n for n in PLACES if (experts or "ep" not in n) and not (kind == "deepseek_v3" and n == "stacked")]
     for one in names:
         ckpt_dist.convert(source, tmp_path / one, **PLACES[one])

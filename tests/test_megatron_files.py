@@ -17,8 +17,10 @@ import shutil
 import signal
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 
 import ckpt_dist
+from ckpt_dist import stages
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from tests.test_megatron import KINDS, SMALL, rank_files, rewritten, transformer
@@ -403,13 +407,130 @@ def test_args_of_another_layout_do_not_stay(llama: Path, tmp_path: Path) -> None
         torch.load(next((tmp_path / made).rglob("*.pt")), weights_only=False)
 
 
+PIPELINES = [  # layers of each stage, virtual stages, what Megatron calls it
+    ([1, 3], 1, dict(decoder_first_pipeline_num_layers=1, decoder_last_pipeline_num_layers=3)),
+    ([1, 2, 0, 1], 1, dict(pipeline_model_parallel_layout="Et|t*2||tL")),
+    ([0, 2, 2], 1, dict(pipeline_model_parallel_layout="E|t*2|t*2L")),
+    ([1, 0, 2, 1], 2, dict(pipeline_model_parallel_layout="Et||t*2|tL")),
+    ([1, 1, 1, 1], 2, dict(pipeline_model_parallel_layout=None)),
+]
+
+
+def megatron_layout(said: str, pp: int) -> Any:
+    """What megatron-core makes of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+    return PipelineParallelLayerLayout(said, pp)
+
+
+@pytest.mark.parametrize(("partition", "vpp", "wanted"), PIPELINES)
+def test_stages_of_any_length(
+    llama: Path, tmp_path: Path, partition: list[int], vpp: int, wanted: dict[str, Any]
+) -> None:
+    keys = {"target.pp": len(partition) // vpp, "target.vpp": vpp, "target.partition": partition}
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **keys)
+    args = args_in(tmp_path / "it")
+    assert {k: args[k] for k in wanted} == wanted
+    if args["pipeline_model_parallel_layout"] and find_spec("megatron") is not None:
+        theirs = megatron_layout(args["pipeline_model_parallel_layout"], len(partition) // vpp)
+        theirs.validate_layer_layout(num_layers=4, mtp_num_layers=None)
+        each = [stage for chunk in zip(*theirs.layout, strict=True) for stage in chunk]
+        assert [[layer.name for layer in stage].count("decoder") for stage in each] == partition
+    assert ckpt_dist.fingerprint(tmp_path / "it") == ckpt_dist.fingerprint(llama)
+    words = [["decoder"] * n for n in partition]
+    for said in (words, [["embedding", *words[0]], *words[1:-1], [*words[-1], "loss"]]):
+        rewritten(
+            tmp_path / "it", lambda tree, number, w=said: vars(tree["args"]).update(pipeline_model_parallel_layout=w)
+        )
+        assert ckpt_dist.fingerprint(tmp_path / "it") == ckpt_dist.fingerprint(llama)
+
+
+LAYOUTS = ["Et*3|t*4||tttmL", "Ett,(tt|)*2,tL", "E|(t|tt|)*3t|L", "Ettt|(tt|)*29,m|L", "E" + "t" * 12 + "L", "(E)*1t|L"]
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_layouts_are_read_as_megatron_reads_them(text: str) -> None:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    theirs = megatron_layout(text, 1).layout[0]
+    assert stages.read(text) == [sum(x.name == "decoder" for x in row) for row in theirs]
+
+
+def test_a_layout_with_layers_that_predict_further_tokens() -> None:
+    said = stages.spelled([3, 4, 0, 3], 1)
+    assert said == "Et*3|t*4||t*3mL" and stages.read(said) == [3, 4, 0, 3]
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed; the rest of this test has passed")
+    megatron_layout(said, 4).validate_layer_layout(num_layers=10, mtp_num_layers=1)
+
+
+@pytest.mark.parametrize("said", ["Ett|t|tL", "Ex|L", "(t)*999999|" * 9, "E" + "(((t)*99)*99)*99" + "L"])
+def test_layouts_that_are_not_those_of_the_files(llama: Path, tmp_path: Path, said: str) -> None:
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **{"target.pp": 2})
+    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(pipeline_model_parallel_layout=said))
+    with pytest.raises(CheckpointError, match=r"stages hold \[2, 2\] layers, by args \[2, 1, 1\]|args are damaged"):
+        ckpt_dist.inspect(tmp_path / "it")
+
+
+VOCABULARIES = [  # words, rows, tensor-parallel ranks, what Megatron divides by
+    (64, None, 1, 64), (64, 128, 1, 128), (60, 64, 2, 32), (60, 60, 2, 2), (63, 63, 1, 1), (64, 256, 1, 256), (64, 200, 2, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "rows", "tp", "wanted"), VOCABULARIES)
+def test_args_make_megatron_pad_to_what_is_stored(
+    llama: Path, tmp_path: Path, words: int, rows: int | None, tp: int, wanted: int | None
+) -> None:
+    source = with_config(llama, tmp_path / "hf", vocab_size=words)
+    tensors = load_file(llama / "model.safetensors")
+    cut = {
+        n: t[:words].contiguous() for n, t in tensors.items() if t.shape[0] == 64 and ("embed" in n or "lm_head" in n)
+    }
+    save_file(tensors | cut, source / "model.safetensors")
+    more = {"target.vocab_size": rows} if rows else {}
+    ckpt_dist.convert(source, tmp_path / "it", format="megatron", **{"target.tp": tp}, **more)
+    args = args_in(tmp_path / "it")
+    assert (args["vocab_size"], args["padded_vocab_size"]) == (words, rows or words)
+    assert args.get("make_vocab_size_divisible_by") == wanted
+    if wanted:  # Megatron-LM, training/vocab_utils.py
+        multiple = wanted * tp
+        assert -(-words // multiple) * multiple == args["padded_vocab_size"]
+    assert "tokenizer_type" not in args
+    (source / "tokenizer.json").write_text("{}")
+    ckpt_dist.convert(source, tmp_path / "dist", format="torch_dist")
+    args = args_in(tmp_path / "dist")
+    assert (args["tokenizer_type"], args["tokenizer_model"]) == ("HuggingFaceTokenizer", str(source))
+
+
 def test_args_of_a_model_that_has_no_config_json_here(tmp_path: Path) -> None:
-    transformer("deepseek_v3", tmp_path / "hf")
+    transformer("gpt_oss", tmp_path / "hf")
     ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
     with megatron_here() as m:
         rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], "model_type", m.ModelType(1)))
     report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
     assert not (tmp_path / "back/config.json").exists() and "no config.json" in report["warnings"][0]
+
+
+YARN = dict(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", [None, YARN])
+def test_args_of_deepseek_v3_are_its_config(tmp_path: Path, rope: dict[str, Any] | None) -> None:
+    from transformers import AutoModelForCausalLM
+
+    transformer("deepseek_v3-mtp", tmp_path / "own")
+    source = with_config(tmp_path / "own", tmp_path / "hf", rope_scaling=rope, rope_parameters=None, rope_theta=10000.0)
+    ckpt_dist.convert(source, tmp_path / "it", format="megatron")
+    args = args_in(tmp_path / "it")
+    assert (args["mtp_num_layers"], args["rope_type"]) == (1, "yarn" if rope else "rope")
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert report["warnings"] == []
+    assert json.loads((tmp_path / "back/config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert ckpt_dist.fingerprint(tmp_path / "back") == ckpt_dist.fingerprint(source)
+    ids = torch.arange(24)[None]
+    one, two = (AutoModelForCausalLM.from_pretrained(p).eval()(ids).logits for p in (source, tmp_path / "back"))
+    assert torch.equal(one, two)
 
 
 def test_args_of_gpt2_are_its_config(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Contract: zarr checkpoints of megatron-core are read and written byte for byte as zarr lays them out; what is damaged,
-compressed or unknown is refused by name. The judges: megatron-core 0.12, which wrote `tests/data/`, NeMo's own averaging
+"""Contract: zarr checkpoints of megatron-core are read and written byte for byte as zarr lays them out, compressed ones
+are read; what is damaged or unknown is refused by name. The judges: megatron-core 0.12, which wrote `tests/data/`, NeMo's own averaging
 script, which averaged it, and the zarr package where it is installed.
 """
 
@@ -18,6 +18,7 @@ import torch
 
 import ckpt_dist
 from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files.codecs import CODECS
 from tests.test_megatron import transformer
 
 DATA = Path(__file__).parent / "data/megatron-core-0.12-zarr"
@@ -167,9 +168,63 @@ def test_what_the_zarr_package_writes_is_read(tmp_path: Path) -> None:
         )
         array[...] = value
     same(as_torch(folder, tmp_path / "read.pt"), {k: torch.from_numpy(np.asarray(v)) for k, v in values.items()})
-    zarr.save(str(folder / "packed"), np.zeros(9, np.float32))
-    with pytest.raises(CheckpointError, match=r"packed/.zarray: its chunks are compressed \(blosc\)"):
-        ckpt_dist.inspect(folder)
+    zarr.save(str(folder / "packed"), rng.integers(0, 9, (50, 40)).astype(np.float32))  # as zarr compresses by default
+    packed = torch.from_numpy(zarr.load(str(folder / "packed")))
+    assert json.loads((folder / "packed/.zarray").read_text())["compressor"]["id"] == "blosc"
+    assert torch.equal(as_torch(folder, tmp_path / "packed.pt")["packed"], packed)
+
+
+# ---- compressed chunks
+
+
+def compress(folder: Path, codec: str) -> None:
+    """Every array of a checkpoint with its chunks compressed, by the codec's own package."""
+    numcodecs = pytest.importorskip("numcodecs", reason="numcodecs is not installed")
+    own = numcodecs.get_codec({"id": codec})
+    for head in folder.rglob(".zarray"):
+        head.write_text(json.dumps(json.loads(head.read_text()) | {"compressor": own.get_config()}))
+        for file in head.parent.rglob("*"):
+            if file.is_file() and file != head:
+                file.write_bytes(bytes(own.encode(file.read_bytes())))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_compressed_chunks_are_read(tmp_path: Path, codec: str) -> None:
+    shutil.copytree(step_10(), tmp_path / "z")
+    write(tmp_path / "z/zeros", np.zeros((300, 100), np.float32), (256, 100))
+    wanted = torch.load(DATA / "reference.pt")[10] | {"zeros": torch.zeros(300, 100)}
+    compress(tmp_path / "z", codec)
+    same(as_torch(tmp_path / "z", tmp_path / "read.pt"), wanted)
+    given = {"model": "identity", "quiet": True, "engine.memory": "96MiB", "engine.workers": 3, "engine.verify": True}
+    ckpt_dist.convert(tmp_path / "z", tmp_path / "out.pt", format="torch", **given)
+    same(torch.load(tmp_path / "out.pt"), wanted)
+    file = tmp_path / "z/zeros/0.0"
+    good = file.read_bytes()
+    other = (tmp_path / "z/metadata.json").read_bytes()
+    for bad in (good[: len(good) // 2], other, good[:-8] + bytes(8), b"", shorter(codec)):
+        file.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=rf"zeros/0.0 (is damaged: {codec}|is truncated)"):
+            ckpt_dist.convert(tmp_path / "z", tmp_path / "no.pt", format="torch", **given)
+        assert not (tmp_path / "no.pt").exists()
+
+
+def shorter(codec: str) -> bytes:
+    """A good chunk of another length."""
+    numcodecs = pytest.importorskip("numcodecs")
+    return bytes(numcodecs.get_codec({"id": codec}).encode(bytes(100)))
+
+
+def test_a_compressed_chunk_that_is_larger_than_the_memory(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "z")
+    write(folder / "w", np.zeros((1 << 11, 1 << 12), np.float32), (1 << 11, 1 << 12))
+    compress(folder, "zlib")
+    given = {"model": "identity", "quiet": True, "format": "torch"}
+    with pytest.raises(
+        CheckpointError, match=r"opened whole, which takes 32\.\d+ MiB; of engine.memory 24\.0 MiB are for that"
+    ):
+        ckpt_dist.convert(folder, tmp_path / "no.pt", **given, **{"engine.memory": "48MiB"})
+    ckpt_dist.convert(folder, tmp_path / "out.pt", **given, **{"engine.memory": "96MiB"})
+    assert torch.equal(torch.load(tmp_path / "out.pt")["w"], torch.zeros(1 << 11, 1 << 12))
 
 
 # ---- damaged
@@ -192,8 +247,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "no table": (lambda f: (f / "w/.zarray").write_bytes(b"[]"), r"w/.zarray is damaged"),
     "void": (header(lambda h: h.update(dtype="<V2")), r"the dtype '<V2' is not read"),
     "big-endian": (header(lambda h: h.update(dtype=">f4")), r"the dtype '>f4' is not read"),
-    "zlib": (header(lambda h: h.update(compressor={"id": "zlib", "level": 1})), r"compressed \(zlib\)"),
-    "filter": (header(lambda h: h.update(filters=[{"id": "delta"}])), r"compressed \(delta\)"),
+    "zlib": (header(lambda h: h.update(compressor={"id": "zlib", "level": 1})), r"w/[01].0 is damaged: zlib"),
+    "lzma": (header(lambda h: h.update(compressor={"id": "lzma"})), r"coded by lzma; one of blosc, gzip, lz4, zlib, zstd"),
+    "pickle": (header(lambda h: h.update(compressor={"id": "pickle"})), r"coded by pickle"),
+    "filter": (header(lambda h: h.update(filters=[{"id": "delta"}])), r"coded by delta"),
     "version": (header(lambda h: h.update(zarr_format=3)), r"damaged.*zarr_format 3"),
     "dims": (header(lambda h: h.update(chunks=[2])), r"is damaged"),
     "negative": (header(lambda h: h.update(shape=[-4, 4])), r"is damaged.*-4"),

@@ -104,6 +104,8 @@ def show(settings: Mapping[str, Any], dialect: str, key: str) -> Shown:
         present = model.corners(m.family, bound, part.wholly(replace(bound, rules=known)))
         held = set(present)
         present |= {copy: present[of] for copy, of in ties.items() if copy not in held and of in held}
+        for copy, (of, corners) in model.copied(m.family, present).items():
+            present[copy], ties = corners, {**ties, copy: ties.get(of, of)}
         dtype_of = task.dtype_of_tied(task.stored_dtypes(bound), {c: o for c, o in ties.items() if c not in held})
         for spoken in wanted:
             for name, rule, shape in families.spell(m.family, spoken, present, m.sizes):
@@ -141,7 +143,7 @@ def _bind(m: Model) -> Bound:
     rules = []
     for entry, name in zip(m.catalog.entries, m.names, strict=True):
         known = m.family is not None and not m.unresolved and name is not None and entry.role == "weight"
-        rule = families.match(m.family, m.dialect, name) if known else None  # type: ignore[arg-type]
+        rule = families.match(m.family, m.dialect, name, m.sizes) if known else None  # type: ignore[arg-type]
         rules.append(rule or families.plain(entry, STORED + entry.name))
     axes = model.axes_of(m.family) if m.family is not None else {}
     return Bound(m.catalog.entries, tuple(rules), m.sizes, axes)

@@ -1,6 +1,10 @@
 """DeepSeek-V3: latent attention; the first layers are dense, the others have routed and shared experts.
 
-l layer  v vocabulary  e embedding  h head  a query latent  b key-value latent  p latent and rotary key
+Behind them are layers that predict further tokens (`mtp_*`): each a layer like the last, with a projection of what is
+known of two tokens before it. Hugging Face numbers them on, and has copies of the embedding and the head in each.
+
+l layer  n layer that predicts further tokens  w what is known of two tokens  v vocabulary  e embedding  h head
+a query latent  b key-value latent  p latent and rotary key
 i query and key of a head  j key (without its rotary part) and value of a head  d value of a head
 f feed-forward of a dense layer  x expert  m feed-forward of an expert  s feed-forward of the shared experts
 """
@@ -42,14 +46,18 @@ weights = dict(
     norm="e",
     head="v e",
 )
+weights |= {"mtp_" + w: axes.replace("l", "n", 1) for w, axes in weights.items() if axes.startswith("l ")}
+weights |= dict(mtp_enorm="n e", mtp_hnorm="n e", mtp_proj="n e w", mtp_norm="n e", mtp_embed="n v e", mtp_head="n v e")
 ties = dict(head="embed")
 drops = (r".*rotary_emb\.inv_freq",)
-further = "num_nextn_predict_layers"
+further = dict(n="num_nextn_predict_layers")
+copies = dict(mtp_embed="embed", mtp_head="head")
 _dense, _shared = ("gate", "up", "down"), ("shared_gate", "shared_up", "shared_down")
 _routed = ("router", "router_bias", "expert_gate", "expert_up", "expert_down")
 init = {"router_bias": "zeros", **llama.init}
 optional = {"q": "not q_lora_rank", **dict.fromkeys(("q_down", "q_norm", "q_up"), "q_lora_rank")}
 optional |= dict.fromkeys(_dense, "first_k_dense_replace") | dict.fromkeys(_shared, "n_shared_experts")
+optional |= dict.fromkeys([w for w in weights if w.startswith("mtp_")], "False")  # transformers has none of them
 layers = dict.fromkeys(_dense, "l < first_k_dense_replace")
 layers |= dict.fromkeys((*_routed, *_shared), "l >= first_k_dense_replace")
 fixed = dict(attention_bias=False)
@@ -93,6 +101,26 @@ _rest = {
     "model.norm.weight": "norm: e",
     "lm_head.weight": "head: v e",
 }
+_hf = {
+    **_rest,
+    _mlp + "experts.{x}.gate_proj.weight": "expert_gate: m e",
+    _mlp + "experts.{x}.up_proj.weight": "expert_up: m e",
+    _mlp + "experts.{x}.down_proj.weight": "expert_down: e m",
+}
+_hf_stacked = {
+    **_rest,
+    _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
+    _mlp + "experts.down_proj": "expert_down: x e m",
+}
+_next = "model.layers.{l+n}."
+_further = {
+    _next + "enorm.weight": "mtp_enorm: e",
+    _next + "hnorm.weight": "mtp_hnorm: e",
+    _next + "eh_proj.weight": "mtp_proj: e w",
+    _next + "shared_head.norm.weight": "mtp_norm: e",
+    _next + "embed_tokens.weight": "mtp_embed: v e",
+    _next + "shared_head.head.weight": "mtp_head: v e",
+}
 _m = megatron.LAYER
 _megatron = {
     "embedding.word_embeddings.weight": "embed: v e",
@@ -117,6 +145,12 @@ _megatron = {
     "decoder.final_layernorm.weight": "norm: e",
     "output_layer.weight": "head: v e",
 }
+_megatron_further = {
+    megatron.FURTHER + "enorm.weight": "mtp_enorm: e",
+    megatron.FURTHER + "hnorm.weight": "mtp_hnorm: e",
+    megatron.FURTHER + "eh_proj.weight": "mtp_proj: e w",
+    megatron.FURTHER + "final_layernorm.weight": "mtp_norm: e",
+}
 
 
 def _fused(name: str) -> str:
@@ -124,21 +158,30 @@ def _fused(name: str) -> str:
     return re.sub(r"\.(q|kv)_layernorm\.", r".linear_\1_up_proj.layer_norm_", name)
 
 
+def _alike(rules: Mapping[str, str], layer: str, further: str) -> dict[str, str]:
+    """The rules of a layer, as those of one that predicts further tokens and has all of them inside."""
+    return {
+        name.replace(layer, further): re.sub(r"(^|, | if )(?=\w)", r"\1mtp_", text)
+        for name, text in rules.items()
+        if name.startswith(layer)
+    }
+
+
+def _of_hf(rules: Mapping[str, str]) -> dict[str, str]:
+    return {**rules, **_alike(rules, "model.layers.{l}.", _next), **_further}
+
+
+def _of_megatron(rules: Mapping[str, str]) -> dict[str, str]:
+    inside = _alike(rules, megatron.LAYER, megatron.FURTHER + "transformer_layer.")
+    return {**rules, **inside, **_megatron_further}
+
+
 dialects = dict(
-    hf={
-        **_rest,
-        _mlp + "experts.{x}.gate_proj.weight": "expert_gate: m e",
-        _mlp + "experts.{x}.up_proj.weight": "expert_up: m e",
-        _mlp + "experts.{x}.down_proj.weight": "expert_down: e m",
-    },
-    hf_stacked={
-        **_rest,
-        _mlp + "experts.gate_up_proj": "expert_gate, expert_up: x ((1 + 1) m) e",
-        _mlp + "experts.down_proj": "expert_down: x e m",
-    },
-    **megatron.dialects(megatron.dense_too({_fused(n): text for n, text in _megatron.items()})),
-    megatron_local=_megatron,
-    megatron_local_stacked=megatron.stacked(_megatron),
+    hf=_of_hf(_hf),
+    hf_stacked=_of_hf(_hf_stacked),
+    **megatron.dialects(_of_megatron(megatron.dense_too({_fused(n): text for n, text in _megatron.items()}))),
+    megatron_local=_of_megatron(_megatron),
+    megatron_local_stacked=megatron.stacked(_of_megatron(_megatron)),
     torchtitan={
         "tok_embeddings.weight": "embed: v e",
         _titan + "attention_norm.weight": "attn_norm: e",
@@ -171,6 +214,7 @@ dialects = dict(
 def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
     known = llama.said(c, a="q_lora_rank", f="intermediate_size", x="n_routed_experts", m="moe_intermediate_size")
     known |= {"s": known["m"] * c["n_shared_experts"]} if "m" in known and c.get("n_shared_experts") else {}
+    known |= llama.said(c, n="num_nextn_predict_layers") if c.get("num_nextn_predict_layers") else {}
     return known | dict(
         l=c["num_hidden_layers"],
         v=c["vocab_size"],
@@ -186,7 +230,8 @@ def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
 
 def _from_args(a: Mapping[str, Any]) -> dict[str, int]:
     return _from_hf({**a, "num_hidden_layers": a["num_layers"], "vocab_size": 0, "qk_nope_head_dim": a["qk_head_dim"],
-                     "qk_rope_head_dim": a["qk_pos_emb_head_dim"], "v_head_dim": a["v_head_dim"]})  # fmt: skip
+                     "qk_rope_head_dim": a["qk_pos_emb_head_dim"], "v_head_dim": a["v_head_dim"],
+                     "num_nextn_predict_layers": a.get("mtp_num_layers")})  # fmt: skip
 
 
 sizes = dict(hf=_from_hf, megatron=_from_args)

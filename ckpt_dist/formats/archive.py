@@ -43,6 +43,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     if torch_dist.METADATA in held:
         sizes = {n: m.nbytes for n, m in held.items()}
         found = zarr.described(path, sizes, lambda name: _read(path, held[name]), {})
+        if found.about.get("packed"):
+            raise CheckpointError(f"{path}: its arrays are compressed inside. Unpack it with: tar -xf {path.name}")
         config = torch_dist.args_of(_common(path, held)) or args
         return replace(_in_place(found, path, held), config=config, about={})
     names = sorted(n for n in members if PurePosixPath(n).name == nemo.WEIGHTS)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist import megatron, ranks
+from ckpt_dist import stages as pipeline
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.errors import CheckpointError, UsageError
@@ -45,6 +46,7 @@ OLD = (  # names from before megatron-core, and how it calls the same
     (r"\.mlp\.dense_4h_to_h\.", ".mlp.linear_fc2."),
     (r"\.input_norm\.", ".input_layernorm."),
     (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
+    (r"^(mtp\.layers\.\d+)\.mtp_model_layer\.", r"\1.transformer_layer."),  # from core 0.17
 )
 
 State = Mapping[str, pickles.TensorRef]
@@ -145,7 +147,7 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
             )
     for model in _models(tree):
         for place, leaf in pt.walk(model):
-            if str(place[-1]).endswith(STATE) and leaf is not None:
+            if place and str(place[-1]).endswith(STATE) and leaf is not None:
                 name = ".".join(map(str, place))
                 yield Extra(name, (name,), "state", pickles.Record())
 
@@ -217,6 +219,11 @@ def _offsets(
                 raise CheckpointError(
                     f"{path / file} has {len(numbers)} layers, another rank of stage {rank.p} has {known}."
                 )
+    layers = [counts[k] for k in sorted(counts)]
+    if (said := args.get(pipeline.KEY)) and pipeline.read(said) != layers:
+        raise CheckpointError(
+            f"{path}: its stages hold {layers} layers, by args {pipeline.read(said)} ({said!r:.80}). The files are of two runs."
+        )
     offsets, first = {}, 0
     for key in sorted(counts):
         offsets[key], first = first, first + counts[key]
@@ -260,13 +267,17 @@ def lay_out(spec: Spec) -> Layout:
     step = int(o.get("step") or 1)
     stages = partition(_num_layers(spec), pp, vpp, o.get("partition"))
     top = "release" if o.get("release") else megatron.STEPS.format(step)
-    args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"))}
+    further = _count((e.name for e in spec.entries), ranks.FURTHEST)
+    args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"), further)}
+    args |= megatron.divisor(args, tp)
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
     names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
     about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
     common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
-    made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
+    chunks = ["model"] if vpp == 1 else [f"model{k}" for k in range(vpp)]
+    empty = [[Extra(k, (k,), "state", {}) for k in chunks if k not in {one.path[0] for one in held}] for held in each]
+    made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step), empty)
     return replace(made, holders=_holders(o.get("placement"), all_ranks))
 
 
@@ -277,13 +288,14 @@ def rank_files(
     each: Sequence[Sequence[ranks.Piecewise]],
     common: Sequence[Extra],
     tracker: str,
+    own: Sequence[Sequence[Extra]] = (),
 ) -> Layout:
-    """Files that hold what `each` says of them, and `common` besides; beside their folder the tracker."""
+    """Files that hold what `each` says of them, `common` and their `own` besides; beside their folder the tracker."""
     made = [one for group in each for one in group]
     parts = tuple(Entry(one.path[-1], spec.entries[one.entry].dtype, one.shape, one.path) for one in made)
     ends = np.cumsum([len(group) for group in each]).tolist()
     groups = [list(range(lo, hi)) for lo, hi in zip([0, *ends], ends, strict=False)]
-    layout = pt.lay_out_files(replace(spec, entries=parts, extras=()), names, groups, common)
+    layout = pt.lay_out_files(replace(spec, entries=parts, extras=()), names, groups, common, own)
     at = layout.catalog.chunks
     rows = [
         (one.entry, piece, int(at.file[k]), int(at.offset[k]) + piece[2] * itemsize(parts[k].dtype))
@@ -329,7 +341,7 @@ def _refuse(spec: Spec, tp: int, pp: int, vpp: int, ep: int) -> None:
 
 def _num_layers(spec: Spec) -> int:
     """How many layers there are; names that are not Megatron's are refused."""
-    known = re.compile(r"(decoder|embedding|output_layer)\.")
+    known = re.compile(r"(decoder|embedding|output_layer|mtp)\.")
     for entry in spec.entries:
         if not known.match(entry.name) or re.match(r"decoder\.layers\.\D", entry.name):
             raise UsageError(
@@ -339,8 +351,8 @@ def _num_layers(spec: Spec) -> int:
     return _count(e.name for e in spec.entries)
 
 
-def _count(names: Iterable[str]) -> int:
-    return 1 + max((int(m[2]) for n in names if (m := ranks.LAYER.fullmatch(n))), default=-1)
+def _count(names: Iterable[str], layer: re.Pattern[str] = ranks.LAYER) -> int:
+    return 1 + max((int(m[2]) for n in names if (m := layer.fullmatch(n))), default=-1)
 
 
 def partition(layers: int, pp: int, vpp: int, asked: Sequence[int] | None) -> list[int]:
@@ -360,7 +372,9 @@ def partition(layers: int, pp: int, vpp: int, asked: Sequence[int] | None) -> li
     return [layers // count] * count
 
 
-def _parallel_args(tp: int, pp: int, vpp: int, ep: int, stages: Sequence[int], asked: Any) -> dict[str, Any]:
+def _parallel_args(
+    tp: int, pp: int, vpp: int, ep: int, stages: Sequence[int], asked: Any, further: int
+) -> dict[str, Any]:
     args: dict[str, Any] = dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -369,9 +383,7 @@ def _parallel_args(tp: int, pp: int, vpp: int, ep: int, stages: Sequence[int], a
         expert_tensor_parallel_size=tp,
         ckpt_format="torch",
     )
-    if asked and vpp == 1 and len(set(stages[1:-1])) < 2:
-        args |= dict(decoder_first_pipeline_num_layers=stages[0], decoder_last_pipeline_num_layers=stages[-1])
-    return args
+    return args | pipeline.args(stages, vpp, bool(asked), further)
 
 
 def _folder(rank: Rank) -> str:

@@ -33,7 +33,8 @@ BACKENDS = dict(
 PLAIN = (str, int, float, bool, type(None))
 NEMO = {"model": "", "module": "weights/"}  # the key that NeMo 1 and NeMo 2 put a model under, and the folder
 LINEAR = re.compile(
-    r"((?:model\.|module\.)*decoder\.layers\.(?:\d+\.)?(?:self_attention|mlp)\.(?:linear_\w+|(?:experts\.experts|shared_experts)\.linear_\w+))\.weight"
+    r"((?:model\.|module\.)*(?:decoder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)(?:self_attention|mlp)\."
+    r"(?:linear_\w+|(?:experts\.experts|shared_experts)\.linear_\w+)|(?:model\.|module\.)*mtp\.layers\.\d+\.eh_proj)\.weight"
 )
 
 
@@ -119,8 +120,10 @@ def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if _plain(v)} if isinstance(fields, dict) else {}
 
 
-def _plain(value: Any) -> bool:
-    return type(value) in PLAIN or (type(value) in (list, tuple) and all(type(v) in PLAIN for v in value))
+def _plain(value: Any, depth: int = 2) -> bool:
+    """A word or a number, a list of them, or one of such lists."""
+    inside = type(value) in (list, tuple) and depth > 0 and all(_plain(v, depth - 1) for v in value)
+    return type(value) in PLAIN or inside
 
 
 def lay_out(spec: Spec) -> Layout:
@@ -159,6 +162,7 @@ def key_of(spec: Spec) -> str | None:
 def _made_common(spec: Spec, step: int) -> bytes:
     args = dict(spec.options.get("args") or {})
     args |= dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, ckpt_format="torch_dist")
+    args |= megatron.divisor(args, 1)
     common = {"args": pickles.Namespace(args), "iteration": step, "checkpoint_version": 3.0}
     return pt.archive(common, "common")
 
@@ -204,7 +208,7 @@ def _objects(entry: Entry) -> list[tuple[str, str]]:
     found = LINEAR.fullmatch(entry.name)
     if found is None:
         return []
-    stacked = not re.search(r"decoder\.layers\.\d", entry.name)
+    stacked = not re.search(r"\.layers\.\d", entry.name)
     counts = [entry.shape[0]] if stacked else []
     if ".experts.experts." in entry.name:
         counts.append(entry.shape[1 if stacked else 0])

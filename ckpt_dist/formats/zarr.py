@@ -4,7 +4,9 @@ Facts: megatron-core 0.12, zarr 2.18. A folder has the array's `.zarray` and one
 size, also at the edges. numpy has no bfloat16, so Megatron writes that word into `.zarray` by itself. What is no tensor
 lies beside the arrays as `KEY/shard_OFFSET_COUNT.pt`.
 
-Invariant: an array's files are all there and exactly as long as its `.zarray` says; compressed ones are refused.
+Other writers compress each chunk; such a file is read through `files.codecs`.
+
+Invariant: an array's files are all there and, if they are not compressed, exactly as long as its `.zarray` says.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 from ckpt_dist.box import Ints, ints, row_major
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
+from ckpt_dist.files.codecs import CODECS, Packed
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Layout, Spec, torch_dist
 from ckpt_dist.formats import torch as pt
@@ -57,6 +60,7 @@ class Grid:
     chunk: tuple[int, ...]
     separator: str = "."
     columns_first: bool = False
+    codec: str | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -117,12 +121,16 @@ def described(
         )
     entries = tuple(entry for entry, _ in arrays.values())
     files: list[str] = []
+    packed: list[Packed] = []
     rows: list[tuple[Ints, Ints, Ints]] = []
     for entry, grid in arrays.values():
         places = grid.places()
         names = [grid.name(p) for p in places.tolist()]
         names = [f"{entry.name}/{n}" for n in names]
-        _complete(path, names, sizes, prod(grid.chunk) * itemsize(entry.dtype), elsewhere)
+        nbytes = prod(grid.chunk) * itemsize(entry.dtype)
+        found = _complete(path, names, sizes, None if grid.codec else nbytes, elsewhere)
+        if grid.codec:
+            packed += [Packed(len(files) + k, grid.codec, size, nbytes) for k, size in enumerate(found)]
         files += names
         start = places * ints(grid.chunk)
         rows.append(
@@ -138,7 +146,8 @@ def described(
     objects = sorted(n for n in sizes if OBJECT.search(n))
     states = {o: path / o for o in objects if torch_dist.STATE in o}
     extras = tuple(Extra(o.removesuffix(".pt"), (o,), role((o,)), None) for o in objects if o not in states)
-    return Catalog("zarr", str(path), tuple(files), entries, chunks, extras, about={"states": states})
+    about = {"states": states, **({"packed": tuple(packed)} if packed else {})}
+    return Catalog("zarr", str(path), tuple(files), entries, chunks, extras, about=about)
 
 
 def _wider(rows: Ints, width: int, fill: int) -> Ints:
@@ -152,7 +161,7 @@ def _array(name: str, text: bytes, path: Path) -> tuple[Entry, Grid]:
         said = json.loads(text)
         shape, chunk = (tuple(_length(n, least) for n in said[key]) for key, least in (("shape", 0), ("chunks", 1)))
         stored, order, separator = str(said["dtype"]), str(said.get("order", "C")), said.get("dimension_separator", ".")
-        coded = [said.get("compressor"), *(said.get("filters") or ())]
+        coded = [c["id"] for c in (said.get("compressor"), *(said.get("filters") or ())) if c is not None]
         if (
             said["zarr_format"] != 2
             or not len(chunk) == len(shape) <= MOST_DIMS
@@ -162,15 +171,14 @@ def _array(name: str, text: bytes, path: Path) -> tuple[Entry, Grid]:
             raise ValueError(f"zarr_format {said['zarr_format']}, shape {shape}, chunks {chunk}, order {order}")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error!s:.200}. Fetch it again.") from None
-    if any(c is not None for c in coded):
-        names = ", ".join(str(c.get("id", c) if isinstance(c, dict) else c) for c in coded if c is not None)
+    if said.get("filters") or not set(coded) <= {*CODECS}:
         raise CheckpointError(
-            f"{where}: its chunks are compressed ({names:.100}), which Megatron never does; they have no addresses. "
+            f"{where}: its chunks are coded by {', '.join(map(str, coded)):.100}; one of {', '.join(CODECS)} is read, and no filters. "
             "Copy the array with the zarr package and compressor=None."
         )
     if stored not in DTYPES:
         raise CheckpointError(f"{where}: the dtype {stored!r:.60} is not read; known are {', '.join(DTYPES)}.")
-    grid = Grid(shape, chunk, separator, order == "F")
+    grid = Grid(shape, chunk, separator, order == "F", coded[0] if coded else None)
     if prod(grid.counts) > MOST_CHUNKS:
         raise CheckpointError(
             f"{where} says {prod(grid.counts)} chunks, more than the {MOST_CHUNKS} of any checkpoint."
@@ -185,9 +193,12 @@ def _length(value: Any, least: int) -> int:
 
 
 def _complete(
-    path: Path, names: Sequence[str], sizes: Mapping[str, int], nbytes: int, elsewhere: Mapping[str, int]
-) -> None:
-    """All chunks are there, or on another node. One that zarr would take for zeros is missing too: Megatron writes all."""
+    path: Path, names: Sequence[str], sizes: Mapping[str, int], nbytes: int | None, elsewhere: Mapping[str, int]
+) -> list[int]:
+    """The sizes of all chunks, which are `nbytes` where that can be known.
+
+    All are there, or on another node. One that zarr would take for zeros is missing too: Megatron writes all.
+    """
     found = [sizes.get(n, elsewhere.get(str(path / n), -1)) for n in names]
     lost = [str(path / n) for n, size in zip(names, found, strict=True) if size < 0]
     if lost:
@@ -197,8 +208,9 @@ def _complete(
             tuple(lost),
         )
     for name, size in zip(names, found, strict=True):
-        if size != nbytes:
+        if nbytes is not None and size != nbytes:
             raise CheckpointError(f"{path / name} has {size} bytes, by its {ARRAY} {nbytes}. Fetch it again.")
+    return found
 
 
 def lay_out(spec: Spec) -> Layout:

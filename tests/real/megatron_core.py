@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 4 -m tests.real.megatron_core JOBS.json
 
 JOBS.json is a list of jobs, each with `settings` (TransformerConfig), `model` (GPTModel), `layout` (tp, pp, vpp, ep,
-first) and what to do: `load` a torch_dist checkpoint with each of `strict`, `logits` to save, `save` a torch_dist checkpoint, `legacy` to
-write every rank's own state dict as Megatron-LM's training code lays it out.
+first, stages) and what to do: `load` a torch_dist checkpoint with each of `strict` (none: its own first values),
+`logits` to save, `save` a torch_dist checkpoint, `legacy` to write every rank's own state dict as Megatron-LM's training
+code lays it out.
 """
 
 from __future__ import annotations
@@ -82,10 +83,14 @@ def build(job: dict[str, Any]) -> list[Any]:
     """The model chunks of this rank."""
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    layout = {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "first": None, **job["layout"]}
+    layout = {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "first": None, "stages": None, **job["layout"]}
     ps.destroy_model_parallel()
     ps.initialize_model_parallel(
         layout["tp"],
@@ -116,25 +121,27 @@ def build(job: dict[str, Any]) -> list[Any]:
         pipeline_model_parallel_size=layout["pp"],
         virtual_pipeline_model_parallel_size=layout["vpp"],
         num_layers_in_first_pipeline_stage=layout["first"],
+        pipeline_model_parallel_layout=layout["stages"],
         expert_model_parallel_size=layout["ep"],
         expert_tensor_parallel_size=1 if layout["ep"] > 1 else None,
         moe_token_dispatcher_type="alltoall",
         **settings,
     )
+    spec = one = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+        multi_latent_attention=mla,
+    )
     if config.num_moe_experts and isinstance(config.moe_layer_freq, list):
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
-    else:
-        spec = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=False,
-            qk_layernorm=config.qk_layernorm,
-            normalization=config.normalization,
-            multi_latent_attention=mla,
-        )
     model = job["model"]
     chunks = []
     for chunk in range(layout["vpp"] or 1):
         stage = {"vp_stage": chunk} if layout["vpp"] else {}
+        layers = spec if getattr(spec, "layer_specs", True) else one  # a stage may have no other layer
+        further = get_gpt_mtp_block_spec(config, layers, False, **stage) if config.mtp_num_layers else None
         torch.manual_seed(1)
         chunks.append(
             GPTModel(
@@ -143,11 +150,24 @@ def build(job: dict[str, Any]) -> list[Any]:
                 pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, **stage),
                 post_process=ps.is_pipeline_last_stage(ignore_virtual=False, **stage),
                 parallel_output=False,
+                mtp_block_spec=further,
                 **model,
                 **stage,
             ).eval()
         )
     return chunks
+
+
+def begun(chunks: list[Any]) -> None:
+    """Other first values of norms and biases than ones and zeros, the same on all tensor-parallel ranks."""
+    torch.manual_seed(2)
+    for chunk in chunks:
+        for weight in chunk.parameters():
+            if weight.dim() == 1:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        for name, buffer in chunk.named_buffers():
+            if "expert_bias" in name:
+                torch.nn.init.uniform_(buffer, -0.1, 0.1)
 
 
 def sharded(chunks: list[Any]) -> dict[str, Any]:
@@ -167,7 +187,7 @@ def load(chunks: list[Any], folder: str, strict: str) -> None:
         loaded, *wrong = loaded
         assert not any(wrong), wrong
     for k, chunk in enumerate(chunks):
-        state = loaded["model" if len(chunks) == 1 else f"model{k}"]
+        state = loaded.get("model" if len(chunks) == 1 else f"model{k}", {})  # a stage may be empty
         lost, more = chunk.load_state_dict(state, strict=False)
         assert not [n for n in lost if "_extra_state" not in n] and not more, (lost, more)
 
@@ -195,11 +215,25 @@ def logits(chunks: list[Any], ids: torch.Tensor) -> torch.Tensor | None:
             else:
                 hidden = out  # type: ignore[assignment]
             model.set_input_tensor(hidden)
-        out = model(ids, positions, mask)
+        out = _computed(model, ids, positions, mask)
         if step < size * len(chunks) - 1 and size > 1:
             dist.send(out.contiguous(), ranks[(rank + 1) % size])
             out = None
     return out
+
+
+def _computed(model: Any, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What a stage makes; of one that also predicts further tokens the logits of each: with labels, it tells losses only,
+    and makes them in the same memory."""
+    if not (model.config.mtp_num_layers and model.post_process):
+        return model(ids, positions, mask)  # type: ignore[no-any-return]
+    made: list[torch.Tensor] = []
+    heard = model.output_layer.register_forward_hook(
+        lambda layer, given, out: made.append(out[0].transpose(0, 1).clone())
+    )
+    model(ids, positions, mask, labels=ids)
+    heard.remove()
+    return torch.stack([made[-1], *made[:-1]])
 
 
 def legacy(chunks: list[Any], job: dict[str, Any]) -> None:
@@ -224,6 +258,7 @@ def legacy(chunks: list[Any], job: dict[str, Any]) -> None:
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": layout.get("vpp"),
         "decoder_first_pipeline_num_layers": layout.get("first"),
+        "pipeline_model_parallel_layout": layout.get("stages"),
         "expert_model_parallel_size": ep,
         **job.get("args", {}),
     }
@@ -238,6 +273,8 @@ def run(job: dict[str, Any]) -> None:
     from megatron.core import parallel_state as ps
 
     chunks = build(job)
+    if "load" not in job:
+        begun(chunks)
     for strict in job.get("strict", ()):
         load(chunks, job["load"], strict)
     if job.get("logits"):
