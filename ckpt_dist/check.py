@@ -36,7 +36,8 @@ def inspect(cfg: Config) -> dict[str, Any]:
     with job("inspect", {**cfg, "quiet": True}) as (group, report):
         m = group.on_first(
             lambda: task.open_model(
-                cfg["source"], {**cfg, "keep": ["weights", "optimizer", "state"], "unmatched": "drop"}
+                cfg["source"],
+                {**cfg, "keep": ["weights", "optimizer", "state"], "unmatched": "drop", "partial": True},
             )
         )
         facts = _facts(m)
@@ -96,7 +97,7 @@ def _facts(m: Model) -> dict[str, Any]:
         "sizes": dict(m.sizes),
         "config": str(m.source.config_path) if m.source.config_path else None,
         "extras": [x.name for x in catalog.extras],
-        "notes": list(m.source.notes),
+        "notes": [*m.source.notes, *([m.lacks] if m.lacks else [])],
         "dropped": {k: list(v) for k, v in m.dropped.items() if k != "unmatched"},
         "unmatched": list(m.dropped.get("unmatched", ())),
     }

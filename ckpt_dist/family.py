@@ -38,7 +38,8 @@ class Family:
     What a config alone implies (`initial.py`): `init`: weight -> its first values; `optional`: weight -> when a model
     has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
     type -> what transformers takes where a config does not say it.
-    `further`: the key of a config.json with the number of layers behind the others that predict further tokens.
+    `further`: the key of a config.json with the number of layers behind the others that predict further tokens, and
+    `marks`: a name that only such a layer has, with its number.
     `zeros`: a weight that dialects without a name for it take to be 0 -> another weight that is where it is.
     """
 
@@ -51,6 +52,7 @@ class Family:
     zeros: Mapping[str, str] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
     further: str | None = None
+    marks: str = ""
     init: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
@@ -115,14 +117,17 @@ def counted(family: Family) -> set[str]:
     return {a for rules in family.dialects.values() for name in rules for a in re.findall(r"\{(\w+)\}", name)}
 
 
-def predicts(family: Family, config: Mapping[str, Any], name: str) -> bool:
-    """Whether a name is of a layer that predicts further tokens: `model.layers.61.enorm.weight` of 61 layers, or Megatron's."""
-    said = (config.get(key) for key in (family.further or "", "num_hidden_layers"))
+def predicting(family: Family, config: Mapping[str, Any], names: Sequence[str]) -> set[str]:
+    """The names of layers that predict further tokens: all of `model.layers.61.` if the config says 61 layers and one more,
+    or if `model.layers.61.enorm.weight` is there; and Megatron's `mtp.`"""
+    if not family.further:
+        return set()
+    said = (config.get(key) for key in (family.further, "num_hidden_layers"))
     count, last = (n if isinstance(n, (int, float)) else 0 for n in said)  # another word says nothing
-    found = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
-    if name.startswith("mtp.") and family.further:
-        return True
-    return found is not None and 0 < last <= int(found[1]) < last + count
+    marked = {int(m[1]) for n in names if family.marks and (m := re.fullmatch(family.marks, n))}
+    layer = {n: int(m[1]) for n in names if (m := re.match(r"(?:.*\.)?layers\.(\d+)\.", n))}
+    found = {n for n, k in layer.items() if k in marked or 0 < last <= k < last + count}
+    return found | {n for n in names if n.startswith("mtp.")}
 
 
 def dropped(family: Family, name: str) -> bool:

@@ -80,6 +80,11 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
         keep=cfg.get("keep", ["weights"]),
         unmatched=cfg.get("unmatched", "error"),
     )
+    if m.lacks and not cfg.get("partial"):
+        raise CheckpointError(
+            f"{source.folder}: {m.lacks}. Fetch the rest, give the model's own config with model.config=PATH, or keep what is "
+            "there, in the same names, with model=identity."
+        )
     return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
 
 

@@ -45,6 +45,7 @@ weights = dict(
 ties = dict(head="embed")
 drops = (r".*rotary_emb\.inv_freq",)
 further = "num_nextn_predict_layers"
+marks = r"(?:model\.)?layers\.(\d+)\.(?:enorm|hnorm|eh_proj|shared_head\.\w+)\.weight"
 _dense, _shared = ("gate", "up", "down"), ("shared_gate", "shared_up", "shared_down")
 _routed = ("router", "router_bias", "expert_gate", "expert_up", "expert_down")
 init = {"router_bias": "zeros", **llama.init}
