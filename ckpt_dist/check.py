@@ -6,6 +6,7 @@ Invariant: nothing is written; inspect reads headers only, unless statistics are
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import formats, model, plan, quantised, task
+from ckpt_dist import formats, model, plan, quantised, replicas, task
 from ckpt_dist.box import distinct, volume
 from ckpt_dist.catalog import Entry
 from ckpt_dist.engine.group import Group
@@ -264,18 +265,26 @@ def _with_statistics(
 def verify(cfg: Config) -> dict[str, Any]:
     """Two checkpoints compared weight by weight, or one checked for itself."""
     with job("verify", cfg) as (group, report):
-        a = _open(group, report, cfg["a"], cfg)
+        a = _open(group, report, cfg["a"], cfg, "verify")
         if not cfg["b"].get("path"):
-            return _alone(group, report, a, cfg)
-        b = _open(group, report, cfg["b"], cfg)
-        return _compare(group, report, a, b, cfg)
+            found = _alone(group, report, a, cfg)
+        else:
+            b = _open(group, report, cfg["b"], cfg, "verify")
+            found = _compare(group, report, a, b, cfg)
+        return {**found, "warnings": report.warnings}
 
 
-def _open(group: Group, report: Report, keys: Config, cfg: Config) -> Model:
+def _open(group: Group, report: Report, keys: Config, cfg: Config, verb: str) -> Model:
+    """A checkpoint to look at, of which it was said whether the copies that its ranks have are equal."""
+    replicas.first_only(keys, verb)
+    engine = task.engine_of(cfg)
     with report.phase("scan"):
-        settings = {**cfg, "keep": ["weights"], "unmatched": "error"}
+        settings = {**cfg, "source": keys, "keep": ["weights"], "unmatched": "error"}
         m = scanned(group, lambda more: task.open_model({**keys, **more}, settings))
-        m = task.settle_ties(group, report, m, task.engine_of(cfg))
+        m = task.settle_ties(group, report, m, engine)
+        copies = replicas.others(group, m, settings)
+    if copies:
+        replicas.settle(group, report, [m, *copies], engine, average=False)
     match = cfg.get("match")
     if match:
         m = replace(m, names=tuple(n if n is not None and fnmatch.fnmatch(n, match) else None for n in m.names))
@@ -436,7 +445,9 @@ def fingerprint(cfg: Config) -> str:
     """The digest of a model's values, the same for every format, dialect and sharding of it."""
     with Group(cfg["engine"]["timeout"]) as group:
         report = Report("fingerprint")
-        m = _open(group, report, cfg["a"], cfg)
+        m = _open(group, report, cfg["a"], cfg, "fingerprint")
+        for text in report.warnings if group.rank == 0 else ():
+            warnings.warn(f"{m.source.folder}: {text}", stacklevel=3)
         bare = model.canonical(m.dialect)
         d = task.design([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else _own_design(m)

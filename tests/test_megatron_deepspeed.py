@@ -294,6 +294,24 @@ def test_copies_that_drifted(made: Made, tmp_path: Path, replicas: str) -> None:
     assert all(torch.equal(found[n], was[n]) for n in was)
 
 
+def test_verify_and_fingerprint_say_that_copies_drifted(made: Made, tmp_path: Path) -> None:
+    step = copy_of(made, tmp_path / "it")
+    assert ckpt_dist.verify(step)["warnings"] == []
+    edited(step / "layer_04-model_01-model_states.pt", lambda tree: tree["input_layernorm.weight"].add_(0.5))
+    says = "1 differ, first 'decoder.layers.1.self_attention.linear_qkv.layer_norm_weight'"
+    for found in (
+        ckpt_dist.verify(step),
+        ckpt_dist.verify(step, made[1] / "hf"),
+        ckpt_dist.verify(made[1] / "hf", step),
+    ):
+        assert [says in w for w in found["warnings"]] == [True]
+    with pytest.warns(UserWarning, match=says):
+        assert ckpt_dist.fingerprint(step) == ckpt_dist.fingerprint(made[1] / "hf")
+    for verb in (ckpt_dist.verify, ckpt_dist.fingerprint):
+        with pytest.raises(UsageError, match="takes the first rank's"):
+            verb(step, **{"a.replicas": "average"})
+
+
 def test_a_mean_of_copies_is_where_they_are_read_whatever_the_format_is_called(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
