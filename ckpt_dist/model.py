@@ -292,10 +292,17 @@ def bind_plain(model: Model) -> Bound:
 
 
 def bind_family(model: Model) -> Bound:
-    """Names as the family's dialect reads them. A tied copy that the source lacks is read from what it is tied to."""
+    """Names as the family's dialect reads them, and what is no weight under its own name."""
     assert model.family is not None
-    rules = tuple(None if n is None else families.match(model.family, model.dialect, n) for n in model.names)
-    return Bound(model.catalog.entries, rules, model.sizes, axes_of(model.family))
+    family, entries = model.family, model.catalog.entries
+
+    def rule(entry: Entry, name: str | None) -> Rule | None:
+        if name is None or entry.role == "weight":
+            return None if name is None else families.match(family, model.dialect, name)
+        return families.plain(entry, name)
+
+    rules = tuple(rule(e, n) for e, n in zip(entries, model.names, strict=True))
+    return Bound(entries, rules, model.sizes, axes_of(family))
 
 
 def axes_of(family: Family) -> dict[str, tuple[str, ...]]:
@@ -307,6 +314,8 @@ def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
     named = families.counted(family)
     found = {}
     for w, key in enumerate(views.keys):
+        if key not in bound.axes:
+            continue
         boxes = distinct(np.stack([views.start, views.stop], 1)[views.weight == w], axis=0)
         start, stop = boxes[:, 0], boxes[:, 1]
         for place, axis in enumerate(bound.axes[key]):
