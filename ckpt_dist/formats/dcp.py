@@ -24,6 +24,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files import metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.streams import Unknown
 from ckpt_dist.formats import Layout, Spec, _distcp, inside
 from ckpt_dist.formats import torch as pt
 
@@ -89,7 +90,7 @@ def _tables(data: bytes, where: str) -> _Tables:
     """The fast way; whatever that does not know, the general way reads, or says what is wrong."""
     try:
         return _arrays(*metadata.short(data, where), where)
-    except (metadata.Unknown, CheckpointError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
+    except (Unknown, CheckpointError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return _arrays(*metadata.whole(data, where), where)
 
 
@@ -112,7 +113,7 @@ def _arrays(record: Any, lanes: metadata.Lanes, where: str) -> _Tables:
             f"{where}: blobs are transformed, which cannot be read by address. Save without extensions."
         )
     if info.column("transform_descriptors", "none")[1].any():  # of a record that was cut: look at it as it is
-        raise metadata.Unknown
+        raise Unknown
     at, is_tensor = index.column("offset", "size", width)
     names, relative = index.all("fqn", "text"), info.all("relative_path", "text")
     tables = _Tables(
