@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, distinct, expand, ints
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert, pickles
 from ckpt_dist.files.streams import PAD, Field, Records, Shape, Stream, Unknown, records_of, unframed
 
 
@@ -178,7 +178,7 @@ class Lanes:
         """What lies under the memo numbers `asked`; now fields have names."""
         self.kept = dict(zip(self.asked, objects, strict=True))
         for number in distinct(self.records.kind[self.lanes]).tolist():
-            if not (isinstance(kind := self.kept.get(number), type) and issubclass(kind, pickles.Record)):
+            if not (isinstance(kind := self.kept.get(number), type) and issubclass(kind, inert.Record)):
                 raise Unknown(f"an object of {kind!r:.60}")
 
     def settle(self) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ckpt_dist.box import Ints, distinct, ints, row_major
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
-from ckpt_dist.files import metadata, pickles, safetensors, zips
+from ckpt_dist.files import inert, metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.streams import Unknown
 from ckpt_dist.formats import Layout, Spec, _distcp, inside
@@ -298,7 +298,7 @@ def locate(catalog: Catalog, rows: Ints) -> Chunks:
     chunks = catalog.chunks.take(rows)
     length = catalog.about["length"][rows]
     offset, strides = chunks.offset.copy(), chunks.strides.copy()
-    known: dict[bytes, pickles.TensorRef] = {}
+    known: dict[bytes, inert.TensorRef] = {}
     blobs = np.flatnonzero(length >= 0)  # the others' addresses are exact already
     order = blobs[np.argsort(chunks.file[blobs], kind="stable")]
     for group in np.split(order, np.flatnonzero(np.diff(chunks.file[order])) + 1):
@@ -327,7 +327,7 @@ def _blob(
     entry: Entry,
     shape: tuple[int, ...],
     where: str,
-    known: dict[bytes, pickles.TensorRef],
+    known: dict[bytes, inert.TensorRef],
 ) -> tuple[int, tuple[int, ...]]:
     """The address of a blob's first element, and its strides."""
     directory = zips.directory(fd, base, length, where)
@@ -336,7 +336,7 @@ def _blob(
     ref = known.get(data)
     if ref is None:
         ref = known.setdefault(data, pickles.loads(data, where))
-    if not isinstance(ref, pickles.TensorRef) or ref.shape != shape or ref.dtype != entry.dtype:
+    if not isinstance(ref, inert.TensorRef) or ref.shape != shape or ref.dtype != entry.dtype:
         raise CheckpointError(
             f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {ref}. The files belong to another checkpoint."
         )

@@ -22,7 +22,7 @@ from ckpt_dist import megatron, ranks
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import Record
 from ckpt_dist.formats import Layout, Spec, holders
@@ -47,7 +47,7 @@ OLD = (  # names from before megatron-core, and how it calls the same
     (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
 )
 
-State = Mapping[str, pickles.TensorRef]
+State = Mapping[str, inert.TensorRef]
 
 
 def claims(path: Path) -> bool:
@@ -141,13 +141,13 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
         if not re.fullmatch(r"model\d*", str(key)):
             plain = isinstance(value, (int, float, str))
             yield Extra(
-                str(key), (key,), "optimizer" if key == "optimizer" else "state", value if plain else pickles.Record()
+                str(key), (key,), "optimizer" if key == "optimizer" else "state", value if plain else inert.Record()
             )
     for model in _models(tree):
         for place, leaf in pt.walk(model):
             if str(place[-1]).endswith(STATE) and leaf is not None:
                 name = ".".join(map(str, place))
-                yield Extra(name, (name,), "state", pickles.Record())
+                yield Extra(name, (name,), "state", inert.Record())
 
 
 def _states(tree: Mapping[str, Any]) -> list[State]:
@@ -156,7 +156,7 @@ def _states(tree: Mapping[str, Any]) -> list[State]:
     for model in _models(tree):
         state = {}
         for place, leaf in pt.walk(model):
-            if isinstance(leaf, pickles.TensorRef) and not str(place[-1]).endswith(STATE):
+            if isinstance(leaf, inert.TensorRef) and not str(place[-1]).endswith(STATE):
                 state[renamed(".".join(map(str, place)))] = leaf
         found.append(state)
     return found
@@ -264,7 +264,7 @@ def lay_out(spec: Spec) -> Layout:
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
     names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
-    about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
+    about = {"args": inert.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
     common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
     made = rank_files(spec, "megatron", names, each, common, "release" if o.get("release") else str(step))
     return replace(made, holders=_holders(o.get("placement"), all_ranks))
