@@ -77,9 +77,9 @@ def seed(config: PathLike, target: PathLike, seed: int = 0, **options: Any) -> d
 
 def inspect(path: PathLike, **options: Any) -> dict[str, Any]:
     """What a checkpoint is."""
-    from ckpt_dist import check
+    from ckpt_dist import facts
 
-    return check.inspect(_config("inspect", {"source": path}, options))
+    return facts.inspect(_config("inspect", {"source": path}, options))
 
 
 def fingerprint(path: PathLike, **options: Any) -> str:

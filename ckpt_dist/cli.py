@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FLAGS = {"-h": "--help", "-m": "--multirun", "-c": "--cfg", "-sc": "--shell-completion"}
 KNOWN_FLAGS = ("--help", "--version", "--multirun", "--cfg", "--shell-completion")
-LOOKING = ("inspect", "verify")  # the verbs that write nothing
+LOOKING = {"inspect": "ckpt_dist.facts", "verify": "ckpt_dist.check"}  # the verbs that write nothing
 HEAD_START_S = 2.0  # how long the other ranks leave the word to rank 0, which usually has the same to say
 
 
@@ -75,7 +75,7 @@ def _run(verb: str, argv: list[str], configs: list[dict[str, Any]]) -> int:
         )
     for number in () if verb in LOOKING else (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: STOP.set())
-    module = importlib.import_module("ckpt_dist.check" if verb in LOOKING else "ckpt_dist.run")
+    module = importlib.import_module(LOOKING.get(verb, "ckpt_dist.run"))
     importlib.import_module("ckpt_dist.run").COMMAND.set()
     for cfg in configs:
         result = getattr(module, verb)(cfg)

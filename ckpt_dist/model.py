@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "
 class Model:
     """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected.
 
-    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs.
+    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs. `lacks`: which layers
+    are not there, in words, or nothing.
     """
 
     source: Source
@@ -44,6 +46,7 @@ class Model:
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guesses: tuple[str, ...] = ()
     apart: bool = False
+    lacks: str = ""
 
     @property
     def catalog(self) -> Catalog:
@@ -106,7 +109,7 @@ def recognise(
         for e, n in enumerate(names)
     ]
     _unambiguous(names, source)
-    sizes, unresolved = _sizes(source, chosen, spoken, names)
+    sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
     guesses = [
         f"model family {chosen.name} in the names of {spoken}"
         if chosen
@@ -124,6 +127,7 @@ def recognise(
         unresolved,
         {k: tuple(v) for k, v in dropped.items()},
         tuple(guesses),
+        lacks=lacks,
     )
 
 
@@ -205,11 +209,11 @@ def _unambiguous(names: Sequence[str | None], source: Source) -> None:
 
 
 def _sizes(
-    source: Source, family: Family | None, dialect: str, names: Sequence[str | None]
-) -> tuple[dict[str, int], str]:
-    """Axis lengths, and which axes could not be known (an empty text if all are)."""
+    source: Source, family: Family | None, dialect: str, names: Sequence[str | None], lost: Sequence[str]
+) -> tuple[dict[str, int], str, str]:
+    """Axis lengths, which axes could not be known, and which layers are not there (an empty text if all are)."""
     if family is None:
-        return {}, ""
+        return {}, "", ""
     known: dict[str, int] = {}
     for read in family.sizes.values():
         try:
@@ -224,17 +228,27 @@ def _sizes(
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
     sizes = families.resolve(family, dialect, shapes, known)
     if _preset(source):
-        _fits(source, family.sizes[CANONICAL](source.config), families.resolve(family, dialect, shapes, {}))
-    used = {
-        a
-        for n, _ in shapes
-        for rule in [families.match(family, dialect, n, sizes)]
-        if rule
-        for k in range(len(rule.weights))
-        for a in rule.pattern.axes(k)
-    }
+        _fits(
+            source, family.sizes[CANONICAL](source.config)["v"], families.resolve(family, dialect, shapes, {}).get("v")
+        )
+    rules = [rule for n, _ in shapes if (rule := families.match(family, dialect, n, sizes))]
+    used = {a for rule in rules for k in range(len(rule.weights)) for a in rule.pattern.axes(k)}
     missing = sorted(used - set(sizes))
-    return sizes, f"the lengths of {', '.join(missing)}" if missing else ""
+    lacks = _lacks(source, rules, lost, sizes.get("l", 0), "l" in known) if "l" not in used else ""
+    return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
+
+
+def _lacks(source: Source, rules: Sequence[Rule], lost: Sequence[str], layers: int, said: bool) -> str:
+    """Which layers are not there of those that the config says, or else of those up to the last one; none of which all
+    names are `lost`, as was asked for."""
+    there = {index for rule in rules for axis, index in rule.fixed if axis == "l"}
+    there |= {n for name in lost for n in map(int, families.NUMBER.findall(name)[:1]) if n < layers}
+    if len(there) == layers:
+        return ""
+    told = f"its {source.config_path.name} has" if source.config_path else "its own settings have"
+    told = "the model that model.config names has" if _preset(source) else told if said else "its names count"
+    first = next(n for n in count() if n not in there)
+    return f"{told} {layers} layers, the tensors have {len(there)}: layer {first} is the first that is missing"
 
 
 def _length(value: Any) -> bool:
@@ -245,14 +259,12 @@ def _preset(source: Source) -> bool:
     return source.config_path is not None and source.config_path.name == configs.PRESETS
 
 
-def _fits(source: Source, said: Mapping[str, int], stored: Mapping[str, int]) -> None:
-    """A preset was written for one model: also its vocabulary and its number of layers are those of the tensors."""
-    words = {"l": "layers", "v": "rows in the vocabulary"}
-    wrong = [f"{said[a]} {words[a]}, the tensors have {stored[a]}" for a in words if said[a] != stored.get(a, said[a])]
-    if wrong:
+def _fits(source: Source, said: int, stored: int | None) -> None:
+    """A preset was written for one model: also its vocabulary is that of the tensors."""
+    if stored not in (None, said):
         raise CheckpointError(
-            f"{source.folder}: the model that model.config names has {'; '.join(wrong)}. Name another one, or give the "
-            "model's own config.json with model.config=PATH."
+            f"{source.folder}: the model that model.config names has {said} rows in the vocabulary, the tensors have "
+            f"{stored}. Name another one, or give the model's own config.json with model.config=PATH."
         )
 
 
@@ -276,16 +288,23 @@ def bind_plain(model: Model) -> Bound:
 
 
 def bind_family(model: Model) -> Bound:
-    """Names as the family's dialect reads them. A tied copy that the source lacks is read from what it is tied to."""
+    """Names as the family's dialect reads them, and what is no weight under its own name."""
     assert model.family is not None
     return Bound(model.catalog.entries, rules(model), model.sizes, axes_of(model.family))
 
 
 def rules(model: Model) -> tuple[Rule | None, ...]:
-    """What each stored name says, as the family's dialect reads it."""
-    assert model.family is not None
-    known = (model.family, model.dialect)
-    return tuple(None if n is None else families.match(*known, n, model.sizes) for n in model.names)
+    """What each stored name says, as the family's dialect reads it; what is no weight is itself."""
+    family, dialect = model.family, model.dialect
+    assert family is not None
+    return tuple(
+        None
+        if n is None
+        else families.match(family, dialect, n, model.sizes)
+        if e.role == "weight"
+        else families.plain(e, n)
+        for e, n in zip(model.catalog.entries, model.names, strict=True)
+    )
 
 
 def spoken(model: Model, dialect: str) -> Model:
@@ -308,6 +327,8 @@ def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
     named = families.counted(family)
     found = {}
     for w, key in enumerate(views.keys):
+        if key not in bound.axes:
+            continue
         boxes = distinct(np.stack([views.start, views.stop], 1)[views.weight == w], axis=0)
         start, stop = boxes[:, 0], boxes[:, 1]
         for place, axis in enumerate(bound.axes[key]):

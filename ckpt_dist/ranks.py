@@ -18,7 +18,7 @@ from typing import Any
 from ckpt_dist import megatron
 from ckpt_dist.catalog import Entry
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files.pickles import TensorRef
+from ckpt_dist.files.inert import TensorRef
 
 EXPERTS = "mlp.experts.experts."
 DIVIDED = (  # the dim that tensor-parallel ranks divide, by the end of a name; what is not here each rank has whole

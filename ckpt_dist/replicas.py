@@ -1,6 +1,7 @@
 """What all tensor-parallel ranks hold alike: norms, biases. Training may let these copies drift apart.
 
-A format that can read each rank's copies says which tensors they are (`about["replicated"]`) and takes a `replica`.
+A format that can read each rank's copies says which tensors they are (`about["replicated"]`) and takes a `replica`; of
+others the first rank's copies are read.
 
 Invariant: whether the copies are equal is known and said before one of them, or their mean, is taken.
 """
@@ -15,9 +16,19 @@ import numpy as np
 from ckpt_dist import family as families
 from ckpt_dist import plan, task
 from ckpt_dist.engine.group import Group
+from ckpt_dist.errors import UsageError
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.part import scanned
 from ckpt_dist.report import Report
+
+
+def first_only(keys: Mapping[str, Any], what: str) -> None:
+    """Copies are averaged where all of them are read, and nowhere silently not."""
+    if keys["replicas"] == "average":
+        raise UsageError(
+            f"replicas=average: of what ranks have alike, {what} takes the first rank's. Leave it out; the mean is taken by "
+            "convert, from a format that can read each rank's copies, as megatron_deepspeed is."
+        )
 
 
 def others(group: Group, m: Model, cfg: Mapping[str, Any]) -> list[Model]:
@@ -39,7 +50,7 @@ def settle(group: Group, report: Report, models: Sequence[Model], engine: Mappin
         report.warnings.append(f"of {what}, {len(found)} differ, first {found[0]!r}: their mean is taken")
     elif found:
         report.warnings.append(
-            f"of {what}, {len(found)} differ, first {found[0]!r}: the first rank's are taken; source.replicas=average takes the mean"
+            f"of {what}, {len(found)} differ, first {found[0]!r}: the first rank's are taken; convert with source.replicas=average takes the mean"
         )
     else:
         report.notes.append(f"{what} are equal")

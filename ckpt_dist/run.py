@@ -59,7 +59,8 @@ def convert(cfg: Config) -> dict[str, Any]:
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
-            group.together(lambda: _replicas(cfg, m.catalog.format))
+            if "replicated" not in m.catalog.about:
+                replicas.first_only(cfg["source"], m.catalog.format)
             copies = replicas.others(group, m, cfg)
         cfg = _as_stored(cfg, m)
         target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
@@ -71,15 +72,6 @@ def convert(cfg: Config) -> dict[str, Any]:
                 group, report, [m, *copies], cfg, target, lambda d: _mean(d, even), {"verb": "convert"}
             )
         return writing.write(group, report, [m], cfg, target, lambda d: keep, {"verb": "convert"})
-
-
-def _replicas(cfg: Config, format: str) -> None:
-    """Copies of several ranks are averaged where they are read, and nowhere silently not."""
-    if cfg["source"]["replicas"] == "average" and format != "megatron_deepspeed":
-        raise UsageError(
-            f"source.replicas=average: of what ranks have alike, {format} takes the first rank's. Leave it out; "
-            "the mean is taken by convert from megatron_deepspeed."
-        )
 
 
 def _universal(cfg: Config) -> Config:
@@ -112,7 +104,7 @@ def _as_stored(cfg: Config, m: Model) -> Config:
 
 def merge(cfg: Config) -> dict[str, Any]:
     """The shards of a training checkpoint into one Hugging Face model, by default inside the checkpoint itself."""
-    _replicas(cfg, "merge")
+    replicas.first_only(cfg["source"], "merge")
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
@@ -139,7 +131,7 @@ def _checkpoint_of(m: Model) -> Path:
 
 def average(cfg: Config) -> dict[str, Any]:
     """The weighted mean of several checkpoints of one model, summed in fp32 and rounded once."""
-    _replicas(cfg, "average")
+    replicas.first_only(cfg["source"], "average")
     with job("average", cfg) as (group, report):
         with report.phase("scan"):
             models = part.scanned(group, lambda more: _open_all(cfg, more))

@@ -82,6 +82,11 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
         keep=cfg.get("keep", ["weights"]),
         unmatched=cfg.get("unmatched", "error"),
     )
+    if m.lacks and not cfg.get("partial"):
+        raise CheckpointError(
+            f"{source.folder}: {m.lacks}. Fetch the rest, give the model's own config with model.config=PATH, or keep what is "
+            "there, in the same names, with model=identity."
+        )
     return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
 
 
@@ -173,9 +178,12 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
                 f"{m.source.folder}: {what} cannot be read from the checkpoint, and names in {m.dialect or 'an unknown dialect'} cannot become "
                 f"{dialect or 'others'} without. Give model.config=PATH of its config.json or params.json."
             )
-        if any(n is not None and m.catalog.entries[e].role != "weight" for e, n in enumerate(m.names)):
+        stays = m.dialect == dialect and cfg_target.get("vocab_size") is None
+        if not stays and any(n and e.role != "weight" for e, n in zip(m.catalog.entries, m.names, strict=True)):
             raise UsageError(
-                f"Optimizer state is carried only under the same names; {m.dialect} becomes {dialect}. Use keep=[weights]."
+                f"Optimizer state is carried only under the same names and shapes; {m.dialect} becomes {dialect}"
+                + (", of another vocabulary" if m.dialect == dialect else "")
+                + ". Use keep=[weights]."
             )
     first = models[0]
     assert first.family is not None
@@ -195,12 +203,21 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     more |= {c: corners for c, (_, corners) in copies.items()}
     ties |= {c: of for c, (of, _) in copies.items()}
     target = model.spelled(first.family, dialect, present | more, first.sizes, dtype_of_tied(dtype_of, ties | zeros))
+    canon, target = (_with_others(side, bounds[0]) for side in (canon, target))
     canon = _with_own(canon, target, {*first.family.zeros} - {*zeros})
     rules = tuple(
         None if r is None or r.weights[0] in zeros else replace(r, weights=tuple(ties.get(w, w) for w in r.weights))
         for r in target.rules
     )  # what has no rule is filled by nobody, and a file begins as zeros
     return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
+
+
+def _with_others(side: Bound, source: Bound) -> Bound:
+    """Also what is no weight, as the source has it."""
+    more = [
+        (replace(e, frame=()), r) for e, r in zip(source.entries, source.rules, strict=True) if r and e.role != "weight"
+    ]
+    return replace(side, entries=(*side.entries, *(e for e, _ in more)), rules=(*side.rules, *(r for _, r in more)))
 
 
 def _with_own(canon: Bound, target: Bound, own: set[str]) -> Bound:

@@ -189,7 +189,7 @@ def prepare(
     carries = target["format"] in formats.FOLDERS and not staging.single
     small = beside.small_files(models[0], d, layout, cfg, report) if carries else {}
     if into:  # what a checkpoint has of its own stays as it is
-        small = {n: f for n, f in small.items() if not (staging.target / n).exists()}
+        small = {n: f for n, f in small.items() if not staging.there(n)}
     if node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else f.read_bytes() for n, f in small.items()})
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]

@@ -6,6 +6,8 @@ Not checked: families in the names of other frameworks than transformers (test_r
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -296,6 +298,116 @@ def test_a_copy_that_is_none_is_kept_or_refused(made: Callable[[str], tuple[Any,
     (tmp_path / "in/config.json").write_text(json.dumps(config | {"rope_scaling": "yarn"}))
     with pytest.raises(CheckpointError, match="rope_scaling is 'yarn'"):
         ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format="megatron", quiet=True)
+
+
+@pytest.mark.parametrize("config", [None, {}, {"num_nextn_predict_layers": [1]}], ids=["none", "silent", "odd"])
+@pytest.mark.parametrize("unmatched", ["error", "drop"])
+def test_such_a_layer_is_known_by_its_own_names_too(
+    config: dict[str, Any] | None, unmatched: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    model, folder = made("deepseek_v3")
+    tensors, last = load_file(folder / "hf/model.safetensors"), model.config.num_hidden_layers
+    more = {n.replace(f".{last - 1}.", f".{last}.", 1): t + 1 for n, t in tensors.items() if f"layers.{last - 1}." in n}
+    more |= {f"model.layers.{last}.enorm.weight": torch.randn(32), f"model.layers.{last}.embed.weight": torch.ones(2)}
+    (tmp_path / "in").mkdir()
+    save_file(tensors | more, tmp_path / "in/model.safetensors")
+    if config is not None:
+        said = json.loads((folder / "hf/config.json").read_text())
+        said.pop("num_nextn_predict_layers", None)
+        (tmp_path / "in/config.json").write_text(json.dumps(said | config))
+    ckpt_dist.convert(tmp_path / "in", tmp_path / "out.pt", format="torch", unmatched=unmatched, quiet=True)
+    found = torch.load(tmp_path / "out.pt")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) for n, t in tensors.items())
+
+
+# ---- layers that are not there
+
+
+def without(folder: Path, target: Path, layer: int) -> Path:
+    """A model of transformers that lost a layer, beside a config that says it has it."""
+    shutil.copytree(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    left = {
+        n: t for n, t in tensors.items() if f".{layer}." not in n.partition("layers")[2][:4] and f".h.{layer}." not in n
+    }
+    assert len(left) < len(tensors)
+    save_file(left, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("name", ["llama_plain", "gpt2", "bloom", "deepseek_v3", "qwen3_moe", "gpt_oss", "gemma2"])
+def test_a_layer_that_the_config_says_is_missed(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one between two others, by every verb that makes or judges a model; looking at it is still possible."""
+    hf = made(name)[1] / "hf"
+    for layer in (2, 1):
+        source = without(hf, tmp_path / f"{layer}", layer)
+        says = f"its config.json has 3 layers, the tensors have 2: layer {layer} is the first that is missing"
+        for words in (
+            ["target.format=hf"],
+            ["target.format=dcp", "unmatched=drop"],
+            ["target.format=hf", "dry_run=true"],
+        ):
+            assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'no'}", *words]) == 3
+            assert says in capsys.readouterr().err
+        for verb, keys in ((ckpt_dist.fingerprint, {}), (ckpt_dist.verify, {"b": hf}), (ckpt_dist.verify, {})):
+            with pytest.raises(CheckpointError, match=re.escape(says)):
+                verify: Any = verb
+                verify(source, quiet=True, **keys)
+        assert any(says in note for note in ckpt_dist.inspect(source)["notes"])
+        ckpt_dist.convert(source, tmp_path / f"as-is-{layer}", format="hf", model="identity", quiet=True)
+        assert equal(tmp_path / f"as-is-{layer}", source)
+    assert not (tmp_path / "no").exists()
+
+
+def test_fewer_layers_are_a_model_if_the_config_says_so(
+    made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    source = without(made("llama_plain")[1] / "hf", tmp_path / "two", 2)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "layer_types": None}))
+    ckpt_dist.convert(source, tmp_path / "out", format="hf", quiet=True)
+    assert equal(tmp_path / "out", source)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_layers_without_a_config_have_no_gap(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    hf = made("llama_plain")[1] / "hf"
+    for layer in (2, 1):
+        (without(hf, tmp_path / f"{layer}", layer) / "config.json").unlink()
+    assert len(ckpt_dist.fingerprint(tmp_path / "2")) == 32  # nobody says that there were more
+    with pytest.raises(CheckpointError, match="its names count 3 layers, the tensors have 2: layer 1 is the first"):
+        ckpt_dist.fingerprint(tmp_path / "1")
+
+
+def test_a_layer_that_is_left_out_on_request_is_not_missed(
+    made: Callable[[str], tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = made("llama_plain")[1] / "hf"
+    source = without(hf, tmp_path / "odd", 2)
+    tensors = load_file(source / "model.safetensors") | {"model.layers.2.strange.weight": torch.ones(2)}
+    save_file(tensors, source / "model.safetensors")
+    words = [f"source.path={source}", f"target.path={tmp_path / 'out'}", "target.format=hf"]
+    assert main("convert", words) == 3 and "unknown to llama" in capsys.readouterr().err
+    assert main("convert", [*words, "unmatched=drop"]) == 0
+    assert load_file(tmp_path / "out/model.safetensors").keys() == tensors.keys() - {"model.layers.2.strange.weight"}
+
+
+@pytest.mark.parametrize("format", ["merak", "megatron", "torch_dist", "dcp", "torch", "sfpt"])
+def test_a_config_that_says_more_layers_is_refused_in_every_format(
+    format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    hf = made("llama_plain")[1] / "hf"
+    ckpt_dist.convert(hf, tmp_path / "there", format=format, quiet=True)
+    config = json.loads((hf / "config.json").read_text()) | {"num_hidden_layers": 4, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    more = {"model.config": str(tmp_path / "config.json"), "quiet": True}
+    with pytest.raises(CheckpointError, match=r"has 4 layers, the tensors have 3|does not fit llama .* a dim of 4"):
+        ckpt_dist.convert(tmp_path / "there", tmp_path / "no", format="hf", **more)
+    ckpt_dist.convert(tmp_path / "there", tmp_path / "out", format="hf", **{**more, "model.config": str(hf)})
+    assert equal(tmp_path / "out", hf)
 
 
 def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

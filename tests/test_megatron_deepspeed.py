@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 import ckpt_dist
 from ckpt_dist.cli import main
 from ckpt_dist.errors import UsageError
+from ckpt_dist.formats import megatron_deepspeed
 
 HEADS, WIDTH, LAYERS, VOCABULARY, POSITIONS = 4, 32, 4, 64, 16
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
@@ -290,6 +292,44 @@ def test_copies_that_drifted(made: Made, tmp_path: Path, replicas: str) -> None:
     for name, drift in {norm: 0.5, "transformer.ln_f.bias": 0.25}.items():
         torch.testing.assert_close(found.pop(name), was.pop(name) + drift * more)
     assert all(torch.equal(found[n], was[n]) for n in was)
+
+
+def test_verify_and_fingerprint_say_that_copies_drifted(made: Made, tmp_path: Path) -> None:
+    step = copy_of(made, tmp_path / "it")
+    assert ckpt_dist.verify(step)["warnings"] == []
+    edited(step / "layer_04-model_01-model_states.pt", lambda tree: tree["input_layernorm.weight"].add_(0.5))
+    says = "1 differ, first 'decoder.layers.1.self_attention.linear_qkv.layer_norm_weight'"
+    for found in (
+        ckpt_dist.verify(step),
+        ckpt_dist.verify(step, made[1] / "hf"),
+        ckpt_dist.verify(made[1] / "hf", step),
+    ):
+        assert [says in w for w in found["warnings"]] == [True]
+    with pytest.warns(UserWarning, match=says):
+        assert ckpt_dist.fingerprint(step) == ckpt_dist.fingerprint(made[1] / "hf")
+    for verb in (ckpt_dist.verify, ckpt_dist.fingerprint):
+        with pytest.raises(UsageError, match="takes the first rank's"):
+            verb(step, **{"a.replicas": "average"})
+
+
+def test_a_mean_of_copies_is_where_they_are_read_whatever_the_format_is_called(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, scan = copy_of(made, tmp_path / "it"), megatron_deepspeed.scan
+    edited(step / "layer_04-model_01-model_states.pt", lambda tree: tree["input_layernorm.weight"].add_(0.5))
+    keys = {"source.replicas": "average"}
+    ckpt_dist.convert(step, tmp_path / "mean", **keys)
+    monkeypatch.setattr(megatron_deepspeed, "scan", lambda *a: replace(scan(*a), format="megatron"))
+    ckpt_dist.convert(step, tmp_path / "same", **keys)
+    assert equal(tmp_path / "same", tmp_path / "mean")
+
+    def silent(*a: Any) -> Any:
+        found = scan(*a)
+        return replace(found, about={k: v for k, v in found.about.items() if k != "replicated"})
+
+    monkeypatch.setattr(megatron_deepspeed, "scan", silent)
+    with pytest.raises(UsageError, match="megatron_deepspeed takes the first rank's"):
+        ckpt_dist.convert(step, tmp_path / "no", **keys)
 
 
 def test_a_vocabulary_without_its_padding(made: Made, tmp_path: Path) -> None:

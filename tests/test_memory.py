@@ -41,6 +41,7 @@ import ckpt_dist, ckpt_dist.run, ckpt_dist.check, ckpt_dist.averages.tensors, ck
 from ckpt_dist.report import peak_memory
 verb, args, keys = json.loads(sys.argv[1])
 before = peak_memory()
+held = b"1" * keys.pop("held", 0)
 getattr(ckpt_dist, verb)(*args, **keys)
 print(json.dumps([before, peak_memory()]))
 """
@@ -111,6 +112,13 @@ def test_an_average_of_8_stays_within_its_memory(tmp_path: Path, transport: str)
     before, after = peak("average", tmp_path / "run", tmp_path / "target", **{"engine.transport": transport})
     print(f"average of 8, {transport}: {before >> 20} MiB after imports, {after >> 20} MiB at the peak")
     assert after - before < MEMORY + (256 << 20)
+
+
+def test_a_job_that_took_more_would_be_seen(tmp_path: Path) -> None:
+    before, after = peak(
+        "convert", model(tmp_path / "source"), tmp_path / "no", dry_run=True, held=MEMORY + (256 << 20)
+    )
+    assert after - before > MEMORY + (256 << 20)
 
 
 def test_a_program_that_converts_in_a_loop_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

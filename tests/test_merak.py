@@ -474,6 +474,17 @@ def test_files_that_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert load_file(tmp_path / "hf/model.safetensors")["transformer.wte.weight"].shape[0] == 20
 
 
+def test_files_without_their_last_layer_are_refused(made: Made, tmp_path: Path) -> None:
+    """The file itself is whole, and its modules' numbers are not believed: config.json says it."""
+    ckpt_dist.convert(made("llama"), tmp_path / "it", format="merak")
+    (file,) = rank_files(tmp_path / "it")
+    tree = torch.load(file, weights_only=False)
+    tree["model"] = {n: t for n, t in tree["model"].items() if ".layers.2." not in n}
+    torch.save(tree, file)
+    with pytest.raises(CheckpointError, match="has 3 layers, the tensors have 2: layer 2 is the first that is missing"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no")
+
+
 def test_copies_are_not_silently_those_of_the_first_rank(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="merak takes the first"):
         ckpt_dist.convert(CONVERTED / "t2p2", tmp_path / "no", **{"source.replicas": "average"})

@@ -17,6 +17,7 @@ import tracemalloc
 import types
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from omegaconf import OmegaConf
 import ckpt_dist
 from ckpt_dist import nemo
 from ckpt_dist.cli import main
+from ckpt_dist.engine import staging
 from ckpt_dist.errors import CheckpointError, UsageError
 from tests.test_megatron import OLDER, rank_files, transformer
 
@@ -360,6 +362,103 @@ def test_an_average_of_files_is_a_file_more_in_each_folder(
     ckpt_dist.average(run, quiet=True, **given)  # of the copy and the average above nothing
     notes = json.loads((run / "all-averaged.ckpt_dist.json").read_text())["report"]["notes"]
     assert [n for n in notes if n.startswith("step ")] == [f"step {s}: weight 0.333333" for s in (10, 20, 30)]
+
+
+# ---- a file more for each rank appears whole or not at all
+
+
+def averageable(run: Path) -> dict[str, bytes]:
+    """Two steps of two ranks; what lies there."""
+    for step in (1, 2):
+        for rank in range(2):
+            state = {"model.w": torch.full((4,), float(step + rank)), "model.decoder.layers.0.x": torch.ones(2)}
+            path = run / f"mp_rank_{rank:02d}" / (NAME.format(step, step) + ".ckpt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(lightning(step, state_dict=state), path)
+    return contents(run)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+
+def average(run: Path, **keys: Any) -> None:
+    ckpt_dist.average(run, recipe="nemo_average", name="gpt", quiet=True, **keys)
+
+
+def failing(error: Exception, number: int) -> Callable[[Any, Any], None]:
+    """`os.rename`, of which one call fails."""
+    numbers = count()
+
+    def rename(*paths: Any) -> None:
+        if next(numbers) == number:
+            raise error
+        os.replace(*paths)
+
+    return rename
+
+
+RENAMES = {"new": 5, "overwrite": 9}  # two files and two records, each after what it takes the place of; then the end
+
+
+def begun(run: Path, way: str) -> dict[str, Any]:
+    averageable(run)
+    if way == "overwrite":
+        average(run, weights=[0.25, 0.75])
+    return {"overwrite": way == "overwrite"}
+
+
+@pytest.mark.parametrize("way", RENAMES)
+def test_a_rename_that_fails_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    run = tmp_path / "run"
+    keys = begun(run, way)
+    before = contents(run)
+    for number in range(RENAMES[way]):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="Cannot publish"):
+            patch.setattr(staging.os, "rename", failing(OSError(28, "No space left on device"), number))
+            average(run, **keys)
+        assert contents(run) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("then", ["the same", "another"])
+@pytest.mark.parametrize("way", RENAMES)
+def test_a_job_that_was_killed_between_two_renames_is_not_seen_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, then: str
+) -> None:
+    averageable(tmp_path / "whole")
+    quick: dict[str, Any] = {"engine.fsync": False}
+    average(tmp_path / "whole", **quick)
+    wanted = {n: b for n, b in contents(tmp_path / "whole").items() if n.endswith(".ckpt")}
+    for number in range(RENAMES[way]) if then == "the same" else (1, RENAMES[way] - 1):
+        run = tmp_path / f"{number}/run"
+        keys = begun(run, way) | quick
+        before = contents(run)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(staging.os, "rename", failing(RuntimeError("killed"), number))
+            average(run, **keys)
+        seen = (run / "mp_rank_00/gpt-averaged.ckpt").exists()  # by which all others are found
+        assert way == "overwrite" or seen == (number == 4)
+        if then == "another":
+            ckpt_dist.average(run, recipe="nemo_average", name="other", quiet=True, **quick)
+            assert {n: b for n, b in contents(run).items() if "other-averaged" not in n} == before
+        else:
+            average(run, **keys)
+            assert {n: b for n, b in contents(run).items() if n.endswith(".ckpt")} == wanted
+        assert [p.name for p in run.parent.iterdir()] == ["run"]
+
+
+def test_in_a_new_folder_all_of_it_appears_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, renamed = tmp_path / "run", []
+    averageable(run)
+    average(run)
+    rename = os.rename
+    monkeypatch.setattr(staging.os, "rename", lambda *paths: (renamed.append(paths), rename(*paths)))
+    average(run, **{"target.path": str(tmp_path / "new")})
+    assert len(renamed) == 1 and renamed[0][1] == tmp_path / "new"
+    made, new = ({n: b for n, b in contents(p).items() if n.endswith("averaged.ckpt")} for p in (run, tmp_path / "new"))
+    assert new == made and len(made) == 2
 
 
 def test_counts_are_copied_and_never_summed(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from ckpt_dist import report
 from ckpt_dist.errors import UsageError
 from ckpt_dist.report import Progress, Report, parse_size, peak_memory, show_result, size, table
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -137,3 +140,16 @@ def test_advance_from_many_threads() -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 5 << 20 < peak_memory() < 1 << 42
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells them apart")
+def test_peak_memory_is_the_processs_own() -> None:
+    """Not that of the program which starts it, whose pages a child has until it begins its own."""
+    held = b"1" * (300 << 20)
+    command = [
+        sys.executable,
+        "-c",
+        "from ckpt_dist.report import peak_memory as p; print(p()); b'1' * (100 << 20); print(p())",
+    ]
+    first, then = map(int, subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
+    assert len(held) < peak_memory() and first < 100 << 20 <= then - first + (8 << 20)

@@ -18,8 +18,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_dist
+from ckpt_dist.errors import UsageError
 from tests.conftest import ROOT
 from tests.real.titan import CONFIGS, TOKENS, digest, filled
 
@@ -63,6 +65,32 @@ def test_names_shapes_and_places_are_those_of_torchtitan(family: str, tmp_path: 
     untold = {n for n in ours if n not in told}
     assert not any("attention" in n for n in untold)
     assert all(torch.equal(ours[n], torch.zeros_like(ours[n])) for n in untold if n.endswith("expert_bias_E"))
+
+
+def test_the_optimizer_comes_along_where_names_stay(tmp_path: Path) -> None:
+    """From torchtitan to torchtitan: torch's own converter makes the same file of both folders, all of it."""
+    of_transformers("llama").save_pretrained(tmp_path / "hf")
+    config = {"model.config": str(tmp_path / "hf"), "quiet": True}
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "start", recipe="hf_to_torchtitan", **config)
+    weights = loaded(tmp_path / "start")
+    moments = {f"state.{n}.{k}": torch.randn_like(t) for n, t in weights.items() for k in ("exp_avg", "exp_avg_sq")}
+    steps = {f"state.{n}.step": torch.tensor(3.0) for n in weights}
+    groups = {f"param_groups.{n}.lr": 0.5 for n in weights}
+    full = {**weights, "optimizer": {**moments, **steps, **groups}, "train_state": {"step": 3}}
+    dcp.save(full, checkpoint_id=tmp_path / "full", no_dist=True)
+    keep = {"keep": ["weights", "optimizer", "state"], **config}
+    report = ckpt_dist.convert(tmp_path / "full", tmp_path / "again", format="dcp", **keep, **{"engine.verify": True})
+    assert report["fingerprint"] == ckpt_dist.fingerprint(tmp_path / "hf")
+    found = []
+    for folder in ("full", "again"):
+        dcp_to_torch_save(tmp_path / folder, tmp_path / f"{folder}.pt")
+        found.append(torch.load(tmp_path / f"{folder}.pt", weights_only=True))
+    ours, theirs = ({**f.pop("optimizer"), **f} for f in reversed(found))
+    assert ours.keys() == theirs.keys() and ours.pop("train_state") == theirs.pop("train_state") == {"step": 3}
+    assert all(torch.equal(torch.as_tensor(ours[n]), torch.as_tensor(t)) for n, t in theirs.items())
+    for more in ({"dialect": "hf"}, {"target.vocab_size": 64}):
+        with pytest.raises(UsageError, match="only under the same names and shapes"):
+            ckpt_dist.convert(tmp_path / "full", tmp_path / "no", format="dcp", **keep, **more)
 
 
 def test_recipes(tmp_path: Path) -> None:
@@ -146,6 +174,18 @@ def test_it_loads_all_that_its_model_has(family: str, made: Callable[[str], Path
     everywhere = (folder / "titan", *(tmp_path / step for step in ("there", "back", "again")))
     prints = {ckpt_dist.fingerprint(p, **config) for p in everywhere}
     assert len(prints) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_its_optimizer_goes_on(family: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its own container of optimizers loads what it saved, after it was converted, and has what it had."""
+    folder = made(family)
+    keep = {"keep": ["weights", "optimizer"], "model.config": str(folder), "quiet": True}
+    ckpt_dist.convert(folder / "trained", tmp_path / "again", format="dcp", **keep)
+    words = [sys.executable, "-m", "tests.real.titan", "--same", family, folder / "trained", tmp_path / "again"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 3 * len(loaded(folder / "titan"))
 
 
 def test_what_only_torchtitan_has_stays_among_its_own(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ class Shown:
 
 def show(settings: Mapping[str, Any], dialect: str, key: str) -> Shown:
     """Scan a checkpoint and spell it in the dialects that are wanted."""
-    m = task.open_model(settings["source"], {**settings, "unmatched": "drop"})  # still there under stored names
+    settings = {**settings, "unmatched": "drop", "partial": True}  # still there under stored names
+    m = task.open_model(settings["source"], settings)
     wanted = _dialects(m, dialect)
     bound = _bind(m)
     offers = _as_stored(m, bound, key, weights=dialect == "auto" or not wanted)

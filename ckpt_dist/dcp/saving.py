@@ -119,6 +119,7 @@ class Writer(StorageWriter):
             raise UsageError("target.shared=false: a running program saves to a disk of all nodes, or with dcp.save.")
         self.report = Report("save")
         m = _model(_catalog(plans), self.settings)
+        self.report.notes += [m.lacks] if m.lacks else []
         path = Path(self.settings["target"]["path"])
         p = writing.prepare(Group(alone=True), self.report, [m], self.settings, path, lambda d: keep, False)
         errands = _errands(p, m.catalog, plans)
@@ -202,7 +203,7 @@ def _model(catalog: Catalog, settings: Mapping[str, Any]) -> Model:
     given = settings["model"]["config"]
     found, where = sources.find_config(PROGRAM, PROGRAM, PROGRAM, given) if given is not None else ({}, None)
     source = Source(catalog, PROGRAM, PROGRAM, None, found, where, (), Memory([]))
-    return task.understand(source, settings["source"], settings)
+    return task.understand(source, settings["source"], {**settings, "partial": True})  # a program knows what it saves
 
 
 def _errands(p: writing.Prepared, catalog: Catalog, plans: Sequence[SavePlan]) -> list[Errand]:

@@ -5,6 +5,9 @@ Calls, in order: `check` and `create` and `finish` and `publish` by rank 0 only,
 node has a disk of its own, the first rank of each makes all calls, none before all have come to an end with the one
 before, and `settle` at last: until then what was published is taken back if another node fails.
 
+Files that join a folder are renamed one by one, those last by which readers find the others; a list of them (`ORDER`) is
+there as long as not all have come, and by it they are taken back if a rename fails, or by the next job if one was killed.
+
 Invariant: nothing under the target's name is touched before `publish`; sources are never written.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,6 +32,7 @@ from ckpt_dist.files.zips import combine_runs, crc_of_zeros
 from ckpt_dist.formats import Layout, held, inside
 
 Runs = Sequence[tuple[int, int, int, int]]
+ORDER, OLD = f"{journal.FOLDER}/order", f"{journal.FOLDER}/old"  # what joins a folder, and what it takes the place of
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,16 @@ class Staging:
         """Whether what has the target's name may still be taken back: it was published here, perhaps not on all nodes."""
         return self.node is not None and (self.target / journal.FOLDER / journal.PLAN).is_file()
 
+    def joining(self) -> list[str]:
+        """The files that were about to join a folder, first to last: those that are not staged any more are there."""
+        path = self.folder / ORDER
+        return json.loads(path.read_text()) if path.is_file() else []
+
+    def there(self, name: str) -> bool:
+        """Whether a folder has a file that is its own, and none of an attempt that did not come to its end."""
+        ours = name in self.joining() and not (self.folder / name).exists()
+        return (self.folder / OLD / name).exists() or (not ours and (self.target / name).exists())
+
 
 def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequence[Path], overwrite: bool) -> None:
     """Refuse a target that exists, a folder that cannot be written to and a disk that is too small, before any work."""
@@ -63,7 +78,7 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
         inside(target, name, f"What is to be written to {target}")
     _keep_sources(staging, [target / n for n in names], sources)
     if staging.into:
-        taken = [n for n in names if (target / n).exists()]
+        taken = [n for n in names if staging.there(n)]
         if taken and not overwrite:
             raise UsageError(
                 f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
@@ -99,6 +114,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
         _take_back(staging)
     else:
         _claim(staging, folder)
+        _take_back(staging)
     if resume and journal.matches(folder, plan):
         return True
     try:
@@ -150,7 +166,15 @@ def release() -> None:
 
 
 def _take_back(staging: Staging) -> None:
-    """Undo a publishing that may not have come to all nodes: what was made is staged again, what was there is back."""
+    """Undo a publishing that did not come to its end: what was made is staged again, what was there is back."""
+    names = staging.joining()
+    for name in reversed(names):
+        if not (staging.folder / name).exists() and (staging.target / name).exists():
+            os.rename(staging.target / name, staging.folder / name)
+        if (staging.folder / OLD / name).exists():
+            os.rename(staging.folder / OLD / name, staging.target / name)
+    if names:
+        (staging.folder / ORDER).unlink()
     if not staging.unsettled:
         return
     shutil.rmtree(staging.folder, ignore_errors=True)
@@ -182,6 +206,11 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
             path.write_bytes(
                 content if isinstance(content, bytes) else content() if callable(content) else content.read_bytes()
             )
+        if staging.into and staging.target.is_dir():
+            order = dict.fromkeys([*small, *reversed(layout.catalog.files), *layout.late])  # what finds others is last
+            part = staging.folder / f"{ORDER}.part"
+            part.write_text(json.dumps(list(order)))
+            os.replace(part, staging.folder / ORDER)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published."
@@ -211,16 +240,13 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
     """Give the finished files the target's name: one rename, or one for each file when they join a folder."""
     folder, target = staging.folder, staging.target
     try:
+        if staging.joining():
+            _join(staging, fsync)
+            return
         if staging.node is None:
             shutil.rmtree(folder / journal.FOLDER)
         if fsync:
             _sync_tree(folder)
-        if staging.into:
-            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target / path.relative_to(folder))
-            shutil.rmtree(folder)
-            return
         if staging.single:
             os.replace(next(p for p in folder.iterdir()), target)
             folder.rmdir()
@@ -237,6 +263,23 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
         raise CheckpointError(
             f"Cannot publish {target}: {error.strerror}. Nothing was published; what was there is as it was."
         ) from None
+
+
+def _join(staging: Staging, fsync: bool) -> None:
+    """Each file takes its place; the one before it, if there is one, is kept until all have."""
+    folder, target, names = staging.folder, staging.target, staging.joining()
+    if fsync:
+        _sync_tree(folder)
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (target / name).exists() or (target / name).is_symlink():
+            (folder / OLD / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(target / name, folder / OLD / name)
+        os.rename(folder / name, target / name)
+    for place in {(target / name).parent for name in names} if fsync else ():
+        _sync(place)
+    (folder / journal.FOLDER).rename(folder / "done")  # no list and no journal: nothing to take back or to go on with
+    shutil.rmtree(folder)
 
 
 def settle(staging: Staging) -> None:

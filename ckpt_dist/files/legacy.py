@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert, pickles
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import Record
 
@@ -34,7 +34,7 @@ def read(fd: int, where: str) -> tuple[Any, dict[str, Record]]:
     with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
         found, at, storages = [], 0, {}
 
-        def noted(pid: Any) -> pickles.Storage:
+        def noted(pid: Any) -> inert.Storage:
             storage = pickles.storage(pid)
             if len(pid) > 5 and pid[5] is not None:
                 raise UnpicklingError("a storage that is a view of another one, as torch before 0.4 has them")
@@ -55,9 +55,7 @@ def read(fd: int, where: str) -> tuple[Any, dict[str, Record]]:
         return tree, _records(data, at, keys, storages, where)
 
 
-def _records(
-    data: Any, at: int, keys: list[Any], storages: dict[str, pickles.Storage], where: str
-) -> dict[str, Record]:
+def _records(data: Any, at: int, keys: list[Any], storages: dict[str, inert.Storage], where: str) -> dict[str, Record]:
     """Each storage after its count of elements; both numbers have to be those of the tree."""
     found = {}
     for key in keys:

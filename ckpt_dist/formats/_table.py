@@ -16,7 +16,7 @@ from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints, row_major
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import pickles, zips
+from ckpt_dist.files import inert, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import torch as pt
 
@@ -32,10 +32,10 @@ class File:
     tree: Any
     storages: Mapping[str, zips.Record]
 
-    def address(self, ref: pickles.TensorRef, what: str) -> int:
+    def address(self, ref: inert.TensorRef, what: str) -> int:
         return pt.storage_record(self.storages, ref, f"{self.path}: {what}")
 
-    def number_of(self, ref: pickles.TensorRef, what: str) -> float | None:
+    def number_of(self, ref: inert.TensorRef, what: str) -> float | None:
         """The value of a counter that is a tensor, which a scan may read: it says of which save a file is."""
         at, kind = self.address(ref, what), COUNTERS.get(ref.dtype)
         if kind is None or ref.shape not in ((), (1,)):
@@ -65,8 +65,8 @@ class Slice:
 
 def flat(file: File, ref: Any, what: str) -> Slice:
     """A one-dimensional dense tensor."""
-    if not isinstance(ref, pickles.TensorRef) or len(ref.shape) != 1 or (ref.stride != (1,) and ref.shape[0] > 1):
-        kind = list(ref.shape) if isinstance(ref, pickles.TensorRef) else type(ref).__name__
+    if not isinstance(ref, inert.TensorRef) or len(ref.shape) != 1 or (ref.stride != (1,) and ref.shape[0] > 1):
+        kind = list(ref.shape) if isinstance(ref, inert.TensorRef) else type(ref).__name__
         raise CheckpointError(f"{file.path}: {what} is {kind}, a flat tensor is expected. Was it written by DeepSpeed?")
     return Slice(file.number, file.address(ref, what), ref.shape[0], ref.dtype)
 
@@ -83,7 +83,7 @@ class Table:
             raise CheckpointError(f"{where}: {entry.name!r} is stored twice.")
         return len(self.entries) - 1
 
-    def whole(self, entry: Entry, ref: pickles.TensorRef, file: File) -> None:
+    def whole(self, entry: Entry, ref: inert.TensorRef, file: File) -> None:
         """A tensor that lies in one file as a whole."""
         number = self._new(entry, file.path)
         stop, strides = (ints(v).reshape(1, -1) for v in (ref.shape, ref.stride))

@@ -26,7 +26,7 @@ import numpy as np
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Entry, Extra, Key
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import is_floating
 from ckpt_dist.formats import Layout, Spec, _zero
 from ckpt_dist.formats import torch as pt
@@ -73,7 +73,7 @@ def _value(table: Table, root: Path, name: str, file: str, number: int, shape: A
     ref = tree.get("param") if isinstance(tree, Mapping) else tree
     key = file.removesuffix(".pt")
     place = (name,) if file == WEIGHT else (*OPTIMIZER, name, key)
-    if not isinstance(ref, pickles.TensorRef):
+    if not isinstance(ref, inert.TensorRef):
         if file == STEP and type(ref) in (int, float):
             return [Extra(".".join(place), place, "optimizer", ref)]
         raise CheckpointError(f"{root / path} holds no tensor. Was it written by DeepSpeed's ds_to_universal?")
@@ -91,7 +91,7 @@ def _value(table: Table, root: Path, name: str, file: str, number: int, shape: A
 def _rest(table: Table, main: File, models: Sequence[File]) -> None:
     """What has no folder: other names of a weight, buffers, frozen weights."""
     held = set(table.entries)
-    module = {n: r for n, r in (main.tree.get("module") or {}).items() if isinstance(r, pickles.TensorRef)}
+    module = {n: r for n, r in (main.tree.get("module") or {}).items() if isinstance(r, inert.TensorRef)}
     third = models[0].path.name.startswith("zero_pp_rank")  # of others the module has all
     for name, part in _zero.frozen(models).items() if third else ():
         if name not in held:
@@ -115,7 +115,7 @@ def _settings(table: Table, state: File, names: Sequence[str]) -> Iterator[Extra
         label = ".".join(place)
         if step is None or label in table.entries or f"optimizer.state.{name}.exp_avg" not in table.entries:
             continue
-        if isinstance(step, pickles.TensorRef):
+        if isinstance(step, inert.TensorRef):
             table.whole(Entry(label, step.dtype, step.shape, place, "optimizer"), step, state)
         else:
             yield Extra(label, place, "optimizer", step)

@@ -17,7 +17,7 @@ from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Entry, Extra
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats._table import File, Slice, Table, flat
 
@@ -76,7 +76,7 @@ def _groups(main: File) -> tuple[Shapes, ...]:
             f"{main.path} does not say which parameters are trained (param_shapes). Is it older than DeepSpeed 0.5?"
         )
     for name, shape in (one for group in groups for one in group.items()):
-        if not isinstance(name, str) or not pickles.is_shape(shape):
+        if not isinstance(name, str) or not inert.is_shape(shape):
             raise CheckpointError(f"{main.path} is damaged: param_shapes has {name!r:.60} of shape {shape!r:.60}.")
     return tuple(groups)
 
@@ -84,7 +84,7 @@ def _groups(main: File) -> tuple[Shapes, ...]:
 def _same_step(shards: Sequence[tuple[File, Mapping[str, Any]]]) -> None:
     """All ranks have counted as many steps: files that were saved at another time look the same in all else."""
     said = [(file, _by_group(tree.get(key), 1)[0].get("step")) for file, tree in shards for key in BASE]
-    steps = [(f, f.number_of(v, "step") if isinstance(v, pickles.TensorRef) else v) for f, v in said]
+    steps = [(f, f.number_of(v, "step") if isinstance(v, inert.TensorRef) else v) for f, v in said]
     steps = [(f, v) for f, v in steps if type(v) in (int, float)]
     if other := next(((f, v) for f, v in steps if v != steps[0][1]), None):
         raise CheckpointError(
@@ -104,7 +104,7 @@ def _inner(file: File) -> Mapping[str, Any]:
 
 def _whole(value: Any, otherwise: int) -> int:
     """A number, or an enum of one, which a pickle holds as a call."""
-    value = value[0] if isinstance(value, pickles.Record) and value else value
+    value = value[0] if isinstance(value, inert.Record) and value else value
     return value if type(value) is int else otherwise
 
 
@@ -116,7 +116,7 @@ def _starts(group: Shapes, paddings: Any, number: int) -> Ints:
     """Where each parameter begins in its group's line; newer files may align them."""
     sizes = ints([prod(shape) for shape in group.values()])
     more = _numbers(paddings[number]) if isinstance(paddings, (list, tuple)) and len(paddings) > number else []
-    more = [n for n in more if 0 <= n < pickles.DEEP]
+    more = [n for n in more if 0 <= n < inert.DEEP]
     steps = sizes + ints(more) if len(more) == len(sizes) else sizes
     return ints(np.cumsum(steps) - steps)
 
@@ -211,7 +211,7 @@ def _mapped(file: File, mappings: Any, found: Mapping[str, Part]) -> None:
     if not isinstance(mappings, (list, tuple)):
         return
     said = {
-        n: pickles.state_of(record).get("numel") for m in mappings if isinstance(m, Mapping) for n, record in m.items()
+        n: inert.state_of(record).get("numel") for m in mappings if isinstance(m, Mapping) for n, record in m.items()
     }
     have = {n: int((p.hi - p.lo)[p.file == file.number].sum()) for n, p in found.items()}
     wrong = [n for n in {**have, **said} if said.get(n, 0) != have.get(n, 0)]
@@ -233,7 +233,7 @@ def frozen(files: Sequence[File]) -> dict[str, Part]:
             "saves; fetch the checkpoint again."
         )
     for name, shape in shapes.items() if isinstance(shapes, Mapping) else ():
-        if not isinstance(name, str) or not pickles.is_shape(shape):
+        if not isinstance(name, str) or not inert.is_shape(shape):
             raise CheckpointError(f"{files[0].path} is damaged: {name!r:.60} is of shape {shape!r:.60}.")
         what = f"a part of the frozen {name!r}"
         slices = [flat(f, (f.tree.get("frozen_param_fragments") or {}).get(name), what) for f in files]
@@ -249,7 +249,7 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
     keys = [key for key in dict.fromkeys(key for of in each[0] for key in of) if isinstance(key, str)]
     for key in keys:
         values = [[of[g].get(key) for of in each] for g in range(len(each[0]))]
-        flats = [[v for v in of if isinstance(v, pickles.TensorRef) and len(v.shape) == 1] for of in values]
+        flats = [[v for v in of if isinstance(v, inert.TensorRef) and len(v.shape) == 1] for of in values]
         if key == "step" or not any(flats):
             yield from _counters(table, s, key, [of[0] for of in values])
             continue
@@ -264,7 +264,7 @@ def moments(table: Table, s: Save, strict: bool) -> Iterator[Extra]:
                 raise CheckpointError(
                     f"{error} If it is no value of each weight, leave it out with unmatched=drop."
                 ) from None
-            yield Extra(f"optimizer.{key}", ("optimizer", key), "optimizer", pickles.Record())
+            yield Extra(f"optimizer.{key}", ("optimizer", key), "optimizer", inert.Record())
             continue
         for name, p in parts.items():
             path = ("optimizer", "state", name, key)
@@ -289,7 +289,7 @@ def _counters(table: Table, s: Save, key: str, values: Sequence[Any]) -> Iterato
     for group, value in zip(s.groups, values, strict=False):
         for name in group:
             path = ("optimizer", "state", name, key)
-            if isinstance(value, pickles.TensorRef):
+            if isinstance(value, inert.TensorRef):
                 table.whole(Entry(".".join(path), value.dtype, value.shape, path, "optimizer"), value, s.shards[0][0])
             elif value is not None:
                 yield Extra(".".join(path), path, "optimizer", value)

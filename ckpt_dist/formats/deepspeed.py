@@ -19,7 +19,7 @@ from typing import Any
 
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec, _universal, _zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats._table import File, Table, opened
@@ -125,7 +125,7 @@ def _named(table: Table, main: File, held: Mapping[str, _zero.Part], strict: boo
             yield Extra(name, (name,), "weight", None)
 
 
-def _aliases(main: File, module: Mapping[str, pickles.TensorRef], held: Mapping[str, Any]) -> dict[str, str]:
+def _aliases(main: File, module: Mapping[str, inert.TensorRef], held: Mapping[str, Any]) -> dict[str, str]:
     """Second names of trained parameters, as listed, or as the same elements of one storage (older files list none)."""
     said = main.tree.get("shared_params")
     place = {(r.storage.key, r.offset, r.shape): n for n, r in module.items() if n in held and 0 not in r.shape}
@@ -158,7 +158,7 @@ def _pipeline(path: Path, layers: Mapping[int, str], options: Mapping[str, Any])
         file = opened(path, name, k)
         for place, ref in pt.walk(file.tree):
             label = ".".join(map(str, (number, *place)))
-            if isinstance(ref, pickles.TensorRef):
+            if isinstance(ref, inert.TensorRef):
                 table.whole(Entry(label, ref.dtype, ref.shape, (label,)), ref, file)
     mains = [opened(path, name, len(layers) + k) for k, name in enumerate(stages)]
     _all_layers(path, table, mains)
@@ -196,7 +196,7 @@ def _experts(table: Table, path: Path, main: File, names: list[str], first: int)
         layers.setdefault(layer, set()).add(int(expert))
         file = opened(path, name, first + k)
         for label, ref in file.tree.items():
-            if not isinstance(ref, pickles.TensorRef):
+            if not isinstance(ref, inert.TensorRef):
                 raise CheckpointError(f"{file.path}: {label!r:.60} is no tensor, as all of an expert's file are.")
             table.whole(Entry(str(label), ref.dtype, ref.shape, (str(label),)), ref, file)
     said = main.tree.get("num_experts")
@@ -208,7 +208,7 @@ def _experts(table: Table, path: Path, main: File, names: list[str], first: int)
     return names
 
 
-def _said(module: Mapping[str, pickles.TensorRef], save: _zero.Save | None, master: bool, more: bool) -> str:
+def _said(module: Mapping[str, inert.TensorRef], save: _zero.Save | None, master: bool, more: bool) -> str:
     if master and save:
         ranks = f"{len(save.shards)} rank" + "s" * (len(save.shards) > 1)
         only = ", which are all that this stage stores" if save.stage == 3 else ""
@@ -274,11 +274,11 @@ def _refuse(path: Path, names: Sequence[str]) -> None:
 # ---- the model's file
 
 
-def _module(main: File) -> dict[str, pickles.TensorRef]:
+def _module(main: File) -> dict[str, inert.TensorRef]:
     module = main.tree.get("module")
     if not isinstance(module, Mapping):
         raise CheckpointError(f"{main.path} holds no model: a dict under the key module is expected.")
-    return {".".join(map(str, p)): leaf for p, leaf in pt.walk(module) if isinstance(leaf, pickles.TensorRef)}
+    return {".".join(map(str, p)): leaf for p, leaf in pt.walk(module) if isinstance(leaf, inert.TensorRef)}
 
 
 def _state(table: Table, main: File) -> Iterator[Extra]:
@@ -286,18 +286,18 @@ def _state(table: Table, main: File) -> Iterator[Extra]:
     for key, value in main.tree.items():
         for place, leaf in pt.walk(value, (str(key),)) if key not in PARTS and value is not None else ():
             name = ".".join(map(str, place))
-            if isinstance(leaf, pickles.TensorRef):
+            if isinstance(leaf, inert.TensorRef):
                 table.whole(Entry(name, leaf.dtype, leaf.shape, place, "state"), leaf, main)
             else:
                 yield Extra(name, place, "state", leaf)
     for place, leaf in pt.walk(main.tree.get("module") or {}):
-        if place and not isinstance(leaf, pickles.TensorRef):
+        if place and not isinstance(leaf, inert.TensorRef):
             yield Extra(".".join(map(str, place)), place, "weight", leaf)
 
 
 def _unread(main: File, optims: Sequence[str]) -> Iterator[Extra]:
     if optims or main.tree.get("optimizer") is not None:
-        yield Extra("optimizer", ("optimizer",), "optimizer", pickles.Record())
+        yield Extra("optimizer", ("optimizer",), "optimizer", inert.Record())
 
 
 # ---- writing

@@ -21,7 +21,7 @@ import numpy as np
 from ckpt_dist.box import ints, row_major
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import pickles, zips
+from ckpt_dist.files import inert, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.parallel import placed
@@ -84,7 +84,7 @@ class _Table:
         self, file: Path, number: int, path: tuple[str | int, ...], leaf: Any, storages: Mapping[str, zips.Record]
     ) -> None:
         label = ".".join(map(str, path))
-        if not isinstance(leaf, (pickles.TensorRef, pickles.Sharded)):
+        if not isinstance(leaf, (inert.TensorRef, inert.Sharded)):
             self.extras.setdefault(label, Extra(label, path, role(path) if path else "state", leaf))
             return
         shape, where = leaf.shape, f"{file}: {label!r}"
@@ -119,9 +119,9 @@ class _Table:
 
 def _pieces(
     leaf: Any, where: str, storages: Mapping[str, zips.Record], file: Path
-) -> list[tuple[list[int], list[int], pickles.TensorRef, int]]:
+) -> list[tuple[list[int], list[int], inert.TensorRef, int]]:
     """(start, stop, tensor, element of the tensor where the piece begins) for all that a leaf holds."""
-    if isinstance(leaf, pickles.TensorRef):
+    if isinstance(leaf, inert.TensorRef):
         return [([0] * len(leaf.shape), list(leaf.shape), leaf, 0)]
     if leaf.parts or leaf.local is None:
         for _offsets, sizes, ref in leaf.parts:
@@ -136,7 +136,7 @@ def _pieces(
 
 
 def _dtensor(
-    leaf: pickles.Sharded, local: pickles.TensorRef, where: str, storages: Mapping[str, zips.Record], file: Path
+    leaf: inert.Sharded, local: inert.TensorRef, where: str, storages: Mapping[str, zips.Record], file: Path
 ) -> list[Any]:
     if any(p[0] == "partial" for p in leaf.placements):
         raise CheckpointError(f"{where} holds partial sums of a tensor, which were not reduced before saving.")
@@ -165,7 +165,7 @@ def _dtensor(
     return found
 
 
-def _coordinate(leaf: pickles.Sharded, where: str, storages: Mapping[str, zips.Record], file: Path) -> tuple[int, ...]:
+def _coordinate(leaf: inert.Sharded, where: str, storages: Mapping[str, zips.Record], file: Path) -> tuple[int, ...]:
     """Where this file's rank stands in the mesh, when only the tensor of ranks is stored."""
     if leaf.mesh is None:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from ckpt_dist import stages as pipeline
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import Record
 from ckpt_dist.formats import Layout, Spec, holders
@@ -49,7 +49,7 @@ OLD = (  # names from before megatron-core, and how it calls the same
     (r"^(mtp\.layers\.\d+)\.mtp_model_layer\.", r"\1.transformer_layer."),  # from core 0.17
 )
 
-State = Mapping[str, pickles.TensorRef]
+State = Mapping[str, inert.TensorRef]
 
 
 def claims(path: Path) -> bool:
@@ -143,13 +143,13 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
         if not re.fullmatch(r"model\d*", str(key)):
             plain = isinstance(value, (int, float, str))
             yield Extra(
-                str(key), (key,), "optimizer" if key == "optimizer" else "state", value if plain else pickles.Record()
+                str(key), (key,), "optimizer" if key == "optimizer" else "state", value if plain else inert.Record()
             )
     for model in _models(tree):
         for place, leaf in pt.walk(model):
             if place and str(place[-1]).endswith(STATE) and leaf is not None:
                 name = ".".join(map(str, place))
-                yield Extra(name, (name,), "state", pickles.Record())
+                yield Extra(name, (name,), "state", inert.Record())
 
 
 def _states(tree: Mapping[str, Any]) -> list[State]:
@@ -158,7 +158,7 @@ def _states(tree: Mapping[str, Any]) -> list[State]:
     for model in _models(tree):
         state = {}
         for place, leaf in pt.walk(model):
-            if isinstance(leaf, pickles.TensorRef) and not str(place[-1]).endswith(STATE):
+            if isinstance(leaf, inert.TensorRef) and not str(place[-1]).endswith(STATE):
                 state[renamed(".".join(map(str, place)))] = leaf
         found.append(state)
     return found
@@ -273,7 +273,7 @@ def lay_out(spec: Spec) -> Layout:
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
     names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]
-    about = {"args": pickles.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
+    about = {"args": inert.Namespace(args), "checkpoint_version": 3.0, "iteration": step}
     common = tuple(Extra(key, (key,), "state", value) for key, value in about.items())
     chunks = ["model"] if vpp == 1 else [f"model{k}" for k in range(vpp)]
     empty = [[Extra(k, (k,), "state", {}) for k in chunks if k not in {one.path[0] for one in held}] for held in each]

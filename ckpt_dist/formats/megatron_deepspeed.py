@@ -18,7 +18,7 @@ from typing import Any
 from ckpt_dist import ranks
 from ckpt_dist.catalog import Catalog, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles, zips
+from ckpt_dist.files import inert, zips
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.megatron import partition, rank_files, renamed, together
@@ -69,7 +69,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     for place, file in enumerate(files):
         number, t = (int(n) for n in LAYER.fullmatch(file).groups())  # type: ignore[union-attr]
         tree, storages = _opened(path / file)
-        state = {renamed(kinds[number] + k): v for k, v in tree.items() if isinstance(v, pickles.TensorRef)}
+        state = {renamed(kinds[number] + k): v for k, v in tree.items() if isinstance(v, inert.TensorRef)}
         rank = Rank(t, 0, 0, tp, 1, 1, int(options.get("replica") or 0))
         first = blocks.index(number) if number in blocks else 0
         held = ranks.held(state, rank, first, args, _said(about, "checkpoint_version", 0))
@@ -159,10 +159,10 @@ def _vocabulary(about: Mapping[str, Any]) -> dict[str, int]:
 
 def _extras(path: Path, about: Mapping[str, Any]) -> tuple[Extra, ...]:
     zero = sorted(p.name for p in path.iterdir() if p.name.endswith("_optim_states.pt"))
-    found = [Extra(name, (name,), "optimizer", pickles.Record()) for name in zero]
+    found = [Extra(name, (name,), "optimizer", inert.Record()) for name in zero]
     for key, value in about.items():
         plain = isinstance(value, (int, float, str))
-        found.append(Extra(str(key), (key,), "state", value if plain else pickles.Record()))
+        found.append(Extra(str(key), (key,), "state", value if plain else inert.Record()))
     return tuple(found)
 
 
@@ -217,7 +217,7 @@ def _rank_state(spec: Spec, tp: int, pp: int, step: int) -> Any:
     args |= dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     rows = next((e.shape[0] for e in spec.entries if e.name.endswith("word_embeddings.weight")), 0)
     state = dict(
-        module=None, args=pickles.Namespace(args), checkpoint_version=3.0, iteration=step, global_steps=step,
+        module=None, args=inert.Namespace(args), checkpoint_version=3.0, iteration=step, global_steps=step,
         skipped_steps=0, mp_world_size=tp, dp_world_size=1,
         checkpoint_info=dict(padded_vocab_size=rows, original_vocab_size=rows),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 from ckpt_dist import megatron, merak
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.megatron import rank_files, together
@@ -68,7 +68,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     entries, table = together(path, files, parts)
     if LORA not in files[0]:
         _whole(path, [e.name for e in entries], found[0].pp)
-    zero = [Extra(p.name, (p.name,), "optimizer", pickles.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
+    zero = [Extra(p.name, (p.name,), "optimizer", inert.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
     extras = (*{x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values(), *zero)
     about = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
     args = args_of(opened[0][0])
@@ -124,11 +124,11 @@ def _facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**args_of(tree), **(own if isinstance(own, dict) else {})}
 
 
-def _state(model: Mapping[str, Any]) -> Iterator[tuple[str, pickles.TensorRef]]:
+def _state(model: Mapping[str, Any]) -> Iterator[tuple[str, inert.TensorRef]]:
     """The tensors of a rank without the numbers of their modules, and without what is there twice."""
     for stored, ref in model.items():
         name = merak.NUMBER.sub("", stored, count=1) if merak.NUMBER.match(stored) else stored
-        if isinstance(ref, pickles.TensorRef) and not _ignored(name):
+        if isinstance(ref, inert.TensorRef) and not _ignored(name):
             yield name, ref
 
 
@@ -142,11 +142,11 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
         if key not in ("model", FACTS):
             plain = isinstance(value, (int, float, str))
             role = "optimizer" if key == "optimizer" else "state"
-            yield Extra(str(key), (key,), role, value if plain else pickles.Record())
+            yield Extra(str(key), (key,), role, value if plain else inert.Record())
     for stored in tree["model"]:
         what = _ignored(merak.NUMBER.sub("", stored, count=1) if merak.NUMBER.match(stored) else stored)
         if what:
-            yield Extra(stored, (stored,), what, pickles.Record())
+            yield Extra(stored, (stored,), what, inert.Record())
 
 
 def _whole(path: Path, names: Sequence[str], pp: int) -> None:
@@ -160,7 +160,7 @@ def _whole(path: Path, names: Sequence[str], pp: int) -> None:
         raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
 
 
-def _held(name: str, ref: pickles.TensorRef, rank: Rank, facts: Mapping[str, Any]) -> Part:
+def _held(name: str, ref: inert.TensorRef, rank: Rank, facts: Mapping[str, Any]) -> Part:
     """The boxes of the whole tensor that a rank's holds; none where the first rank has all."""
     cut = _cut(name, rank.tp, facts.get("parallel_vocab") is not False).checked(name, ref)
     shape, pieces = cut.whole(ref.shape), list(cut.pieces(ref.shape, ref.stride, rank.t))
@@ -211,7 +211,7 @@ def _args(spec: Spec, release: bool) -> dict[str, Any]:
     if spec.source is None or not megatron.is_args(spec.source.config):
         return {}
     fresh = dict(consumed_train_samples=0, consumed_valid_samples=0) if release else {}
-    return {"args": pickles.Namespace({**spec.options["args"], **fresh})}
+    return {"args": inert.Namespace({**spec.options["args"], **fresh})}
 
 
 def _refuse(spec: Spec, tp: int) -> None:

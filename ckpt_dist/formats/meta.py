@@ -21,7 +21,7 @@ from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec, holders
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.parallel import even
@@ -46,7 +46,7 @@ DIVIDED: dict[str, int | None] = {  # which dim the ranks divide; None: each has
 }
 SPLITS = {"vocabulary": ROWS, "hidden": COLUMNS}  # of the embedding: Llama 3, Llama 2
 
-Shard = dict[str, tuple[pickles.TensorRef, int]]  # each tensor and its address in the file
+Shard = dict[str, tuple[inert.TensorRef, int]]  # each tensor and its address in the file
 
 
 def claims(path: Path) -> bool:
@@ -105,7 +105,7 @@ def _shard(path: Path) -> tuple[Shard, tuple[Extra, ...]]:
     extras = []
     for place, leaf in pt.walk(tree):
         name = ".".join(map(str, place))
-        if isinstance(leaf, pickles.TensorRef):
+        if isinstance(leaf, inert.TensorRef):
             shard[name] = (leaf, pt.storage_record(storages, leaf, f"{path}: {name}"))
         else:
             extras.append(Extra(name, place, "state", leaf))
@@ -164,7 +164,7 @@ def _embedding(path: Path, shard: Shard, count: int, params: Mapping[str, Any]) 
     )
 
 
-def _entry(name: str, ref: pickles.TensorRef, dim: int | None, count: int) -> Entry:
+def _entry(name: str, ref: inert.TensorRef, dim: int | None, count: int) -> Entry:
     if dim is not None and dim >= len(ref.shape):
         raise CheckpointError(f"{name!r} has shape {list(ref.shape)}, a matrix is expected.")
     shape = tuple(n * count if d == dim else n for d, n in enumerate(ref.shape))

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec, megatron, torch_dist
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.ranks import Rank
@@ -135,8 +135,8 @@ def _as_is(root: Path, names: Sequence[str], opened: Sequence[tuple[Any, Any]]) 
     for number, (name, (tree, storages)) in enumerate(zip(names, opened, strict=True)):
         for place, leaf in _leaves(tree):
             label = ".".join([*Path(name).parts[:-1], *place])
-            if not isinstance(leaf, pickles.TensorRef) or megatron.STATE in label:
-                extras.append(Extra(label, (label,), "state", pickles.Record()))
+            if not isinstance(leaf, inert.TensorRef) or megatron.STATE in label:
+                extras.append(Extra(label, (label,), "state", inert.Record()))
                 continue
             entries.append(Entry(label, leaf.dtype, leaf.shape, (label,)))
             refs.append((leaf, number, pt.storage_record(storages, leaf, f"{root / name}: {label}")))

@@ -17,7 +17,7 @@ import numpy as np
 
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Key, padded, role, whole
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import legacy, pickles, zips
+from ckpt_dist.files import inert, legacy, pickles, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Crc, Layout, Spec
 
@@ -61,7 +61,7 @@ def open_archive(path: Path, base: int = 0, length: int | None = None) -> tuple[
     return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}
 
 
-def storage_record(storages: Mapping[str, zips.Record], ref: pickles.TensorRef, where: str) -> int:
+def storage_record(storages: Mapping[str, zips.Record], ref: inert.TensorRef, where: str) -> int:
     """The address of a tensor's first element; its storage must lie in the file as a whole."""
     record = storages.get(ref.storage.key)
     need = ref.storage.numel * itemsize(ref.storage.dtype)
@@ -78,9 +78,7 @@ def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[st
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
             yield from walk(value, (*path, Key(key) if type(key) is int else str(key)))
-    elif (
-        isinstance(tree, (list, tuple)) and not isinstance(tree, pickles.Record) and any(_holds_tensor(v) for v in tree)
-    ):
+    elif isinstance(tree, (list, tuple)) and not isinstance(tree, inert.Record) and any(_holds_tensor(v) for v in tree):
         for index, value in enumerate(tree):
             yield from walk(value, (*path, index))
     else:
@@ -90,24 +88,24 @@ def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[st
 def _holds_tensor(value: Any, depth: int = 0) -> bool:
     if type(value) in (list, tuple) and depth < MAX_DEPTH:
         return any(_holds_tensor(v, depth + 1) for v in value)
-    return isinstance(value, (pickles.TensorRef, pickles.Sharded, Mapping))
+    return isinstance(value, (inert.TensorRef, inert.Sharded, Mapping))
 
 
 def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> Catalog:
     """One or several files that together hold one state dict."""
     entries: list[Entry] = []
     extras: list[Extra] = []
-    refs: list[tuple[pickles.TensorRef, int, int]] = []
+    refs: list[tuple[inert.TensorRef, int, int]] = []
     held: dict[str, int] = {}
     for number, name in enumerate(names):
         tree, storages = open_archive(root / name)
         for path, leaf in walk(tree):
             label = ".".join(map(str, path))
-            if isinstance(leaf, pickles.Sharded):
+            if isinstance(leaf, inert.Sharded):
                 raise CheckpointError(
                     f"{root / name}: {label!r} is a shard of a tensor; give the folder with the files of all ranks."
                 )
-            if not isinstance(leaf, pickles.TensorRef):
+            if not isinstance(leaf, inert.TensorRef):
                 extras.append(Extra(label, path, role(path) if path else "state", leaf))
                 continue
             label = label or "tensor"
@@ -119,7 +117,7 @@ def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> 
     return Catalog("torch", str(root), tuple(names), tuple(entries), chunks(entries, refs), tuple(extras))
 
 
-def chunks(entries: Sequence[Entry], refs: Sequence[tuple[pickles.TensorRef, int, int]]) -> Chunks:
+def chunks(entries: Sequence[Entry], refs: Sequence[tuple[inert.TensorRef, int, int]]) -> Chunks:
     dense = whole(entries, [n for _, n, _ in refs], [a for *_, a in refs])
     strides = padded([r.stride for r, *_ in refs], dense.strides.shape[1], 0)
     return Chunks(dense.entry, dense.start, dense.stop, strides, dense.file, dense.offset)
@@ -183,13 +181,13 @@ def archive(tree: Any, name: str = "archive") -> bytes:
     return bytes(data)
 
 
-def tensor(entry_dtype: str, shape: Sequence[int], key: str) -> pickles.TensorRef:
+def tensor(entry_dtype: str, shape: Sequence[int], key: str) -> inert.TensorRef:
     """A dense tensor that fills one storage."""
     numel = int(np.prod(shape, dtype=np.int64))
     strides = [1] * len(shape)
     for k in range(len(shape) - 2, -1, -1):
         strides[k] = strides[k + 1] * max(shape[k + 1], 1)
-    return pickles.TensorRef(pickles.Storage(key, entry_dtype, numel), entry_dtype, 0, tuple(shape), tuple(strides))
+    return inert.TensorRef(inert.Storage(key, entry_dtype, numel), entry_dtype, 0, tuple(shape), tuple(strides))
 
 
 def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
@@ -208,7 +206,7 @@ def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
 
 def _lists(node: Any) -> Any:
     """Dicts keyed by list indices become lists again; integer keys of dicts stay keys."""
-    if not isinstance(node, dict) or isinstance(node, pickles.Namespace):
+    if not isinstance(node, dict) or isinstance(node, inert.Namespace):
         return node
     if node and all(type(k) is int for k in node):
         return [_lists(node[k]) for k in sorted(node)]

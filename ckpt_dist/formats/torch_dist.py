@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_dist import megatron, nemo
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import pickles
+from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec, dcp
 from ckpt_dist.formats import torch as pt
 
@@ -116,7 +116,7 @@ def _yaml(text: bytes, where: str) -> dict[str, Any]:
 def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The args of a run as plain values; what is of a class is left out."""
     state = tree.get("args")
-    fields = state[-1] if isinstance(state, pickles.Record) and len(state) else state
+    fields = state[-1] if isinstance(state, inert.Record) and len(state) else state
     return {k: v for k, v in fields.items() if _plain(v)} if isinstance(fields, dict) else {}
 
 
@@ -163,7 +163,7 @@ def _made_common(spec: Spec, step: int) -> bytes:
     args = dict(spec.options.get("args") or {})
     args |= dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, ckpt_format="torch_dist")
     args |= megatron.divisor(args, 1)
-    common = {"args": pickles.Namespace(args), "iteration": step, "checkpoint_version": 3.0}
+    common = {"args": inert.Namespace(args), "iteration": step, "checkpoint_version": 3.0}
     return pt.archive(common, "common")
 
 

@@ -1,6 +1,7 @@
 """Tiny models in torchtitan itself: `python -m tests.real.titan FOLDER`, or `--record FILE` for what its names are.
 
 FOLDER/<family>/titan       its state_dict, saved by dcp
+FOLDER/<family>/trained     the same after two steps of AdamW, with its container of optimizers
 FOLDER/<family>/theirs      the same in Hugging Face's names, by its own adapter; and the logits of TOKENS
 FILE                        family -> name -> [shape, digest]: what its adapter makes of `filled` Hugging Face tensors;
                             digest null where the adapter of torchtitan 0.3.0 has no rule that its own model fits
@@ -182,6 +183,40 @@ def make(folder: Path, family: str) -> None:
         dcp.save(state, checkpoint_id=folder / family / "titan", no_dist=True)
         theirs = {k: v.contiguous() for k, v in adapter.to_hf(model.state_dict()).items()}
     save_file({**theirs, "logits": logits}, folder / family / "theirs.safetensors")
+    if family in ("llama", "qwen3_moe"):
+        state = with_optimizer(model)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            state["optimizer"].step()
+        dcp.save({**model.state_dict(), **state}, checkpoint_id=folder / family / "trained", no_dist=True)
+
+
+def with_optimizer(model: Any) -> dict[str, Any]:
+    from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+    every = ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs=dict(lr=0.01))
+    config = OptimizersContainer.Config(param_groups=[every], implementation="for-loop")
+    return {"optimizer": OptimizersContainer(config, model_parts=[model])}
+
+
+def same(family: str, *folders: str) -> int:
+    """How many values it has of both folders alike, weights and optimizer."""
+    import torch.distributed.checkpoint as dcp
+
+    found = []
+    for folder in folders:
+        model, _ = build(family)
+        state = with_optimizer(model)
+        weights = model.state_dict()
+        dcp.load({**weights, **state}, checkpoint_id=folder, no_dist=True)
+        found.append({**weights, **state["optimizer"].state_dict()})
+    one, two = found
+    assert one.keys() == two.keys()
+    assert any(torch.as_tensor(t).abs().sum() for n, t in one.items() if n.endswith("exp_avg"))
+    for name, value in one.items():
+        assert torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name], name
+    return len(one)
 
 
 def recorded(family: str) -> dict[str, tuple[list[int], str | None]]:
@@ -200,6 +235,9 @@ def main() -> None:
         names = {family: recorded(family) for family in CONFIGS}
         text = json.dumps(names).replace('"], "', '"],\n"').replace('null], "', 'null],\n"')
         Path(sys.argv[2]).write_text(text + "\n")
+        return
+    if sys.argv[1] == "--same":
+        print(same(*sys.argv[2:]))
         return
     on_this_processor()
     for family in CONFIGS:

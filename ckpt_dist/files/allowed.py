@@ -1,0 +1,360 @@
+"""The allow-list: which names a pickle may hold, and the inert thing that each of them becomes.
+
+Nothing that a pickle names is imported or called: a tensor becomes a `TensorRef`, a sharded tensor a `Sharded`, a class of
+torch a `Record`.
+
+Invariant: what is called here are functions of this file, which look at plain values and build records.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from ckpt_dist.files.dtypes import FROM_STORAGE, TABLE, itemsize
+from ckpt_dist.files.inert import DEEP, Dtype, Record, Sharded, Storage, TensorRef, named, state_of
+
+_CHECKPOINT = "torch.distributed.checkpoint."
+_SHARD = "torch.distributed._shard."
+_OLD, _NEW = "torch.distributed._tensor.", "torch.distributed.tensor."
+INERT = {
+    path: named(path)
+    for path in (
+        *(
+            _CHECKPOINT + "metadata." + n
+            for n in (
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorStorageMetadata",
+                "ChunkStorageMetadata",
+                "BytesStorageMetadata",
+                "TensorProperties",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        *(
+            _CHECKPOINT + "planner." + n
+            for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+        ),
+        _CHECKPOINT + "filesystem._StorageInfo",
+        _CHECKPOINT + "_hf_utils._HFStorageInfo",
+        _SHARD + "sharded_tensor.metadata.TensorProperties",
+        _SHARD + "sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        _SHARD + "sharded_tensor.metadata.ShardedTensorMetadata",
+        _SHARD + "sharded_tensor.api.ShardedTensor",
+        _SHARD + "sharded_tensor.shard.Shard",
+        _SHARD + "metadata.ShardMetadata",
+        _SHARD + "sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
+        _SHARD + "sharding_spec.api.EnumerableShardingSpec",
+        "torch.distributed.remote_device._remote_device",
+        *(
+            m + n
+            for m in (_OLD, _NEW)
+            for n in (
+                "placement_types.Shard",
+                "placement_types._StridedShard",
+                "placement_types.Replicate",
+                "placement_types.Partial",
+                "placement_types._Partial",
+                "placement_types.DTensorSpec",
+                "placement_types.TensorMeta",
+                "_dtensor_spec.DTensorSpec",
+                "_dtensor_spec.TensorMeta",
+                "_dtensor_spec.ShardOrderEntry",
+                "api.DTensor",
+                "DTensor",
+                "_api.DTensor",
+            )
+        ),
+        "torch.distributed.device_mesh.DeviceMesh",
+        _OLD + "device_mesh.DeviceMesh",
+        "torch.distributed._mesh_layout._MeshLayout",
+        "torch.distributed._mesh_layout._FlatLayout",
+        "torch.distributed._pycute.layout.Layout",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch.storage.UntypedStorage",
+        "torch.storage.TypedStorage",
+        "torch.UntypedStorage",
+        "torch.Tensor",
+        "torch.nn.parameter.Parameter",
+        "torch.distributed.fsdp._common_utils.FSDPMeta",
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        "torch.torch_version.TorchVersion",
+        "datetime.timedelta",
+        "datetime.datetime",
+        "uuid.UUID",
+        "fractions.Fraction",
+        "decimal.Decimal",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "torch.Generator",
+        "torch.cuda.amp.grad_scaler._refresh_per_optimizer_state",
+        "functools.partial",
+        "typing.Any",
+        "torch._C._VariableFunctionsClass",
+        "signal.Signals",
+        "_io.BytesIO",
+        "collections.Counter",
+        "builtins.range",
+        "__builtin__.xrange",
+        "builtins.slice",
+        "__builtin__.slice",
+    )
+}
+FOREIGN = (  # whose classes and functions are settings: never run
+    "deepspeed.",
+    "megatron.",
+    "nemo.",
+    "lightning.",
+    "lightning_fabric.",
+    "pytorch_lightning.",
+    "omegaconf.",
+    "transformer_engine.",
+    "modelopt.",
+    "nvidia_resiliency_ext.",
+    "flagscale.",
+    "Merak.",
+    "transformers.",
+    "accelerate.",
+    "peft.",
+    "deepspeed.",
+    "torch.nn.functional.",
+    "torch.nn.init.",
+    "torch._C._nn.",
+)
+_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
+
+
+def _join(*parts: Any) -> str:
+    if not all(type(p) is str for p in parts):
+        raise pickle.UnpicklingError("a path of something else than strings")
+    return "/".join(parts)
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
+        raise pickle.UnpicklingError("_codecs.encode of something else than a text")
+    return text.encode(encoding)
+
+
+def _pairs(*args: Any) -> dict[Any, Any]:
+    """`OrderedDict` and `defaultdict` as a plain dict; a default factory is left out."""
+    return OrderedDict(args[0]) if len(args) == 1 and isinstance(args[0], (list, dict)) else OrderedDict()
+
+
+def _member(owner: Any, name: Any = "") -> type[Record]:
+    """`getattr(ShardedTensor, "ProcessGroupState")`, as torch spells a class inside a class: an inert one."""
+    return Record
+
+
+def _items(values: Any = ()) -> tuple[Any, ...]:
+    return tuple(values) if type(values) in (list, tuple, Record) else ()
+
+
+def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
+    return complex(real, imaginary) if all(type(n) in (int, float) for n in (real, imaginary)) else 0j
+
+
+def _numbers(values: Any, what: str) -> tuple[int, ...]:
+    found = tuple(values) if isinstance(values, (tuple, list)) else None
+    if found is None or len(found) > 64 or not all(type(n) is int and 0 <= n < DEEP for n in found):
+        raise pickle.UnpicklingError(f"a tensor with {what} {values!r:.60}")
+    return found
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any, dtype: str | None = None) -> TensorRef:
+    """`_rebuild_tensor_v2`: the view must lie in its storage."""
+    if not isinstance(storage, Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    kind = dtype or storage.dtype
+    (at,), sizes, steps = _numbers((offset,), "offset"), _numbers(shape, "shape"), _numbers(stride, "stride")
+    if len(sizes) != len(steps):
+        raise pickle.UnpicklingError(f"a tensor of shape {sizes} with strides {steps}")
+    if prod(sizes) >= DEEP:  # one element may stand for all of them
+        raise pickle.UnpicklingError(f"a tensor of shape {sizes}")
+    last = at + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True)) + 1 if prod(sizes) else 0
+    have = storage.numel * itemsize(storage.dtype)
+    if last * itemsize(kind) > have:
+        raise pickle.UnpicklingError(f"a tensor that needs {last * itemsize(kind)} bytes of a storage of {have}")
+    return TensorRef(storage, kind, at, sizes, steps)
+
+
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    grad: Any = None,
+    hooks: Any = None,
+    dtype: Any = None,
+    *more: Any,
+) -> TensorRef:
+    if not isinstance(dtype, Dtype):
+        raise pickle.UnpicklingError("a tensor without a dtype")
+    return _tensor(storage, offset, shape, stride, dtype=str(dtype))
+
+
+def _first(value: Any = None, *more: Any) -> Any:
+    return value
+
+
+class _Wrapper(Record):
+    """`_rebuild_wrapper_subclass`, named in a pickle only to be called by the next one."""
+
+    __slots__ = ()
+    path = "torch._utils._rebuild_wrapper_subclass"
+
+
+def _from_type(function: Any = None, kind: Any = None, args: Any = (), state: Any = None, *more: Any) -> Any:
+    """`_rebuild_from_type_v2`: a DTensor, or a plain tensor with attributes (which are left out)."""
+    name = getattr(kind, "path", "") if isinstance(kind, type) else ""
+    if name.endswith("ShardedTensor"):
+        return _sharded_tensor(state)
+    if name.endswith("DTensor"):
+        return _dtensor(args, state)
+    if callable(function) and function in (_tensor, _tensor_v3, _first) and isinstance(args, tuple):
+        return function(*args)
+    raise pickle.UnpicklingError("an unknown kind of tensor")
+
+
+def _dtensor(args: Any, state: Any) -> Sharded:
+    slots = state[1] if isinstance(state, tuple) and len(state) > 1 and isinstance(state[1], dict) else state
+    slots = {**(state[0] or {} if isinstance(state, tuple) else {}), **slots} if isinstance(slots, dict) else {}
+    local, spec = slots.get("_local_tensor"), slots.get("_spec")
+    if not isinstance(local, TensorRef) or not isinstance(spec, Record):
+        raise pickle.UnpicklingError("a DTensor without a local tensor")
+    fields = state_of(spec)
+    mesh = state_of(fields.get("mesh"))
+    meta = fields.get("tensor_meta")
+    shape = (
+        meta[0]
+        if isinstance(meta, Record) and meta and isinstance(meta[0], (tuple, list))
+        else state_of(meta).get("shape", args[2] if len(args) > 2 else ())
+    )
+    placements = tuple(_placement(p) for p in _items(fields.get("placements")))
+    return Sharded(_numbers(shape, "shape"), local.dtype, local, placements, *_mesh(mesh))
+
+
+def _placement(record: Any) -> tuple[object, ...]:
+    name = getattr(record, "path", "").rpartition(".")[2]
+    fields = state_of(record)
+    positional = [a for a in record if type(a) is int] if isinstance(record, Record) else []
+    dim = fields.get("dim", positional[0] if positional else None)
+    if name in ("Shard", "_StridedShard") and type(dim) is int:
+        factor = fields.get("split_factor", positional[1] if len(positional) > 1 else None)
+        return ("shard", dim) if name == "Shard" else ("strided", dim, factor)
+    return ("replicate",) if name == "Replicate" else ("partial",)
+
+
+def _mesh(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] | None, TensorRef | None, int | None]:
+    """(shape, coordinate, tensor of ranks, rank), by the fields that the writing torch had."""
+    tensor = next((fields[k] for k in ("mesh", "_mesh", "_rank_map") if isinstance(fields.get(k), TensorRef)), None)
+    layout = state_of(fields.get("_layout"))
+    shape = layout.get("axes", layout.get("shape", layout.get("_shape")))
+    if shape is None and tensor is not None and "_rank_map" not in fields:
+        shape = tensor.shape
+    flat = _flat(shape)
+    coordinate = fields.get("_coordinate_on_dim")
+    rank = fields.get("_rank", fields.get("_cur_rank"))
+    return (
+        flat,
+        _numbers(coordinate, "coordinate") if coordinate is not None else None,
+        tensor,
+        rank if type(rank) is int else None,
+    )
+
+
+def _flat(shape: Any) -> tuple[int, ...]:
+    """A mesh's shape; a dim may itself be several: `((2, 2), 2)` -> `(4, 2)`."""
+    if type(shape) is int:
+        return (shape,)
+    if isinstance(shape, Record):
+        shape = state_of(shape).get("shape", ())
+    return tuple(prod(_flat(s)) for s in shape) if isinstance(shape, (tuple, list)) else ()
+
+
+def _sharded_tensor(state: Any) -> Sharded:
+    """A ShardedTensor's state: (local shards, metadata, process group, sharding spec, ...)."""
+    if not isinstance(state, tuple) or len(state) < 2:
+        raise pickle.UnpicklingError("a ShardedTensor without shards")
+    shards, meta = _items(state[0]), state_of(state[1])
+    parts, dtype = [], None
+    for shard in shards:
+        fields = state_of(shard)
+        box = state_of(fields.get("metadata"))
+        tensor = fields.get("tensor")
+        if not isinstance(tensor, TensorRef):
+            raise pickle.UnpicklingError("a shard without a tensor")
+        parts.append((_numbers(box.get("shard_offsets"), "offsets"), _numbers(box.get("shard_sizes"), "sizes"), tensor))
+        dtype = tensor.dtype
+    properties = meta.get("tensor_properties")
+    listed = [a for a in _items(_last(properties)) if isinstance(a, Dtype)]
+    return Sharded(
+        _numbers(meta.get("size"), "size"), dtype or (str(listed[0]) if listed else "float32"), parts=tuple(parts)
+    )
+
+
+def _last(record: Any) -> Any:
+    return record[-1] if isinstance(record, Record) and len(record) else ()
+
+
+CALLS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch._utils._rebuild_wrapper_subclass": _Wrapper,
+    "collections.OrderedDict": _pairs,
+    "collections.defaultdict": _pairs,
+    "torch.Size": _items,
+    "builtins.tuple": _items,
+    "builtins.list": list,
+    "builtins.dict": dict,
+    "builtins.set": _items,
+    "builtins.frozenset": _items,
+    "builtins.complex": _complex,
+    "builtins.getattr": _member,
+    "_codecs.encode": _encode,
+    "builtins.int": named("int"),
+    "builtins.float": named("float"),
+    "builtins.str": named("str"),
+    "builtins.bool": named("bool"),
+    "builtins.bytearray": named("bytearray"),
+}
+CALLS["torch.Size"] = tuple  # a million of them in a large .metadata; a tuple of a tuple is itself
+CALLS["builtins.list"], CALLS["builtins.dict"] = named("list"), named("dict")
+CALLS |= {name.replace("builtins", "__builtin__"): made for name, made in CALLS.items() if name.startswith("builtins")}
+CALLS |= {"__builtin__.long": CALLS["builtins.int"], "__builtin__.unicode": CALLS["builtins.str"]}  # by protocol 2
+
+
+def lookup(module: str, name: str) -> Any:
+    """What a name becomes; None if it is not on the list."""
+    path = f"{module}.{name}"
+    if path in CALLS:
+        return CALLS[path]
+    if path in INERT:
+        return INERT[path]
+    if module in ("torch", "torch.storage") and name in FROM_STORAGE:
+        return Dtype(FROM_STORAGE[name])
+    if module == "torch" and name in TABLE:
+        return Dtype(name)
+    if module in ("pathlib", "pathlib._local") and name in _PATHS:
+        return _join
+    return None
+
+
+def foreign(path: str) -> bool:
+    """Whether a name is of a framework whose classes and functions are settings in a checkpoint."""
+    return path.startswith(FOREIGN) and all(part.isidentifier() for part in path.split("."))

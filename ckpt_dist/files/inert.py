@@ -1,0 +1,110 @@
+"""What pickles become: inert records, references to tensors, and what one rank holds of a tensor.
+
+Invariant: facts only; nothing here reads a pickle or knows which names are allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+DEEP = 1 << 40  # elements of a tensor, and more than any has
+
+
+class Record(list):  # type: ignore[type-arg]
+    """An inert stand-in for an object: its constructor's arguments, then its state. `path` says what it stands for."""
+
+    __slots__ = ()
+    path = ""
+    __setstate__ = list.append
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # from rank to rank; its class has no name there
+        return _again, (self.path, list(self))
+
+    def __setitem__(self, key: Any, value: Any) -> None:  # items of a subclass of dict
+        self.append((key, value))
+
+
+class Namespace(dict):  # type: ignore[type-arg]
+    """What is written as an argparse.Namespace."""
+
+
+class Dtype(str):
+    """A dtype by name."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A record of the archive: `numel` elements of `dtype` (bytes of an untyped one)."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A view of a storage; offset and strides in elements."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """What one rank holds of a tensor.
+
+    Of a DTensor: `local`, `placements` (("shard", dim), ("strided", dim, factor), ("replicate",), ("partial",)), the
+    mesh's shape, and this rank's coordinate in it; where the file does not say it, `mesh` is the tensor of ranks and
+    `rank` may be None. Of a ShardedTensor: `parts`, each (offsets, sizes, tensor).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    local: TensorRef | None = None
+    placements: tuple[tuple[object, ...], ...] = ()
+    mesh_shape: tuple[int, ...] = ()
+    coordinate: tuple[int, ...] | None = None
+    mesh: TensorRef | None = None
+    rank: int | None = None
+    parts: tuple[tuple[tuple[int, ...], tuple[int, ...], TensorRef], ...] = ()
+
+
+def named(path: str) -> type[Record]:
+    """A class that stands for one of that name."""
+    return type(path.rpartition(".")[2], (Record,), {"__slots__": (), "path": path})
+
+
+def _again(path: str, content: list[Any]) -> Record:
+    return named(path)(*content)
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a value is the shape of a tensor that could be there."""
+    return (
+        isinstance(value, (tuple, list))
+        and not isinstance(value, Record)
+        and all(type(n) is int and n >= 0 for n in value)
+        and len(value) <= 64
+        and prod(value) < DEEP
+    )
+
+
+def state_of(record: Any) -> dict[str, Any]:
+    """The state of a record: the dict that was appended last, or ((None, slots))."""
+    if not isinstance(record, Record) or not len(record):
+        return {}
+    last = record[-1]
+    if isinstance(last, tuple) and len(last) == 2 and isinstance(last[1], dict):
+        return {**(last[0] or {}), **last[1]}
+    return last if isinstance(last, dict) else {}
