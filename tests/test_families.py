@@ -300,26 +300,6 @@ def test_a_copy_that_is_none_is_kept_or_refused(made: Callable[[str], tuple[Any,
         ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format="megatron", quiet=True)
 
 
-@pytest.mark.parametrize("config", [None, {}, {"num_nextn_predict_layers": [1]}], ids=["none", "silent", "odd"])
-@pytest.mark.parametrize("unmatched", ["error", "drop"])
-def test_such_a_layer_is_known_by_its_own_names_too(
-    config: dict[str, Any] | None, unmatched: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
-) -> None:
-    model, folder = made("deepseek_v3")
-    tensors, last = load_file(folder / "hf/model.safetensors"), model.config.num_hidden_layers
-    more = {n.replace(f".{last - 1}.", f".{last}.", 1): t + 1 for n, t in tensors.items() if f"layers.{last - 1}." in n}
-    more |= {f"model.layers.{last}.enorm.weight": torch.randn(32), f"model.layers.{last}.embed.weight": torch.ones(2)}
-    (tmp_path / "in").mkdir()
-    save_file(tensors | more, tmp_path / "in/model.safetensors")
-    if config is not None:
-        said = json.loads((folder / "hf/config.json").read_text())
-        said.pop("num_nextn_predict_layers", None)
-        (tmp_path / "in/config.json").write_text(json.dumps(said | config))
-    ckpt_dist.convert(tmp_path / "in", tmp_path / "out.pt", format="torch", unmatched=unmatched, quiet=True)
-    found = torch.load(tmp_path / "out.pt")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) for n, t in tensors.items())
-
-
 # ---- layers that are not there
 
 
