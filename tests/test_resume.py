@@ -46,6 +46,13 @@ def noted(staged: Path) -> int:
     return sum(p.read_text().count("\n") for p in staged.glob(".ckpt_dist/*.jsonl"))
 
 
+def kill_a_rank(job: subprocess.Popen[str]) -> None:
+    """Kill one of the ranks that an agent of torchrun has started."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    wait(lambda: len(children.read_text().split()) > 1)
+    os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
+
+
 def wait(condition: object, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]

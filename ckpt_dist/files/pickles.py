@@ -46,8 +46,14 @@ class Record(list):  # type: ignore[type-arg]
         self.append((key, value))
 
 
-class Namespace(dict):  # type: ignore[type-arg]
-    """What is written as an argparse.Namespace."""
+class Instance(dict):  # type: ignore[type-arg]
+    """What is written as an object of a class, by the name of that: its state."""
+
+    path = ""
+
+
+class Namespace(Instance):
+    path = "argparse.Namespace"
 
 
 class Dtype(str):
@@ -636,8 +642,10 @@ class _Pickler(_PurePython):  # type: ignore[misc]
             self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
         elif isinstance(value, TensorRef):
             self._tensor(value)
-        elif isinstance(value, Namespace):
-            self.save(_Name("argparse Namespace"))
+        elif isinstance(value, Dtype):
+            self.save(_Name(f"torch {value}"))
+        elif isinstance(value, Instance):
+            self.save(_Name(" ".join(value.path.rpartition(".")[::2])))
             self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
             self.save(dict(value))
             self.write(pickle.BUILD)

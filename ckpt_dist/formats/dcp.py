@@ -26,6 +26,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files import metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.formats import Crc, Layout, Spec, held, inside, split
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.parallel import Interval, chunked
@@ -42,7 +43,7 @@ def claims(path: Path) -> bool:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """All of `.metadata` (or of the ranks' own `__R.metadata`) as arrays, checked against the files' sizes."""
-    return described(path, {str(p): p.read_bytes() for p in _metadata_files(path)}, options.get("elsewhere") or {})
+    return described(path, {str(p): p.read_bytes() for p in _metadata_files(path)}, answers(options).sizes)
 
 
 def described(path: Path, metadata_of: Mapping[str, bytes], elsewhere: Mapping[str, int]) -> Catalog:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ckpt_dist import megatron, merak
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
-from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import Layout, Spec, _merak_zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.megatron import rank_files, together
 from ckpt_dist.formats.torch_dist import args_of
@@ -27,7 +28,6 @@ from ckpt_dist.ranks import Cut, Part, Piece, Piecewise, Rank, strides_of
 FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_pp_rank_(\d{3,}))?")
 WHOLE, PART = "model_optim.pt", "partial_model_optim.pt"
 LORA = "lora_"  # in front of the name of a file that holds an adapter alone, as a flat dict
-ZERO = re.compile(r"zero_dp_rank_\d+(_mp_rank_\d+)?(_pp_rank_\d+)?_opt_states\.pt")
 FACTS = "ckpt_dist"  # a plain dict in each file: what no other tool asks for, and every reader needs
 
 
@@ -59,18 +59,28 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     ]
     _same_save(path, files, [tree for tree, _ in opened])
     facts = _facts(opened[0][0])
-    parts = [
-        (part, number, storages)
-        for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True))
-        for part in (_held(name, ref, rank, facts) for name, ref in _state(tree["model"]))
-        if part.pieces
-    ]
+    parts, master = [], options.get("weights") == "master"
+    for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True)):
+        more = _merak_zero.opened(path, rank, len(files)) if master else []
+        files += [file.path.name for file in more]
+        runs = _merak_zero.masters(more) if more else {}
+        listed = _merak_zero.aliases(tree["model"], runs)
+        for name, stored, ref in _state(tree["model"]):
+            part = _held(name, ref, rank, facts)
+            if of := runs.get(listed[stored]):
+                dense = _held(name, replace(ref, offset=0, stride=tuple(strides_of(ref.shape))), rank, facts)
+                parts += list(_merak_zero.parts(dense, ref.shape, of))
+            elif part.pieces:
+                parts.append((part, number, storages))
     entries, table = together(path, files, parts)
     if LORA not in files[0]:
         _whole(path, [e.name for e in entries], found[0].pp)
-    zero = [Extra(p.name, (p.name,), "optimizer", pickles.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
+    zero = [Extra(p.name, (p.name,), "optimizer", pickles.Record()) for p in path.iterdir()
+            if _merak_zero.NAME.fullmatch(p.name)]  # fmt: skip
     extras = (*{x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values(), *zero)
-    about = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
+    about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
+    if master:
+        about["notes"] = (f"weights: the fp32 master weights of ZeRO stage 1, {len(files) - len(found)} files",)
     args = args_of(opened[0][0])
     config = args if megatron.is_args(args) else {}
     return Catalog("merak", str(path), tuple(files), entries, table, extras, config, about=about)
@@ -124,12 +134,12 @@ def _facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**args_of(tree), **(own if isinstance(own, dict) else {})}
 
 
-def _state(model: Mapping[str, Any]) -> Iterator[tuple[str, pickles.TensorRef]]:
-    """The tensors of a rank without the numbers of their modules, and without what is there twice."""
+def _state(model: Mapping[str, Any]) -> Iterator[tuple[str, str, pickles.TensorRef]]:
+    """The tensors of a rank without the numbers of their modules, and as stored; not what is there twice."""
     for stored, ref in model.items():
         name = merak.NUMBER.sub("", stored, count=1) if merak.NUMBER.match(stored) else stored
         if isinstance(ref, pickles.TensorRef) and not _ignored(name):
-            yield name, ref
+            yield name, stored, ref
 
 
 def _ignored(name: str) -> str | None:

@@ -2,7 +2,8 @@
 
 FOLDER/<case>/<tag>         what save_checkpoint writes (latest, global_step3/...)
 FOLDER/<case>/fp32.pt       what DeepSpeed's own zero_to_fp32 makes of it
-FOLDER/<case>/together.pt   of a mixture of experts: what all ranks have, as the program has it
+FOLDER/<case>/together.pt   of a mixture of experts and of pipelines: what all ranks have, as the program has it
+FOLDER/<case>/masters.pt    of these: fp32 weights and moments, as DeepSpeed's own calls gather them from the running engine
 FOLDER/<case>/universal     what its own ds_to_universal makes of it, where the case asks for it
 FOLDER/<case>/losses.json   the losses of the steps before and after the save
 FOLDER/<case>/start.pt      the weights before the first step
@@ -39,7 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": dict(stage=1, bf16=True, model="experts"),
     "llama": dict(stage=1, bf16=True, model="llama"),
     "llama_three": dict(stage=3, bf16=True, model="llama"),
+    "fp16": dict(stage=2, bf16=False, fp16=True, groups=2, universal=True),
+    "fp16_three": dict(stage=3, bf16=False, fp16=True, universal=True),
     "pipeline": dict(stage=1, bf16=False, model="pipeline"),  # last: what it sets up for all is of no use to others
+    "tied": dict(stage=1, bf16=False, model="pipeline", universal=True),
 }
 LLAMA = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
@@ -87,13 +91,25 @@ class Experts(nn.Module):
         return nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), ids.flatten())
 
 
-def pipeline(folder: Path, rank: int) -> None:
-    """A stage for each of two ranks; some items of its list of layers are functions, which have no file."""
+def staged(tied: bool, **more: Any) -> Any:
+    """An engine of two stages; some items of its list of layers are functions, which have no file.
+
+    `tied`: both stages have the embedding, the second as the head.
+    """
     import deepspeed
-    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     torch.manual_seed(5)
+    back = lambda module, x: x @ module.weight.t()  # noqa: E731
     layers = [
+        lambda ids: ids.remainder(11),
+        TiedLayerSpec("embed", nn.Embedding, 11, 6),
+        LayerSpec(nn.Linear, 6, 7),
+        torch.relu,
+        LayerSpec(nn.LayerNorm, 7),
+        LayerSpec(nn.Linear, 7, 6),
+        TiedLayerSpec("embed", nn.Embedding, 11, 6, forward_fn=back),
+    ] if tied else [
         lambda ids: ids.remainder(11),
         LayerSpec(nn.Embedding, 11, 6),
         LayerSpec(nn.Linear, 6, 7),
@@ -109,28 +125,60 @@ def pipeline(folder: Path, rank: int) -> None:
         optimizer=dict(type="Adam", params=dict(lr=0.01, torch_adam=True)),
         zero_optimization=dict(stage=1),
     )
-    engine = deepspeed.initialize(model=module, model_parameters=[*module.parameters()], config=config)[0]
-    for k in range(2):
-        ids = (IDS + k).remainder(11)
-        engine.train_batch(data_iter=iter([(ids, ids)] * 2))
-    engine.save_checkpoint(str(folder / "pipeline"))
-    each: list[Any] = [None, None]
-    torch.distributed.all_gather_object(each, {n: t.cpu() for n, t in engine.module.state_dict().items()})
+    return deepspeed.initialize(model=module, model_parameters=[*module.parameters()], config=config | more)[0]
+
+
+def batches(engine: Any, first: int) -> list[float]:
+    """The losses of two steps of a pipeline."""
+    each = [(IDS + k).remainder(11) for k in (first, first + 1)]
+    return [float(engine.train_batch(data_iter=iter([(ids, ids)] * 2))) for ids in each]
+
+
+def pipeline(folder: Path, name: str, rank: int) -> None:
+    engine = staged(name == "tied")
+    first = batches(engine, 0)
+    info: dict[str, Any] = {"universal_checkpoint_version": 0.4, "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"]}
+    engine.save_checkpoint(str(folder / name), client_state={"universal_checkpoint_info": info})
+    keep(engine, folder / name, rank)
+    after = batches(engine, 2)
     if rank == 0:
-        torch.save(each[0] | each[1], folder / "pipeline/together.pt")
+        (folder / name / "losses.json").write_text(json.dumps([first, after]))
+        if CASES[name].get("universal"):
+            universal(folder / name)
     torch.distributed.barrier()
 
 
-def together(engine: Any) -> dict[str, torch.Tensor]:
-    """The weights of all ranks, experts under their numbers in the whole model."""
+def keep(engine: Any, folder: Path, rank: int) -> None:
+    """What the ranks have together, and the engine's own fp32."""
+    whole, fp32 = together(engine.module.state_dict()), together(masters(engine))
+    if rank == 0:
+        torch.save(whole, folder / "together.pt")
+        torch.save(fp32, folder / "masters.pt")
+    torch.distributed.barrier()
+
+
+def masters(engine: Any) -> dict[str, torch.Tensor]:
+    """Fp32 weights and moments of what this rank trains, gathered from those that share them."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            found[name] = safe_get_full_fp32_param(p)
+            found |= {f"{name}/{key}": safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def together(mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values of all ranks, experts under their numbers in the whole model: two ranks have the same four between them."""
     found: dict[str, torch.Tensor] = {}
     each: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(each, engine.module.state_dict())
+    torch.distributed.all_gather_object(each, {n: t.cpu() for n, t in mine.items()})
     for rank, state in enumerate(each):
         for name, value in state.items():
             head, mark, tail = name.partition("deepspeed_experts.")
             local, dot, rest = tail.partition(".")
-            found[head + mark + str(rank * 2 + int(local)) + dot + rest if mark else name] = value
+            found[head + mark + str(rank % 2 * 2 + int(local)) + dot + rest if mark else name] = value
     return found
 
 
@@ -167,6 +215,8 @@ def engine_of(case: dict[str, Any], stage: int, blank: bool = False, **more: Any
         zero_optimization=zero,
         **more,
     )
+    if case.get("fp16"):
+        config["fp16"] = dict(enabled=True, initial_scale_power=8, loss_scale_window=2)
     return deepspeed.initialize(model=made, model_parameters=groups, config=config)[0]
 
 
@@ -183,12 +233,11 @@ def train(engine: Any, steps: int) -> list[float]:
 
 
 def make(folder: Path, name: str, rank: int) -> None:
-    from deepspeed.checkpoint.ds_to_universal import main as to_universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     case = CASES[name]
-    if name == "pipeline":
-        return pipeline(folder, rank)
+    if case.get("model") == "pipeline":
+        return pipeline(folder, name, rank)
     engine = engine_of(case, case["stage"])
     first = train(engine, 3)
     info: dict[str, Any] = {
@@ -199,10 +248,7 @@ def make(folder: Path, name: str, rank: int) -> None:
         info.pop("universal_checkpoint_info")  # refused there
     engine.save_checkpoint(str(folder / name), client_state=info)
     if name == "experts":
-        whole = together(engine)
-        if rank == 0:
-            torch.save(whole, folder / name / "together.pt")
-        return
+        return keep(engine, folder / name, rank)
     after = train(engine, 2)
     if rank == 0:
         (folder / name / "losses.json").write_text(json.dumps([first, after]))
@@ -210,29 +256,37 @@ def make(folder: Path, name: str, rank: int) -> None:
         if case["stage"]:
             torch.save(get_fp32_state_dict_from_zero_checkpoint(str(folder / name)), folder / name / "fp32.pt")
         if case.get("universal"):
-            tag = (folder / name / "latest").read_text()
-            from types import SimpleNamespace
-
-            to_universal(
-                SimpleNamespace(
-                    input_folder=str(folder / name / tag),
-                    output_folder=str(folder / name / "universal"),
-                    num_extract_workers=1,
-                    num_merge_workers=1,
-                    keep_temp_folder=False,
-                    strict=True,
-                    inject_missing_state=False,
-                )
-            )
+            universal(folder / name)
     torch.distributed.barrier()
 
 
+def universal(folder: Path) -> None:
+    from types import SimpleNamespace
+
+    from deepspeed.checkpoint.ds_to_universal import main as to_universal
+
+    made = dict(input_folder=str(folder / (folder / "latest").read_text()), output_folder=str(folder / "universal"))
+    how = dict(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False)
+    to_universal(SimpleNamespace(**made, **how))
+
+
 def resume(name: str, folder: Path, stage: int, rank: int) -> None:
-    engine = engine_of(CASES[name], stage, blank=True, checkpoint={"load_universal": True})
+    more = dict(checkpoint={"load_universal": True})
+    piped = CASES[name].get("model") == "pipeline"
+    engine = staged(name == "tied", **more) if piped else engine_of(CASES[name], stage, blank=True, **more)
+    if piped:  # other weights than those that the checkpoint was begun with
+        engine.module.load_state_dict({n: t + 1 for n, t in engine.module.state_dict().items()})
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    losses = train(engine, 2)
+    scaler = scaler_of(getattr(engine.optimizer, "loss_scaler", None))
+    losses = batches(engine, 2) if piped else train(engine, 2)
     if rank == 0:
+        print("SCALER", json.dumps(scaler), flush=True)
         print("LOSSES", json.dumps(losses), flush=True)
+
+
+def scaler_of(scaler: Any) -> dict[str, Any]:
+    state = vars(scaler) if scaler is not None else {}
+    return {key: value if isinstance(value, (int, float)) else str(value) for key, value in state.items()}
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -257,12 +311,16 @@ def record(data: Path, folder: Path, world: str, names: list[str]) -> None:
         tag = (made / "latest").read_text()
         shutil.copytree(made / tag, kept / tag)
         shutil.copy(made / "latest", kept / "latest")
-        kind = "together" if name in ("experts", "pipeline") else "fp32"
-        theirs = torch.load(made / f"{kind}.pt")
-        row: dict[str, Any] = {kind: {n: digest(t) for n, t in theirs.items()}}
+        kinds = [k for k in ("fp32", "together", "masters") if (made / f"{k}.pt").is_file()]
+        theirs = torch.load(made / f"{kinds[0]}.pt")
+        row: dict[str, Any] = {k: {n: digest(t) for n, t in torch.load(made / f"{k}.pt").items()} for k in kinds}
         if CASES[name].get("universal"):
             row["universal"] = {n: digest(t.flatten()) for n, t in values(made / "universal").items()}
-            shutil.copytree(made / "universal", kept / "universal")
+            if name in ("two", "three"):
+                shutil.copytree(made / "universal", kept / "universal")
+        if CASES[name].get("fp16"):
+            state = torch.load(made / "universal/zero/optimizer_state.pt", weights_only=False)
+            row["scaler"] = scaler_of(state["loss_scaler"])
         if CASES[name].get("model") == "llama":
             from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -283,6 +341,8 @@ def main(argv: list[str]) -> None:
     except ImportError as error:
         print("SKIP", error, flush=True)
         return
+    kind = type(deepspeed.accelerator.get_accelerator())
+    kind.is_fp16_supported = lambda self: True  # slow on a CPU without instructions for it, but there
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
     folder, names = Path(argv[0]), argv[1:]
