@@ -154,7 +154,16 @@ def test_direct_is_refused_where_a_node_is_blind(nets: list[str], tmp_path: Path
     assert "not every node sees all files" in "".join(text for _, text in ended)
 
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "10.77.0.1", "--nproc-per-node"]
+LAUNCHER = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nnodes",
+    "2",
+    "--master-addr",
+    "10.77.0.1",
+    "--nproc-per-node",
+]
 
 
 def dealt(case: str, out: Path) -> list[Path]:
@@ -180,10 +189,20 @@ def test_deepspeed_shards_on_two_nodes(nets: list[str], tmp_path: Path) -> None:
     lost = next((tmp_path / "node0/robin-3").rglob("*pp_rank_1_*"))
     lost.unlink()
     next((tmp_path / "node1/robin-3").rglob("*pp_rank_2_*")).unlink()
-    jobs = [["convert", f"source.path={place / c}", f"target.path={tmp_path / c}", "target.format=torch", master] for c in (*cases, "robin-3")]
-    jobs.append(["convert", f"source.path={place}/two-3", f"target.path={tmp_path}/own", "target.format=torch", "keep=weights"])
+    jobs = [
+        ["convert", f"source.path={place / c}", f"target.path={tmp_path / c}", "target.format=torch", master]
+        for c in (*cases, "robin-3")
+    ]
+    jobs.append(
+        ["convert", f"source.path={place}/two-3", f"target.path={tmp_path}/own", "target.format=torch", "keep=weights"]
+    )
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    inner = ["sh", "-c", 'exec "$@" --node-rank "$NODE_RANK" ' + f"{ROOT}/tests/real/several.py {tmp_path}/jobs.json", "sh"]
+    inner = [
+        "sh",
+        "-c",
+        'exec "$@" --node-rank "$NODE_RANK" ' + f"{ROOT}/tests/real/several.py {tmp_path}/jobs.json",
+        "sh",
+    ]
     started = start_nodes(nets, place, nodes, 1, *inner, *LAUNCHER, "1")
     said = [job.communicate(timeout=240)[1] for job in started]
     assert "CODES [0, 0, 0, 0, 3, 0]" in said[0], said

@@ -46,11 +46,11 @@ def noted(staged: Path) -> int:
     return sum(p.read_text().count("\n") for p in staged.glob(".ckpt_dist/*.jsonl"))
 
 
-def kill_a_rank(job: subprocess.Popen[str]) -> None:
-    """Kill one of the ranks that an agent of torchrun has started."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    wait(lambda: len(children.read_text().split()) > 1)
-    os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
+def kill_all(job: subprocess.Popen[str]) -> None:
+    """Kill an agent of torchrun and its ranks, the last one first."""
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    for pid in (*map(int, reversed(ranks)), job.pid):
+        os.kill(pid, signal.SIGKILL)
 
 
 def wait(condition: object, seconds: float = 60) -> None:

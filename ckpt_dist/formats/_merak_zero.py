@@ -78,8 +78,11 @@ def masters(opened: Sequence[File]) -> dict[str, list[Run]]:
                 f"file of the optimizer; {len(opened)} are there. Fetch the missing ones."
             )
         names = [bare(name) for name in shapes]
-        for which, lo, hi, of, at in zip(*(c.tolist() for c in (runs.which, runs.lo, runs.hi, runs.slice, runs.at)), strict=True):
-            found.setdefault(names[which], []).append(Run(lo, hi, *slices[of], at))
+        for which, lo, hi, of, at in zip(
+            *(c.tolist() for c in (runs.which, runs.lo, runs.hi, runs.slice, runs.at)), strict=True
+        ):
+            file, ref = slices[of]
+            found.setdefault(names[which], []).append(Run(lo, hi, file, ref, at))
     return found
 
 
@@ -110,7 +113,10 @@ def parts(part: Part, shape: tuple[int, ...], runs: Sequence[Run]) -> Iterator[t
         _, start, stop, past = zero.boxes(shape, ints([run.lo]), ints([run.hi]))
         boxes = zip(start.tolist(), stop.tolist(), past.tolist(), strict=True)
         pieces = [
-            piece for lo, hi, at in boxes for whole in part.pieces if (piece := _shared(whole, shape, lo, hi, run.at + at))
+            piece
+            for lo, hi, at in boxes
+            for whole in part.pieces
+            if (piece := _shared(whole, shape, lo, hi, run.at + at))
         ]
         yield Part(part.name, run.ref.dtype, part.shape, pieces, run.ref), run.file.number, run.file.storages
 
@@ -125,7 +131,12 @@ def _shared(whole: Piece, shape: Sequence[int], lo: Sequence[int], hi: Sequence[
         return None
     move = [m - b for m, b in zip(whole[0], here, strict=True)]
     offset = at + sum((f - a) * s for f, a, s in zip(first, lo, strides, strict=True))
-    return [f + d for f, d in zip(first, move, strict=True)], [n + d for n, d in zip(last, move, strict=True)], offset, strides
+    return (
+        [f + d for f, d in zip(first, move, strict=True)],
+        [n + d for n, d in zip(last, move, strict=True)],
+        offset,
+        strides,
+    )
 
 
 def opened(path: Path, rank: Rank, first: int) -> list[File]:

@@ -6,6 +6,7 @@ Invariant: what is no value of each weight is listed, or refused where it was as
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ckpt_dist.catalog import Entry, Extra
@@ -23,17 +24,17 @@ def moments(table: Table, s: Save, strict: bool, universal: bool) -> Iterator[Ex
     """The optimizer's state: flat values as parameters have, counters, settings of groups."""
     base, many = BASE[s.stage == 3], 1 + max((line.group for line in s.lines), default=-1)
 
-    def pick(tree: Mapping[str, Any], key: str) -> list[Any]:
+    def pick(key: str, tree: Mapping[str, Any]) -> list[Any]:
         return [of.get(key) for of in by_group(tree.get(base), many)]
 
     states = [by_group(line.shards[0][1].get(base), many)[line.group] for line in s.lines]
     for key in dict.fromkeys(key for state in states for key in state if isinstance(key, str)):
-        each = [value for _, tree in s.shards for value in pick(tree, key)]
+        each = [value for _, tree in s.shards for value in pick(key, tree)]
         if key == "step" or not any(isinstance(v, pickles.TensorRef) and len(v.shape) == 1 for v in each):
             yield from _counters(table, s, key, [state.get(key) for state in states])
             continue
         try:
-            found = parts(s, lambda tree, key=key: pick(tree, key), key)
+            found = parts(s, partial(pick, key), key)
         except CheckpointError as error:
             if strict:
                 raise CheckpointError(

@@ -37,17 +37,14 @@ def scan(folder: Folder, layers: Mapping[int, str], options: Mapping[str, Any]) 
     files, table, held, found = [*layers.values(), *names], Table(), dict[str, _zero.Part](), None
     if shards and (master or keep is None or "optimizer" in keep):
         found = _save(folder, mains, shards, len(files))
-        files += [name for of in shards for name in of]
+        files += [file.path.name for file, _ in found.shards]
     if master:
         held = _zero.masters(_known(folder, found))
     _weights(table, folder, layers, trained, held, master)
     extras = [*_model_states.state(table, mains[0])]
     carries = strict and "optimizer" in (keep or ())
-    extras += (
-        _moments.moments(table, save, carries, universal)
-        if save
-        else _model_states.unread(mains[0], files[len(layers) + len(names) :])
-    )
+    optims = [name for of in shards for name in of]
+    extras += _moments.moments(table, found, carries, universal) if found else _model_states.unread(mains[0], optims)
     return table.catalog("deepspeed", folder.path, files, extras, {"notes": (_said(table, mains, found, master),)})
 
 
@@ -109,13 +106,9 @@ def _weights(
                 )
             table.runs(Entry(label, part.dtype, part.shape, (label,)), part.lo, part.hi, part.file, part.address)
     for name in trained:
-        number, _, _ = name.partition(".")
-        if name not in table.entries and (number.isdecimal() or master):
-            what = (
-                f"layer_{int(number):02d}-model_states.pt"
-                if number.isdecimal()
-                else "the file of the layer that has it"
-            )
+        place, _, _ = name.partition(".")
+        if name not in table.entries and (place.isdecimal() or master):
+            what = f"layer_{int(place):02d}-model_states.pt" if place.isdecimal() else "the file of its layer"
             raise folder.lacks(
                 f"{folder.path}: {name!r} is trained and in no file: {what} is missing or of another run."
             )

@@ -101,22 +101,26 @@ def staged(tied: bool, **more: Any) -> Any:
 
     torch.manual_seed(5)
     back = lambda module, x: x @ module.weight.t()  # noqa: E731
-    layers = [
-        lambda ids: ids.remainder(11),
-        TiedLayerSpec("embed", nn.Embedding, 11, 6),
-        LayerSpec(nn.Linear, 6, 7),
-        torch.relu,
-        LayerSpec(nn.LayerNorm, 7),
-        LayerSpec(nn.Linear, 7, 6),
-        TiedLayerSpec("embed", nn.Embedding, 11, 6, forward_fn=back),
-    ] if tied else [
-        lambda ids: ids.remainder(11),
-        LayerSpec(nn.Embedding, 11, 6),
-        LayerSpec(nn.Linear, 6, 7),
-        torch.relu,
-        LayerSpec(nn.LayerNorm, 7),
-        LayerSpec(nn.Linear, 7, 11),
-    ]
+    layers = (
+        [
+            lambda ids: ids.remainder(11),
+            TiedLayerSpec("embed", nn.Embedding, 11, 6),
+            LayerSpec(nn.Linear, 6, 7),
+            torch.relu,
+            LayerSpec(nn.LayerNorm, 7),
+            LayerSpec(nn.Linear, 7, 6),
+            TiedLayerSpec("embed", nn.Embedding, 11, 6, forward_fn=back),
+        ]
+        if tied
+        else [
+            lambda ids: ids.remainder(11),
+            LayerSpec(nn.Embedding, 11, 6),
+            LayerSpec(nn.Linear, 6, 7),
+            torch.relu,
+            LayerSpec(nn.LayerNorm, 7),
+            LayerSpec(nn.Linear, 7, 11),
+        ]
+    )
     loss = lambda out, ids: nn.functional.cross_entropy(out.float().flatten(0, 1), ids.flatten())  # noqa: E731
     module = PipelineModule(layers=layers, num_stages=2, loss_fn=loss, partition_method="uniform")
     config = dict(
@@ -137,7 +141,10 @@ def batches(engine: Any, first: int) -> list[float]:
 def pipeline(folder: Path, name: str, rank: int) -> None:
     engine = staged(name == "tied")
     first = batches(engine, 0)
-    info: dict[str, Any] = {"universal_checkpoint_version": 0.4, "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"]}
+    info: dict[str, Any] = {
+        "universal_checkpoint_version": 0.4,
+        "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"],
+    }
     engine.save_checkpoint(str(folder / name), client_state={"universal_checkpoint_info": info})
     keep(engine, folder / name, rank)
     after = batches(engine, 2)
@@ -161,6 +168,10 @@ def masters(engine: Any) -> dict[str, torch.Tensor]:
     """Fp32 weights and moments of what this rank trains, gathered from those that share them."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    engine.optimizer._hp_optimizer_states_linked = (
+        False  # where an expert got nothing to do in the first step, they are not
+    )
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
     found = {}
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
@@ -266,7 +277,9 @@ def universal(folder: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main as to_universal
 
     made = dict(input_folder=str(folder / (folder / "latest").read_text()), output_folder=str(folder / "universal"))
-    how = dict(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False)
+    how = dict(
+        num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False
+    )
     to_universal(SimpleNamespace(**made, **how))
 
 
