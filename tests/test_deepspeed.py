@@ -393,6 +393,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shard,) = lost.glob("*pp_rank_1_*optim_states.pt")
     shard.unlink()
     assert f"the shard of rank 1 is missing ({shard.name})" in refused(capsys, lost, out, master)
+    assert to_torch(lost, tmp_path / "own")  # has no need of it
     last = copy("two-3", "last")
     next(last.glob("*pp_rank_2_*optim_states.pt")).unlink()
     message = refused(capsys, last, out, master)
@@ -454,7 +455,9 @@ def test_small_files_with_large_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     far = changed_main("far")
     shard = next(far.glob("*pp_rank_2_*optim_states.pt"))
     shard.rename(far / shard.name.replace("rank_2_", "rank_99999999999_"))
-    assert "the shards of ranks 2, 3, 4, 5, 6 and 99999999992 more are missing" in refused(capsys, far, out)
+    assert "the shards of ranks 2, 3, 4, 5, 6 and 99999999992 more are missing" in refused(
+        capsys, far, out, "source.weights=master"
+    )
     experts = changed_main("experts", num_experts=[10**12])
     torch.save({"x.weight": torch.ones(2)}, experts / "layer_0_expert_0_mp_rank_00_model_states.pt")
     assert "expert 1 of layer 0 is missing" in refused(capsys, experts, out)

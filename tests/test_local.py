@@ -186,9 +186,9 @@ def test_deepspeed_shards_on_two_nodes(nets: list[str], tmp_path: Path) -> None:
     cases, master, place = ("two-3", "three-2", "experts-4", "tied-4"), "source.weights=master", tmp_path / "local"
     for case in (*cases, "robin-3"):
         nodes = dealt(case, tmp_path)
-    lost = next((tmp_path / "node0/robin-3").rglob("*pp_rank_1_*"))
-    lost.unlink()
-    next((tmp_path / "node1/robin-3").rglob("*pp_rank_2_*")).unlink()
+    lost = sorted((tmp_path / "node1/robin-3").rglob("*optim_states.pt"))
+    for path in lost:
+        path.unlink()
     jobs = [
         ["convert", f"source.path={place / c}", f"target.path={tmp_path / c}", "target.format=torch", master]
         for c in (*cases, "robin-3")
@@ -204,7 +204,7 @@ def test_deepspeed_shards_on_two_nodes(nets: list[str], tmp_path: Path) -> None:
         "sh",
     ]
     started = start_nodes(nets, place, nodes, 1, *inner, *LAUNCHER, "1")
-    said = [job.communicate(timeout=240)[1] for job in started]
+    said = [job.communicate(timeout=90)[1] for job in started]
     assert "CODES [0, 0, 0, 0, 3, 0]" in said[0], said
     assert said[0].count("transport collective: not every node sees all files") >= 4
     for case in cases:
@@ -212,8 +212,7 @@ def test_deepspeed_shards_on_two_nodes(nets: list[str], tmp_path: Path) -> None:
         assert same(tmp_path / case, tmp_path / "whole" / case), case
     ckpt_dist.convert(DEEPSPEED / "two-3", tmp_path / "whole/own", format="torch")
     assert same(tmp_path / "own", tmp_path / "whole/own")
-    other = lost.name.replace("rank_1_", "rank_2_")
-    assert f"the shards of ranks 1, 2 are missing ({lost.name}, {other})" in said[0]
+    assert f"the shards of ranks 0, 2 are missing ({lost[0].name}, {lost[1].name})" in said[0]
     assert not (tmp_path / "robin-3").exists()
 
 

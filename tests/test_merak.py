@@ -121,24 +121,27 @@ def test_what_its_trainer_saved_is_read(case: str, tmp_path: Path) -> None:
     assert all(legacy.is_legacy(f.read_bytes()[:16]) for f in rank_files(TRAINED / case))
 
 
-def test_master_weights_of_zero(made: Made, tmp_path: Path) -> None:
-    """Its run in fp32, of two data-parallel ranks: master weights are the model. And as other ranks would have them."""
-    hf = hf_of(20, tmp_path / "hf")
-    keys = {"model.config": str(hf), "source.weights": "master"}
-    report = ckpt_dist.convert(TRAINED / "zero", tmp_path / "back", **keys)
-    assert equal(tmp_path / "back", hf) and "master weights of ZeRO stage 1, 2 files" in "\n".join(report["notes"])
-    read = {str(p.relative_to(TRAINED)) for p in (TRAINED / "zero").rglob("zero_dp*")}
-    assert len(read) == 2 and report["bytes_read"] < sum(p.stat().st_size for p in (TRAINED / "zero").rglob("*.pt"))
+def test_master_weights_of_zero(tmp_path: Path) -> None:
+    """Its run in fp32, of two data-parallel ranks, after steps: master weights are the model. `zero` was saved after it had
+    loaded a release, before its optimizer took over: there they are what the run was made with."""
+    keys: dict[str, Any] = {"model.config": str(CONVERTED / "hf-20"), "source.weights": "master"}
+    own = ckpt_dist.convert(TRAINED / "zero-trained", tmp_path / "own", **{"model.config": keys["model.config"]})
+    report = ckpt_dist.convert(TRAINED / "zero-trained", tmp_path / "back", **keys)
+    assert equal(tmp_path / "back", tmp_path / "own")
+    assert "master weights of ZeRO stage 1, 2 files" in "\n".join(report["notes"]) and own["notes"] != report["notes"]
+    ckpt_dist.convert(TRAINED / "zero", tmp_path / "first", **keys)
+    first = load_file(tmp_path / "first/model.safetensors")
+    assert all((t == ("weight" in n)).all() for n, t in first.items() if "ln_" in n or "bias" in n)
     with pytest.raises(CheckpointError, match=r"0 files of the optimizer of tensor rank 0, stage 0"):
         ckpt_dist.convert(TRAINED / "t1p1", tmp_path / "no", **keys)
-    run = Path(shutil.copytree(TRAINED / "zero", tmp_path / "run"))
+    run = Path(shutil.copytree(TRAINED / "zero-trained", tmp_path / "run"))
     next(run.rglob("zero_dp_rank_00001*")).unlink()
     with pytest.raises(CheckpointError, match="are in no file of the optimizer; 1 are there"):
         ckpt_dist.convert(run, tmp_path / "no", **keys)
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("keys", [dict(tp=2, pp=2), dict(tp=2, pp=1), dict(tp=1, pp=3)], ids=str)
+@pytest.mark.parametrize("keys", [dict(tp=2, pp=2), dict(tp=1, pp=3)], ids=str)
 def test_master_weights_of_other_ranks(keys: dict[str, int], made: Made, tmp_path: Path) -> None:
     """Cut as its optimizer cuts them (core/zero/stage1.py): slices of one length that three ranks take in turn."""
     ckpt_dist.convert(made("gpt2"), tmp_path / "it", format="merak", **keys)

@@ -19,6 +19,7 @@ from ckpt_dist.files import pickles
 from ckpt_dist.formats import _model_states, _moments, _shards, _zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats._save import Save, save
+from ckpt_dist.formats._shards import Named
 from ckpt_dist.formats._table import File, Folder, Table
 
 TIED = "tied_modules"
@@ -43,12 +44,12 @@ def scan(folder: Folder, layers: Mapping[int, str], options: Mapping[str, Any]) 
     _weights(table, folder, layers, trained, held, master)
     extras = [*_model_states.state(table, mains[0])]
     carries = strict and "optimizer" in (keep or ())
-    optims = [name for of in shards for name in of]
+    optims = [name for of in shards for _, name in of]
     extras += _moments.moments(table, found, carries, universal) if found else _model_states.unread(mains[0], optims)
     return table.catalog("deepspeed", folder.path, files, extras, {"notes": (_said(table, mains, found, master),)})
 
 
-def _save(folder: Folder, mains: Sequence[File], shards: Sequence[Sequence[str]], first: int) -> Save:
+def _save(folder: Folder, mains: Sequence[File], shards: Sequence[Sequence[Named]], first: int) -> Save:
     """The optimizer's files of all stages, numbered one after another."""
     whole = [_shards.all_of(folder, main, of) for main, of in zip(mains, shards, strict=True)]
     flat = folder.opened([name for of in whole for name in of], first)

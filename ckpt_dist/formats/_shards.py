@@ -26,12 +26,15 @@ EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_\d+_model_states\.pt
 SHOWN = 5
 
 
+Named = tuple[int, str]  # the number of a data-parallel rank, its file
+
+
 @dataclass(frozen=True)
 class Files:
-    """Names of files, in the order of ranks."""
+    """Names of files; of the optimizer with their ranks, which only who reads them has to have all of."""
 
     models: list[str]
-    optims: list[str]
+    optims: list[Named]
     experts: list[str]
 
     @property
@@ -56,10 +59,10 @@ def files(folder: Folder) -> Files:
             "of one away."
         )
     whole = [models[0][1]] if models[0][0] < 0 else of_ranks(folder, models)
-    return Files(whole, of_ranks(folder, optims), [n for n in names if EXPERT.fullmatch(n)])
+    return Files(whole, optims, [n for n in names if EXPERT.fullmatch(n)])
 
 
-def of_ranks(folder: Folder, found: Iterable[tuple[int, str]], least: int = 0) -> list[str]:
+def of_ranks(folder: Folder, found: Iterable[Named], least: int = 0) -> list[str]:
     """The files of ranks 0, 1, ... in order, as many as the last one says, and at least so many."""
     each: dict[int, str] = {}
     for rank, name in sorted(found):
@@ -75,14 +78,15 @@ def of_ranks(folder: Folder, found: Iterable[tuple[int, str]], least: int = 0) -
         wanted = ", ".join(re.sub(r"pp_rank_\d+", f"pp_rank_{r}", like) for r in lost)
         more = f" and {many - len(lost)} more" if many > len(lost) else ""
         which = f"shards of ranks {', '.join(map(str, lost))}{more} are" if many > 1 else f"shard of rank {lost[0]} is"
-        raise folder.lacks(f"{folder.path}: the {which} missing ({wanted}). Fetch them again.")
+        again = "Fetch them again." if many > 1 else "Fetch it again."
+        raise folder.lacks(f"{folder.path}: the {which} missing ({wanted}). {again}")
     return list(each.values())
 
 
-def all_of(folder: Folder, main: File, optims: Sequence[str]) -> list[str]:
+def all_of(folder: Folder, main: File, optims: Sequence[Named]) -> list[str]:
     """The optimizer's files, as many as the model's file says that there were ranks."""
     said = main.tree.get("dp_world_size")
-    return of_ranks(folder, enumerate(optims), said if type(said) is int else 0)
+    return of_ranks(folder, optims, said if type(said) is int else 0)
 
 
 def models(folder: Folder) -> list[str]:
@@ -104,11 +108,11 @@ def layers(folder: Folder) -> dict[int, str]:
     return {number: name for number, _, name in found}
 
 
-def stages(folder: Folder) -> tuple[list[str], list[list[str]]]:
+def stages(folder: Folder) -> tuple[list[str], list[list[Named]]]:
     """Of each stage of a pipeline the file of the model (without weights) and those of the optimizer, by rank."""
     names = folder.names
     mains = {int(m[2]): m[0] for n in names if (m := MODEL.fullmatch(n))}
-    held: dict[int, list[tuple[int, str]]] = {}
+    held: dict[int, list[Named]] = {}
     for hit in filter(None, map(OPTIM.fullmatch, names)):
         held.setdefault(int(hit[2]), []).append((int(hit[1]), hit[0]))
     wanted = 1 + max([*mains, *held, 0])
@@ -123,7 +127,7 @@ def stages(folder: Folder) -> tuple[list[str], list[list[str]]]:
         raise folder.lacks(
             f"{folder.path} lacks the optimizer's files of stage {lost} (*_mp_rank_{lost:02d}_optim_states.pt)."
         )
-    return [mains[k] for k in range(wanted)], [of_ranks(folder, held[k]) for k in range(wanted)] if held else []
+    return [mains[k] for k in range(wanted)], [held[k] for k in range(wanted)] if held else []
 
 
 def all_experts(folder: Folder, main: File, names: Collection[str]) -> None:

@@ -55,7 +55,11 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     )
     extras = [*lost, *_model_states.state(table, main)]
     carries = strict and "optimizer" in (keep or ())
-    extras += _moments.moments(table, save, carries, universal) if save else _model_states.unread(main, here.optims)
+    extras += (
+        _moments.moments(table, save, carries, universal)
+        if save
+        else _model_states.unread(main, [name for _, name in here.optims])
+    )
     notes = (_said(module(main), save, master, bool(here.optims)),)
     return table.catalog("deepspeed", path, [*files, *more], extras, {"notes": notes})
 
