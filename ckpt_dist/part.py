@@ -197,7 +197,7 @@ def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
     catalog, length = m.catalog, ends(group, m)
     looks = group.world > 1 and not m.source.reader and group.local_rank == 0
-    looked = group.gather((group.node, _visible(catalog.root, catalog.files) if looks else []))
+    looked = group.gather((group.node, _visible(catalog) if looks else []))
     nodes = ints([node for node, _ in looked])
     if group.world == 1 or m.source.reader:
         return exchange.Readers(np.ones((group.world, len(length)), bool), length, nodes, balanced)
@@ -230,8 +230,13 @@ def stored(m: Model) -> NDArray[np.float64]:
     return each
 
 
-def _visible(root: str, files: Sequence[str]) -> list[bool]:
-    """Which files are there: one look at each folder, not at each file."""
+def _visible(catalog: Catalog) -> list[bool]:
+    """Which files are there: one look at each folder, not at each file. Where nodes may have files of one name that they wrote
+    for themselves (`sizes`), only those that are as long as what was scanned."""
+    root, files, sizes = catalog.root, catalog.files, catalog.about.get("sizes")
+    if sizes:
+        paths = [os.path.join(root, f) for f in files]
+        return [os.path.isfile(p) and os.path.getsize(p) == n for p, n in zip(paths, sizes, strict=True)]
     folders: dict[str, set[str]] = {}
     for folder in {os.path.dirname(f) for f in files}:
         try:

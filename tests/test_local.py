@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import ckpt_dist
 from tests.conftest import ROOT
@@ -186,6 +187,12 @@ def test_deepspeed_shards_on_two_nodes(nets: list[str], tmp_path: Path) -> None:
     cases, master, place = ("two-3", "three-2", "experts-4", "tied-4"), "source.weights=master", tmp_path / "local"
     for case in (*cases, "robin-3"):
         nodes = dealt(case, tmp_path)
+    (main,) = (tmp_path / "node1/two-3").rglob(
+        "*model_states.pt"
+    )  # both nodes have one: not with the same places in it
+    copy = tmp_path / "node0" / main.relative_to(tmp_path / "node1")
+    torch.save({**torch.load(main, weights_only=True), "node": "0" * 1000}, copy)
+    assert copy.stat().st_size > main.stat().st_size
     lost = sorted((tmp_path / "node1/robin-3").rglob("*optim_states.pt"))
     for path in lost:
         path.unlink()

@@ -46,7 +46,8 @@ def scan(folder: Folder, layers: Mapping[int, str], options: Mapping[str, Any]) 
     carries = strict and "optimizer" in (keep or ())
     optims = [name for of in shards for _, name in of]
     extras += _moments.moments(table, found, carries, universal) if found else _model_states.unread(mains[0], optims)
-    return table.catalog("deepspeed", folder.path, files, extras, {"notes": (_said(table, mains, found, master),)})
+    about = {"notes": (_said(table, mains, found, master),), "sizes": folder.sizes(files)}
+    return table.catalog("deepspeed", folder.path, files, extras, about)
 
 
 def _save(folder: Folder, mains: Sequence[File], shards: Sequence[Sequence[Named]], first: int) -> Save:

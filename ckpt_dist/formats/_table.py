@@ -78,6 +78,12 @@ class Folder:
             raise CheckpointError(f"{path} holds no dict. Was it written by DeepSpeed?")
         return File(path, number, tree, storages, head.counters if head else None)
 
+    def sizes(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Of files that were opened. Nodes may have one of the same name that some rank of theirs wrote, with other settings
+        in it: only one that is as long has its tensors at the same places."""
+        each = [self.path / n for n in names]
+        return tuple(p.stat().st_size if p.is_file() else self.others.head(p).nbytes for p in each)
+
     def lacks(self, what: str) -> Missing:
         """Something is not among the files that are known: other nodes may have more."""
         return Missing(what, (str(self.path),), "names")

@@ -60,8 +60,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
         if save
         else _model_states.unread(main, [name for _, name in here.optims])
     )
-    notes = (_said(module(main), save, master, bool(here.optims)),)
-    return table.catalog("deepspeed", path, [*files, *more], extras, {"notes": notes})
+    about = {"notes": (_said(module(main), save, master, bool(here.optims)),), "sizes": folder.sizes([*files, *more])}
+    return table.catalog("deepspeed", path, [*files, *more], extras, about)
 
 
 def _own(table: Table, folder: Folder, here: Files, main: File, first: int) -> tuple[list[str], list[Extra]]:

@@ -29,9 +29,10 @@ COUNTER_BYTES = 8  # of a storage that may be a counter's
 
 @dataclass(frozen=True)
 class Head:
-    """What a node says of a file that another one lacks: its pickle, the records of its storages, and the bytes of those
-    that may be counters, by which files of one save are known."""
+    """What a node says of a file that another one lacks: its length, its pickle, the records of its storages, and the bytes
+    of those that may be counters, by which files of one save are known."""
 
+    nbytes: int
     tree: Any
     storages: Mapping[str, zips.Record]
     counters: Mapping[str, bytes]
@@ -77,7 +78,8 @@ def head(path: str) -> Head:
     tree, storages = open_archive(Path(path))
     with open(path, "rb") as file:
         small = {k: r for k, r in storages.items() if r.nbytes <= COUNTER_BYTES}
-        return Head(tree, storages, {k: os.pread(file.fileno(), r.nbytes, r.offset) for k, r in small.items()})
+        nbytes = os.fstat(file.fileno()).st_size
+        return Head(nbytes, tree, storages, {k: os.pread(file.fileno(), r.nbytes, r.offset) for k, r in small.items()})
 
 
 def storage_record(storages: Mapping[str, zips.Record], ref: pickles.TensorRef, where: str) -> int:
