@@ -605,9 +605,10 @@ def losses(world: int, source: Path, folder: Path, case: str, stage: int) -> tup
     return found, scaler
 
 
-# stages of one kind agree in bf16 too; 3 and the others compute it differently from the first step on
+# stages of one kind agree in bf16 too; 3 and the others compute it differently from the first step on. In fp16 the mean
+# over three ranks is rounded otherwise than that over two.
 @pytest.mark.parametrize(
-    ("case", "world", "stage"), [("one", 3, 3), ("two", 3, 1), ("three", 3, 3), ("fp16", 3, 1), ("tied", 2, 1)]
+    ("case", "world", "stage"), [("one", 3, 3), ("two", 3, 1), ("three", 3, 3), ("fp16", 2, 1), ("tied", 2, 1)]
 )
 def test_a_real_engine_goes_on(case: str, world: int, stage: int, saved: Path, tmp_path: Path) -> None:
     after = json.loads((saved / case / "losses.json").read_text())[1]
@@ -621,7 +622,7 @@ def test_a_real_engine_goes_on(case: str, world: int, stage: int, saved: Path, t
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_real_engine_starts_from_weights_alone(stage: int, saved: Path, tmp_path: Path) -> None:
     first = json.loads((saved / "one/losses.json").read_text())[0]
-    assert losses(2, saved / "one/start.pt", tmp_path, "one", stage) == pytest.approx(first[:2], rel=1e-6)
+    assert losses(2, saved / "one/start.pt", tmp_path, "one", stage)[0] == pytest.approx(first[:2], rel=1e-6)
 
 
 def test_what_is_no_tensor_goes_from_rank_to_rank() -> None:

@@ -171,7 +171,8 @@ def lay_out(spec: Spec) -> Layout:
     files.add(f"{FOLDER}/{STATE}", found, {**_settings_of(beside), **nested})
     state = [(k, e) for k, e in enumerate(spec.entries) if e.role == "state"]
     for name in MODELS:
-        files.add(name, state, {**_model_of(step), **{p: v for p, v in beside.items() if p[0] != "optimizer"}})
+        own = {p: v for p, v in beside.items() if p[0] != "optimizer"}
+        files.add(name, state, {**_model_of(step), **own, ("mp_world_size",): 1})  # as many such files as there are
     return _laid_out(spec, files)
 
 
