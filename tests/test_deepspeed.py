@@ -494,8 +494,10 @@ def test_what_is_not_read_is_refused_by_name(tmp_path: Path, capsys: pytest.Capt
     for name, said in {
         "layer_01-model_01-model_states.pt": "of several tensor-parallel ranks (layer_01-model_01",
         "mp_rank_01_model_states.pt": "2 model-parallel ranks (mp_rank_00 to 01)",
+        "layer_0_expert_0_mp_rank_00_model_states.pt": "a pipeline with a mixture of experts (layer_0_expert_0",
     }.items():
-        folder = Path(shutil.copytree(DATA / "two_fp32-2/global_step3", tmp_path / name[:12]))
+        case = "pipeline-2/global_step2" if "expert" in name else "two_fp32-2/global_step3"
+        folder = Path(shutil.copytree(DATA / case, tmp_path / name[:12]))
         torch.save({}, folder / name)
         assert said in refused(capsys, folder, out)
     (tmp_path / "hf").mkdir()

@@ -29,6 +29,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def scan(folder: Folder, layers: Mapping[int, str], options: Mapping[str, Any]) -> Catalog:
     """The weights of all layers, or the master weights of what is trained."""
+    if more := next(filter(_shards.EXPERT.fullmatch, folder.names), None):
+        raise CheckpointError(
+            f"{folder.path} is a pipeline with a mixture of experts ({more}): its layers' files have the experts of one rank only. "
+            "Such checkpoints are not read."
+        )
     names, shards = _shards.stages(folder)
     keep, universal, strict = options.get("keep"), bool(options.get("universal")), options.get("unmatched") != "drop"
     master = options.get("weights") == "master" or bool(universal and shards)
