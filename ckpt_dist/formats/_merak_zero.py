@@ -109,6 +109,11 @@ def bare(name: str) -> str:
 
 def parts(part: Part, shape: tuple[int, ...], runs: Sequence[Run]) -> Iterator[tuple[Part, int, Any]]:
     """The boxes of the whole tensor that the runs of a rank's hold; `part` says where a dense one would lie."""
+    if sum(run.hi - run.lo for run in runs) != prod(shape):
+        have = sum(run.hi - run.lo for run in runs)
+        raise CheckpointError(
+            f"{runs[0].file.path}: {part.name!r} has {have} elements, the model's file has {list(shape)}. They are of two runs."
+        )
     for run in runs:
         _, start, stop, past = zero.boxes(shape, ints([run.lo]), ints([run.hi]))
         boxes = zip(start.tolist(), stop.tolist(), past.tolist(), strict=True)

@@ -112,6 +112,11 @@ def _weights(
                     f"{file.path}: {label!r} is {list(ref.shape)}, param_shapes say {list(part.shape)}. It is of another run."
                 )
             table.runs(Entry(label, part.dtype, part.shape, (label,)), part.lo, part.hi, part.file, part.address)
+    _all_trained(table, folder, trained, master)
+
+
+def _all_trained(table: Table, folder: Folder, trained: Shapes, master: bool) -> None:
+    """What is trained is there; which of the files is a tied module's only matters where its master weights are asked for."""
     for name in trained:
         place, _, _ = name.partition(".")
         if name not in table.entries and (place.isdecimal() or master):

@@ -19,6 +19,7 @@ from ckpt_dist import megatron, merak
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
+from ckpt_dist.files.zips import Record
 from ckpt_dist.formats import Layout, Spec, _merak_zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.megatron import rank_files, together
@@ -59,19 +60,12 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     ]
     _same_save(path, files, [tree for tree, _ in opened])
     facts = _facts(opened[0][0])
-    parts, master = [], options.get("weights") == "master"
+    parts, master = list[tuple[Part, int, Mapping[str, Record]]](), options.get("weights") == "master"
     for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True)):
         more = _merak_zero.opened(path, rank, len(files)) if master else []
         files += [file.path.name for file in more]
         runs = _merak_zero.masters(more) if more else {}
-        listed = _merak_zero.aliases(tree["model"], runs)
-        for name, stored, ref in _state(tree["model"]):
-            part = _held(name, ref, rank, facts)
-            if of := runs.get(listed[stored]):
-                dense = _held(name, replace(ref, offset=0, stride=tuple(strides_of(ref.shape))), rank, facts)
-                parts += list(_merak_zero.parts(dense, ref.shape, of))
-            elif part.pieces:
-                parts.append((part, number, storages))
+        parts += _parts(tree["model"], rank, facts, runs, number, storages)
     entries, table = together(path, files, parts)
     if LORA not in files[0]:
         _whole(path, [e.name for e in entries], found[0].pp)
@@ -168,6 +162,24 @@ def _whole(path: Path, names: Sequence[str], pp: int) -> None:
     if found.layers and (lost < found.count - 1 or not ends):
         what = f"layer {lost - found.front}" if ends else "what comes after the layers"
         raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
+
+
+def _parts(
+    model: Mapping[str, Any],
+    rank: Rank,
+    facts: Mapping[str, Any],
+    runs: Mapping[str, Sequence[_merak_zero.Run]],
+    number: int,
+    storages: Mapping[str, Record],
+) -> Iterator[tuple[Part, int, Mapping[str, Record]]]:
+    """What a rank's tensors are of the whole ones; of those that are in `runs` the master weights, with their files."""
+    listed = _merak_zero.aliases(model, runs)
+    for name, stored, ref in _state(model):
+        if of := runs.get(listed[stored]):
+            dense = _held(name, replace(ref, offset=0, stride=tuple(strides_of(ref.shape))), rank, facts)
+            yield from _merak_zero.parts(dense, ref.shape, of)
+        elif (part := _held(name, ref, rank, facts)).pieces:
+            yield part, number, storages
 
 
 def _held(name: str, ref: pickles.TensorRef, rank: Rank, facts: Mapping[str, Any]) -> Part:
