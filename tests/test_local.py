@@ -169,7 +169,7 @@ LAUNCHER = [
 
 def dealt(case: str, out: Path) -> list[Path]:
     """A run of DeepSpeed's on two nodes: the files of odd ranks, stages and experts on the first, the others on the second;
-    each has `latest`, as with DeepSpeed's use_node_local_storage."""
+    the first has `latest`, as with DeepSpeed's use_node_local_storage."""
     nodes = [out / "node0", out / "node1"]
     for path in sorted(p for p in (DEEPSPEED / case).rglob("*_states.pt") if "universal" not in p.parts):
         number = re.search(r"(?:pp_rank_|expert_|layer_0|mp_rank_0)(\d+)", path.name)
@@ -177,8 +177,7 @@ def dealt(case: str, out: Path) -> list[Path]:
         to = nodes[1 - int(number[1]) % 2] / case / path.parent.name
         to.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, to)
-    for node in nodes:
-        shutil.copy(DEEPSPEED / case / "latest", node / case)
+    shutil.copy(DEEPSPEED / case / "latest", nodes[0] / case)
     return nodes
 
 

@@ -143,15 +143,18 @@ def test_master_weights_of_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [dict(tp=2, pp=2), dict(tp=1, pp=3)], ids=str)
 def test_master_weights_of_other_ranks(keys: dict[str, int], made: Made, tmp_path: Path) -> None:
-    """Cut as its optimizer cuts them (core/zero/stage1.py): slices of one length that three ranks take in turn."""
+    """Cut as its optimizer cuts them (core/zero/stage1.py): slices of one length that three ranks take in turn. Files are
+    called as by 2.x, or as by 1.x, without zeros in front of numbers."""
+    wide = (5, 2, 3) if keys["tp"] > 1 else (1, 1, 1)
     ckpt_dist.convert(made("gpt2"), tmp_path / "it", format="merak", **keys)
     for file in rank_files(tmp_path / "it"):
         tree = torch.load(file, weights_only=True)
         state = {n: t.clone() for n, t in tree["model"].items()}
         groups = [{n: t for n, t in state.items() if ("bias" in n) == late} for late in (False, True)]
         for d, parts in enumerate(zip(*([_turns(g, 3, 2) for g in groups]))):
-            numbers = [f"{k}_rank_{n}" for k, n in zip(("mp", "pp"), re.findall(r"\d+", file.parent.name))]
-            name = "_".join(["zero_dp_rank", f"{d:05d}", *numbers, "opt_states.pt"])
+            numbers = (d, *map(int, re.findall(r"\d+", file.parent.name)))
+            words = [f"{k}_rank_{n:0{w}}" for k, n, w in zip(("dp", "mp", "pp"), numbers, wide)]
+            name = "_".join(["zero", *words, "opt_states.pt"])
             inner = {"local_sub_partitions_of_fp32_groups": list(parts)}
             shapes = [{n: t.shape for n, t in g.items()} for g in groups]
             torch.save({"optimizer_state_dict": inner, "param_shapes": shapes}, file.parent.parent / name)
