@@ -288,6 +288,25 @@ def test_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the shard of rank 1 is missing" in refused(capsys, again, tmp_path / "o", master)
 
 
+def test_master_weights_of_megatrons_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two stages of two tensor-parallel ranks, each twice, in fp32: those that the layers' files have."""
+    run, master = DATA / "megatron-8", "source.weights=master"
+    own = to_torch(run, tmp_path / "own")
+    report = ckpt_dist.convert(run, tmp_path / "t", format="torch", **{"source.weights": "master"})
+    ours = torch.load(tmp_path / "t/model.pt", weights_only=True)
+    assert ours.keys() == own.keys() and all(torch.equal(ours[n], t) for n, t in own.items())
+    assert any("master weights of ZeRO, of 8 files" in note for note in report["notes"])
+    for path in tags(Path(shutil.copytree(run, tmp_path / "s"))).glob("layer_*"):
+        tree = torch.load(path, weights_only=True)
+        torch.save({n: torch.zeros_like(t) for n, t in tree.items()}, path)
+    again = to_torch(tmp_path / "s", tmp_path / "u", **{"source.weights": "master"})  # nothing is from there
+    assert all(torch.equal(again[n], t) for n, t in own.items())
+    next(tags(tmp_path / "s").glob("*pp_rank_0_mp_rank_03_optim*")).unlink()
+    assert "the shard of rank 0 is missing (zero_pp_rank_0_mp_rank_03" in refused(
+        capsys, tmp_path / "s", tmp_path / "o", master
+    )
+
+
 # ---- the loss scale of fp16
 
 

@@ -62,7 +62,11 @@ RANKS = {  # formats with files of their own for each of some kinds of ranks
 EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
 RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
-MASTERS = ("deepspeed", "merak")  # formats of which the optimizer's own copies of the weights are read
+MASTERS = (
+    "megatron_deepspeed",
+    "deepspeed",
+    "merak",
+)  # formats of which the optimizer's own copies of the weights are read
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 

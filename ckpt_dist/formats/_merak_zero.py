@@ -12,8 +12,7 @@ Invariant: a weight is its runs in these slices, as boxes of the whole one; one 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,15 @@ from ckpt_dist import zero
 from ckpt_dist.box import ints
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import pickles
+from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import torch as pt
-from ckpt_dist.formats._table import File, flat
-from ckpt_dist.ranks import Part, Piece, Rank, strides_of
+from ckpt_dist.formats._flat import Run
+from ckpt_dist.formats._table import File, Slice, flat
+from ckpt_dist.ranks import Rank
 
 NAME = re.compile(r"zero_dp_rank_(\d+)(?:_mp_rank_(\d+))?(?:_pp_rank_(\d+))?_opt_states\.pt")
 FRONT = re.compile(r"^(module\.)?(\d+\.)?")
 MASTERS = "local_sub_partitions_of_fp32_groups"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Elements `lo` to `hi` of a rank's tensor, from element `at` of a flat tensor of a file."""
-
-    lo: int
-    hi: int
-    file: File
-    ref: pickles.TensorRef
-    at: int
 
 
 def files(path: Path, rank: Rank) -> list[str]:
@@ -68,9 +58,9 @@ def masters(opened: Sequence[File]) -> dict[str, list[Run]]:
     for number, shapes in enumerate(groups):
         if odd := next((n for n, s in shapes.items() if not isinstance(n, str) or not pickles.is_shape(s)), None):
             raise CheckpointError(f"{opened[0].path} is damaged: param_shapes has {odd!r:.60}.")
-        slices = [(file, ref) for refs in zip(*(_slices(f, number) for f in opened), strict=True) for file, ref in refs]
+        slices = [one for turn in zip(*(_slices(f, number) for f in opened), strict=True) for one in turn]
         sizes = ints([prod(shape) for shape in shapes.values()])
-        runs = zero.cut(np.cumsum(sizes) - sizes, sizes, [flat(f, ref, MASTERS).length for f, ref in slices])
+        runs = zero.cut(np.cumsum(sizes) - sizes, sizes, [one.length for one in slices])
         if (lost := zero.short(sizes, runs)).any():
             worst = int(np.argmax(lost))
             raise CheckpointError(
@@ -81,18 +71,19 @@ def masters(opened: Sequence[File]) -> dict[str, list[Run]]:
         for which, lo, hi, of, at in zip(
             *(c.tolist() for c in (runs.which, runs.lo, runs.hi, runs.slice, runs.at)), strict=True
         ):
-            file, ref = slices[of]
-            found.setdefault(names[which], []).append(Run(lo, hi, file, ref, at))
+            one = slices[of]
+            address = one.address + at * itemsize(one.dtype)
+            found.setdefault(names[which], []).append(Run(lo, hi, one.file, address, one.dtype))
     return found
 
 
-def _slices(file: File, group: int) -> list[tuple[File, Any]]:
+def _slices(file: File, group: int) -> list[Slice]:
     """A rank's slices of one group, of which it has one in each interval."""
     inner = file.tree.get("optimizer_state_dict")
     groups = inner.get(MASTERS) if isinstance(inner, Mapping) else None
     if not isinstance(groups, (list, tuple)) or group >= len(groups) or not isinstance(groups[group], (list, tuple)):
         raise CheckpointError(f"{file.path} holds no master weights of group {group} ({MASTERS}).")
-    return [(file, ref) for ref in groups[group]]
+    return [flat(file, ref, MASTERS) for ref in groups[group]]
 
 
 def aliases(stored: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, str]:
@@ -105,43 +96,6 @@ def aliases(stored: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, 
 def bare(name: str) -> str:
     """A name without the engine around the model and the number of its module."""
     return FRONT.sub("", name)
-
-
-def parts(part: Part, shape: tuple[int, ...], runs: Sequence[Run]) -> Iterator[tuple[Part, int, Any]]:
-    """The boxes of the whole tensor that the runs of a rank's hold; `part` says where a dense one would lie."""
-    if sum(run.hi - run.lo for run in runs) != prod(shape):
-        have = sum(run.hi - run.lo for run in runs)
-        raise CheckpointError(
-            f"{runs[0].file.path}: {part.name!r} has {have} elements, the model's file has {list(shape)}. They are of two runs."
-        )
-    for run in runs:
-        _, start, stop, past = zero.boxes(shape, ints([run.lo]), ints([run.hi]))
-        boxes = zip(start.tolist(), stop.tolist(), past.tolist(), strict=True)
-        pieces = [
-            piece
-            for lo, hi, at in boxes
-            for whole in part.pieces
-            if (piece := _shared(whole, shape, lo, hi, run.at + at))
-        ]
-        yield Part(part.name, run.ref.dtype, part.shape, pieces, run.ref), run.file.number, run.file.storages
-
-
-def _shared(whole: Piece, shape: Sequence[int], lo: Sequence[int], hi: Sequence[int], at: int) -> Piece | None:
-    """What of a box of a rank's tensor, whose first element is at `at`, lies in one of the pieces of the whole."""
-    strides = strides_of(shape)
-    here = [int(n) for n in np.unravel_index(whole[2], shape)] if shape else []
-    first = [max(a, b) for a, b in zip(lo, here, strict=True)]
-    last = [min(a, b + n - m) for a, b, m, n in zip(hi, here, whole[0], whole[1], strict=True)]
-    if any(a >= b for a, b in zip(first, last, strict=True)):
-        return None
-    move = [m - b for m, b in zip(whole[0], here, strict=True)]
-    offset = at + sum((f - a) * s for f, a, s in zip(first, lo, strides, strict=True))
-    return (
-        [f + d for f, d in zip(first, move, strict=True)],
-        [n + d for n, d in zip(last, move, strict=True)],
-        offset,
-        strides,
-    )
 
 
 def opened(path: Path, rank: Rank, first: int) -> list[File]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.files.zips import Record
-from ckpt_dist.formats import Layout, Spec, _merak_zero
+from ckpt_dist.formats import Layout, Spec, _flat, _merak_zero
 from ckpt_dist.formats import torch as pt
-from ckpt_dist.formats.megatron import rank_files, together
+from ckpt_dist.formats.megatron import Held, rank_files, together
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Cut, Part, Piece, Piecewise, Rank, strides_of
 
@@ -60,12 +59,12 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     ]
     _same_save(path, files, [tree for tree, _ in opened])
     facts = _facts(opened[0][0])
-    parts, master = list[tuple[Part, int, Mapping[str, Record]]](), options.get("weights") == "master"
+    parts, master = list[Held](), options.get("weights") == "master"
     for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True)):
         more = _merak_zero.opened(path, rank, len(files)) if master else []
         files += [file.path.name for file in more]
         runs = _merak_zero.masters(more) if more else {}
-        parts += _parts(tree["model"], rank, facts, runs, number, storages)
+        parts += _parts(path / files[number], tree["model"], rank, facts, runs, number, storages)
     entries, table = together(path, files, parts)
     if LORA not in files[0]:
         _whole(path, [e.name for e in entries], found[0].pp)
@@ -165,19 +164,19 @@ def _whole(path: Path, names: Sequence[str], pp: int) -> None:
 
 
 def _parts(
+    where: Path,
     model: Mapping[str, Any],
     rank: Rank,
     facts: Mapping[str, Any],
-    runs: Mapping[str, Sequence[_merak_zero.Run]],
+    runs: Mapping[str, Sequence[_flat.Run]],
     number: int,
     storages: Mapping[str, Record],
-) -> Iterator[tuple[Part, int, Mapping[str, Record]]]:
+) -> Iterator[Held]:
     """What a rank's tensors are of the whole ones; of those that are in `runs` the master weights, with their files."""
     listed = _merak_zero.aliases(model, runs)
     for name, stored, ref in _state(model):
         if of := runs.get(listed[stored]):
-            dense = _held(name, replace(ref, offset=0, stride=tuple(strides_of(ref.shape))), rank, facts)
-            yield from _merak_zero.parts(dense, ref.shape, of)
+            yield from _flat.boxes(where, _held(name, _flat.dense(ref, stored), rank, facts), of)
         elif (part := _held(name, ref, rank, facts)).pieces:
             yield part, number, storages
 

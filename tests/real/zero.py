@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pipeline": dict(stage=1, bf16=False, model="pipeline"),  # last: what it sets up for all is of no use to others
     "tied": dict(stage=1, bf16=False, model="pipeline", universal=True),
 }
+MEGATRON = "megatron"  # a case by itself: of 8 ranks
 LLAMA = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
     vocab_size=40, max_position_embeddings=32, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False,
@@ -130,6 +132,73 @@ def staged(tied: bool, **more: Any) -> Any:
         zero_optimization=dict(stage=1),
     )
     return deepspeed.initialize(model=module, model_parameters=[*module.parameters()], config=config | more)[0]
+
+
+WIDTH, WORDS = 4, 8
+
+
+class Shard(nn.Module):
+    """What one of two tensor-parallel ranks has of a layer of Megatron's, under its names; what it computes is no language model."""
+
+    def __init__(self, t: int, embedding: bool) -> None:
+        super().__init__()
+        if embedding:
+            self.word_embeddings, self.position_embeddings = nn.Embedding(WORDS // 2, WIDTH), nn.Embedding(8, WIDTH)
+        else:
+            self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+            self.self_attention, self.mlp = nn.Module(), nn.Module()
+            self.self_attention.query_key_value = nn.Linear(WIDTH, 3 * WIDTH // 2)
+            self.self_attention.dense = nn.Linear(WIDTH // 2, WIDTH)
+            self.mlp.dense_h_to_4h = nn.Linear(WIDTH, 2 * WIDTH)
+            self.mlp.dense_4h_to_h = nn.Linear(2 * WIDTH, WIDTH)
+        for name, p in self.named_parameters():
+            nn.init.normal_(p)
+            if not re.search(r"layernorm|position|dense.bias|4h_to_h.bias", name):  # those are alike on both ranks
+                p.data += 10 * t
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, "word_embeddings"):
+            return self.word_embeddings(x) + self.position_embeddings(torch.arange(8))
+        attention, mlp = self.self_attention, self.mlp
+        x = x + attention.dense(attention.query_key_value(self.input_layernorm(x))[..., : WIDTH // 2])
+        return x + mlp.dense_4h_to_h(torch.relu(mlp.dense_h_to_4h(self.post_attention_layernorm(x))))
+
+
+def megatron(folder: Path, rank: int) -> None:
+    """Two stages of two tensor-parallel ranks each, twice: files as Megatron-DeepSpeed has them, of steps of length 0."""
+    import argparse
+
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=2)
+    t = topology.get_coord(rank).model
+    torch.manual_seed(5)
+    head = lambda module, x: x @ module.word_embeddings.weight.t()  # noqa: E731
+    shared = dict(tied_weight_attr="word_embeddings.weight")
+    layers = [
+        lambda ids: ids.remainder(WORDS // 2),
+        TiedLayerSpec("embed", Shard, t, True, **shared),
+        lambda x: x,
+        *(LayerSpec(Shard, t, False) for _ in range(2)),
+        lambda x: x,
+        LayerSpec(nn.LayerNorm, WIDTH),
+        TiedLayerSpec("embed", Shard, t, True, forward_fn=head, **shared),
+    ]
+    loss = lambda out, ids: nn.functional.cross_entropy(out.flatten(0, 1), ids.remainder(WORDS // 2).flatten())  # noqa: E731
+    module = PipelineModule(layers=layers, topology=topology, loss_fn=loss, partition_method="uniform")
+    config = dict(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2, zero_optimization=dict(stage=1))
+    adam = dict(type="Adam", params=dict(lr=0.0, torch_adam=True))
+    engine = deepspeed.initialize(
+        model=module, model_parameters=[*module.parameters()], config=config | dict(optimizer=adam)
+    )[0]
+    engine.train_batch(data_iter=iter([(IDS, IDS)] * 2))
+    args = argparse.Namespace(
+        num_layers=2, hidden_size=WIDTH, num_attention_heads=2, ffn_hidden_size=4 * WIDTH, padded_vocab_size=WORDS,
+        max_position_embeddings=8, layernorm_epsilon=1e-5, tensor_model_parallel_size=2,
+    )  # fmt: skip
+    engine.save_checkpoint(str(folder / "megatron"), client_state=dict(args=args, checkpoint_version=3.0, iteration=1))
 
 
 def batches(engine: Any, first: int) -> list[float]:
@@ -324,6 +393,8 @@ def record(data: Path, folder: Path, world: str, names: list[str]) -> None:
         tag = (made / "latest").read_text()
         shutil.copytree(made / tag, kept / tag)
         shutil.copy(made / "latest", kept / "latest")
+        if name == MEGATRON:
+            continue
         kinds = [k for k in ("fp32", "together", "masters") if (made / f"{k}.pt").is_file()]
         theirs = torch.load(made / f"{kinds[0]}.pt")
         row: dict[str, Any] = {k: {n: digest(t) for n, t in torch.load(made / f"{k}.pt").items()} for k in kinds}
@@ -364,7 +435,7 @@ def main(argv: list[str]) -> None:
         resume(argv[1], Path(argv[at + 1]), int(argv[at + 2]), rank)
     else:
         for name in names:
-            make(folder, name, rank)
+            megatron(folder, rank) if name == MEGATRON else make(folder, name, rank)
 
 
 if __name__ == "__main__":
