@@ -19,14 +19,19 @@ class CheckpointError(Exception):
 
 
 class Missing(CheckpointError):
-    """Files of a checkpoint are not on this node; `paths` are those, in case another node has them."""
+    """Something of a checkpoint is not on this node; other nodes may know: the `size` of each of some paths, the `head`
+    of each, the `names` in each (`files/elsewhere.py`)."""
 
-    def __init__(self, message: str, paths: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, paths: tuple[str, ...] = (), ask: str = "size") -> None:
         super().__init__(message)
-        self.paths = paths
+        self.paths, self.ask = paths, ask
 
-    def __reduce__(self) -> tuple[type[Missing], tuple[str, tuple[str, ...]]]:
-        return Missing, (str(self), self.paths)
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        return [(self.ask, path) for path in self.paths]
+
+    def __reduce__(self) -> tuple[type[Missing], tuple[str, tuple[str, ...], str]]:
+        return Missing, (str(self), self.paths, self.ask)
 
 
 class UsageError(CheckpointError, ValueError):

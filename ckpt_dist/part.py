@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,36 +30,44 @@ from ckpt_dist.engine.fill import tile_dtypes
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.elsewhere import Answers, Question
+from ckpt_dist.formats.torch import head
 from ckpt_dist.model import Bound, Model
 
 T = TypeVar("T")
+ANSWER: dict[str, Callable[[str], Any]] = {"size": os.path.getsize, "names": os.listdir, "head": head}
 
 
 def scanned(group: Group, scan: Callable[[Mapping[str, Any]], T]) -> T:
-    """What rank 0 finds, on all ranks. Files that its node lacks are looked for on the others, and it scans again.
+    """What rank 0 finds, on all ranks. What its node lacks is asked of the others, and it scans again.
 
-    `scan` gets what to add to the keys of a source: the sizes of files `elsewhere`, -1 for one that nobody has.
+    `scan` gets what to add to the keys of a source: what was said `elsewhere`.
     """
-    sizes: dict[str, int] = {}
+    said: dict[Question, tuple[Any, ...]] = {}
     found: list[T] = []
 
-    def attempt() -> tuple[T | None, tuple[str, ...]]:
+    def attempt() -> tuple[T | None, list[Question]]:
         try:
-            found[:] = [scan({"elsewhere": sizes} if group.world > 1 else {})]
-            return _apart(found[0]), ()
+            found[:] = [scan({"elsewhere": Answers(said)} if group.world > 1 else {})]
+            return _apart(found[0]), []
         except Missing as error:
-            if group.world == 1 or set(error.paths) <= set(sizes):
+            if group.world == 1 or Answers(said).knows(error):
                 raise
-            return None, error.paths
+            return None, error.questions
 
     while True:
-        known, lost = group.on_first(attempt)
-        if not lost:
-            mine: Any = found[0] if found else known
-            return _apart(mine, keep=True) if group.world > 1 else mine  # type: ignore[no-any-return]
-        sizes |= dict.fromkeys(lost, -1)
-        for seen in group.gather({p: os.path.getsize(p) for p in lost if os.path.isfile(p)}):
-            sizes |= seen
+        known, asked = group.on_first(attempt)
+        if not asked:
+            whole: Any = found[0] if found else known
+            return _apart(whole, keep=True) if group.world > 1 else whole  # type: ignore[no-any-return]
+        every = group.gather(group.together(partial(_seen, asked if group.local_rank == 0 else [])))
+        said |= {q: tuple(of[q] for of in every if q in of) for q in asked}
+
+
+def _seen(asked: Sequence[Question]) -> dict[Question, Any]:
+    """What this node can say to some questions."""
+    there = {"names": os.path.isdir}
+    return {(what, p): ANSWER[what](p) for what, p in asked if there.get(what, os.path.isfile)(p)}
 
 
 def _apart(found: Any, keep: bool = False) -> Any:
@@ -188,7 +197,7 @@ def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
     """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
     catalog, length = m.catalog, ends(group, m)
     looks = group.world > 1 and not m.source.reader and group.local_rank == 0
-    looked = group.gather((group.node, _visible(catalog.root, catalog.files) if looks else []))
+    looked = group.gather((group.node, _visible(catalog) if looks else []))
     nodes = ints([node for node, _ in looked])
     if group.world == 1 or m.source.reader:
         return exchange.Readers(np.ones((group.world, len(length)), bool), length, nodes, balanced)
@@ -221,8 +230,13 @@ def stored(m: Model) -> NDArray[np.float64]:
     return each
 
 
-def _visible(root: str, files: Sequence[str]) -> list[bool]:
-    """Which files are there: one look at each folder, not at each file."""
+def _visible(catalog: Catalog) -> list[bool]:
+    """Which files are there: one look at each folder, not at each file. Where nodes may have files of one name that they wrote
+    for themselves (`sizes`), only those that are as long as what was scanned."""
+    root, files, sizes = catalog.root, catalog.files, catalog.about.get("sizes")
+    if sizes:
+        paths = [os.path.join(root, f) for f in files]
+        return [os.path.isfile(p) and os.path.getsize(p) == n for p, n in zip(paths, sizes, strict=True)]
     folders: dict[str, set[str]] = {}
     for folder in {os.path.dirname(f) for f in files}:
         try:

@@ -17,6 +17,7 @@ from ckpt_dist import configs, formats, megatron, merak, quantised
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
+from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.formats import nemo
 
 STEP = re.compile(
@@ -238,7 +239,7 @@ def _latest(
             source = _scan(asked, path, folder, name, keys, config, ())
             return replace(source, notes=(*notes, f"step {number} is the latest complete one of {len(numbered)}"))
         except CheckpointError as error:
-            if isinstance(error, Missing) and not set(error.paths) <= set(keys.get("elsewhere", error.paths)):
+            if isinstance(error, Missing) and "elsewhere" in keys and not answers(keys).knows(error):
                 raise  # other nodes are asked first
             notes.append(f"step {number} passed over: {error}")
     raise CheckpointError(

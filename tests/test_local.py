@@ -1,14 +1,16 @@
 """Contract: shards on disks that only their own node sees are converted and averaged as if all were in one place, and a shard
 that no node has is named.
-The nodes are namespaces, in which one path shows another folder; when one dies, the other ends in bounded time. Not checked here: other formats
-than DCP, which need all their files on the first node.
+The nodes are namespaces, in which one path shows another folder; when one dies, the other ends in bounded time. Checked for DCP and for
+DeepSpeed's runs; other formats need all their files on the first node.
 
 The nodes have networks of their own too, joined by a cable (veth), so nothing goes through the loopback device.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +20,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import ckpt_dist
 from tests.conftest import ROOT
 from tests.test_resume import checkpoints, noted, same, wait
 
 Real = Callable[[str], Path]
+DEEPSPEED = ROOT / "tests/data/deepspeed-0.19.8"
 
 
 def _run(*words: str) -> None:
@@ -151,12 +155,78 @@ def test_direct_is_refused_where_a_node_is_blind(nets: list[str], tmp_path: Path
     assert "not every node sees all files" in "".join(text for _, text in ended)
 
 
+LAUNCHER = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nnodes",
+    "2",
+    "--master-addr",
+    "10.77.0.1",
+    "--nproc-per-node",
+]
+
+
+def dealt(case: str, out: Path) -> list[Path]:
+    """A run of DeepSpeed's on two nodes: the files of odd ranks, stages and experts on the first, the others on the second;
+    the first has `latest`, as with DeepSpeed's use_node_local_storage."""
+    nodes = [out / "node0", out / "node1"]
+    for path in sorted(p for p in (DEEPSPEED / case).rglob("*_states.pt") if "universal" not in p.parts):
+        number = re.search(r"(?:pp_rank_|expert_|layer_0|mp_rank_0)(\d+)", path.name)
+        assert number
+        to = nodes[1 - int(number[1]) % 2] / case / path.parent.name
+        to.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    shutil.copy(DEEPSPEED / case / "latest", nodes[0] / case)
+    return nodes
+
+
+def test_deepspeed_shards_on_two_nodes(nets: list[str], tmp_path: Path) -> None:
+    """The first node has the model's file of no rank but the second at stage 3, and not all layers or experts of others."""
+    cases, master, place = ("two-3", "three-2", "experts-4", "tied-4"), "source.weights=master", tmp_path / "local"
+    for case in (*cases, "robin-3"):
+        nodes = dealt(case, tmp_path)
+    (main,) = (tmp_path / "node1/two-3").rglob(
+        "*model_states.pt"
+    )  # both nodes have one: not with the same places in it
+    copy = tmp_path / "node0" / main.relative_to(tmp_path / "node1")
+    torch.save({**torch.load(main, weights_only=True), "node": "0" * 1000}, copy)
+    assert copy.stat().st_size > main.stat().st_size
+    lost = sorted((tmp_path / "node1/robin-3").rglob("*optim_states.pt"))
+    for path in lost:
+        path.unlink()
+    jobs = [
+        ["convert", f"source.path={place / c}", f"target.path={tmp_path / c}", "target.format=torch", master]
+        for c in (*cases, "robin-3")
+    ]
+    jobs.append(
+        ["convert", f"source.path={place}/two-3", f"target.path={tmp_path}/own", "target.format=torch", "keep=weights"]
+    )
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    inner = [
+        "sh",
+        "-c",
+        'exec "$@" --node-rank "$NODE_RANK" ' + f"{ROOT}/tests/real/several.py {tmp_path}/jobs.json",
+        "sh",
+    ]
+    started = start_nodes(nets, place, nodes, 1, *inner, *LAUNCHER, "1")
+    said = [job.communicate(timeout=90)[1] for job in started]
+    assert "CODES [0, 0, 0, 0, 3, 0]" in said[0], said
+    assert said[0].count("transport collective: not every node sees all files") >= 4
+    for case in cases:
+        ckpt_dist.convert(DEEPSPEED / case, tmp_path / "whole" / case, format="torch", **{"source.weights": "master"})
+        assert same(tmp_path / case, tmp_path / "whole" / case), case
+    ckpt_dist.convert(DEEPSPEED / "two-3", tmp_path / "whole/own", format="torch")
+    assert same(tmp_path / "own", tmp_path / "whole/own")
+    assert f"the shards of ranks 0, 2 are missing ({lost[0].name}, {lost[1].name})" in said[0]
+    assert not (tmp_path / "robin-3").exists()
+
+
 @pytest.mark.parametrize(("victim", "whole"), [(0, True), (1, True), (0, False)], ids=["node 0", "node 1", "agent 0"])
 def test_a_node_that_dies_ends_the_job_on_the_other(nets: list[str], tmp_path: Path, victim: int, whole: bool) -> None:
     """The agent of another node than the first is not missed by anyone: its ranks finish the job."""
     run = checkpoints(tmp_path / "run", 2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    launcher += ["--master-addr", "10.77.0.1", "--master-port", "29411"]
+    launcher = [*LAUNCHER, "2", "--master-port", "29411"]
     words = [
         "2.5",
         "average",

@@ -25,6 +25,7 @@ from ckpt_dist.cli import main
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import legacy
 from tests.conftest import torchrun
+from tests.test_resume import noted, start, wait
 
 DATA = Path(__file__).parent / "data"
 CONVERTED, TRAINED = DATA / "merak-1.1.0", DATA / "merak-2.2.2"
@@ -120,6 +121,56 @@ def test_what_its_trainer_saved_is_read(case: str, tmp_path: Path) -> None:
     assert all(legacy.is_legacy(f.read_bytes()[:16]) for f in rank_files(TRAINED / case))
 
 
+def test_master_weights_of_zero(tmp_path: Path) -> None:
+    """Its run in fp32, of two data-parallel ranks, after steps: master weights are the model. `zero` was saved after it had
+    loaded a release, before its optimizer took over: there they are what the run was made with."""
+    keys: dict[str, Any] = {"model.config": str(CONVERTED / "hf-20"), "source.weights": "master"}
+    own = ckpt_dist.convert(TRAINED / "zero-trained", tmp_path / "own", **{"model.config": keys["model.config"]})
+    report = ckpt_dist.convert(TRAINED / "zero-trained", tmp_path / "back", **keys)
+    assert equal(tmp_path / "back", tmp_path / "own")
+    assert "master weights of ZeRO stage 1, 2 files" in "\n".join(report["notes"]) and own["notes"] != report["notes"]
+    ckpt_dist.convert(TRAINED / "zero", tmp_path / "first", **keys)
+    first = load_file(tmp_path / "first/model.safetensors")
+    assert all((t == ("weight" in n)).all() for n, t in first.items() if "ln_" in n or "bias" in n)
+    with pytest.raises(CheckpointError, match=r"0 files of the optimizer of tensor rank 0, stage 0"):
+        ckpt_dist.convert(TRAINED / "t1p1", tmp_path / "no", **keys)
+    run = Path(shutil.copytree(TRAINED / "zero-trained", tmp_path / "run"))
+    next(run.rglob("zero_dp_rank_00001*")).unlink()
+    with pytest.raises(CheckpointError, match="are in no file of the optimizer; 1 are there"):
+        ckpt_dist.convert(run, tmp_path / "no", **keys)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("keys", [dict(tp=2, pp=2), dict(tp=1, pp=3)], ids=str)
+def test_master_weights_of_other_ranks(keys: dict[str, int], made: Made, tmp_path: Path) -> None:
+    """Cut as its optimizer cuts them (core/zero/stage1.py): slices of one length that three ranks take in turn. Files are
+    called as by 2.x, or as by 1.x, without zeros in front of numbers."""
+    wide = (5, 2, 3) if keys["tp"] > 1 else (1, 1, 1)
+    ckpt_dist.convert(made("gpt2"), tmp_path / "it", format="merak", **keys)
+    for file in rank_files(tmp_path / "it"):
+        tree = torch.load(file, weights_only=True)
+        state = {n: t.clone() for n, t in tree["model"].items()}
+        groups = [{n: t for n, t in state.items() if ("bias" in n) == late} for late in (False, True)]
+        for d, parts in enumerate(zip(*([_turns(g, 3, 2) for g in groups]))):
+            numbers = (d, *map(int, re.findall(r"\d+", file.parent.name)))
+            words = [f"{k}_rank_{n:0{w}}" for k, n, w in zip(("dp", "mp", "pp"), numbers, wide)]
+            name = "_".join(["zero", *words, "opt_states.pt"])
+            inner = {"local_sub_partitions_of_fp32_groups": list(parts)}
+            shapes = [{n: t.shape for n, t in g.items()} for g in groups]
+            torch.save({"optimizer_state_dict": inner, "param_shapes": shapes}, file.parent.parent / name)
+        torch.save({**tree, "model": {n: torch.zeros_like(t) for n, t in state.items()}}, file)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", **{"source.weights": "master"})
+    assert equal(tmp_path / "back", made("gpt2"))
+
+
+def _turns(tensors: dict[str, torch.Tensor], world: int, intervals: int) -> list[list[torch.Tensor]]:
+    """What each rank has of some tensors end to end: of each interval one slice."""
+    line = torch.cat([t.flatten() for t in tensors.values()])
+    length = -(-len(line) // (world * intervals))
+    slices = torch.nn.functional.pad(line, (0, length * world * intervals - len(line))).split(length)
+    return [[s.clone() for s in slices[d::world]] for d in range(world)]
+
+
 @pytest.mark.skipif(
     find_spec("Merak") is None, reason="Merak (HPDL-Group/Merak 2.2.2, transformers 4.46) is not installed"
 )
@@ -209,6 +260,23 @@ def test_partitions(pp: int, method: str, wanted: list[int]) -> None:
     names = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"]
     found = merak.modules([*names, *(f"transformer.h.{k}.ln_1.weight" for k in range(4))])
     assert merak.bounds(found, pp, method, None) == wanted
+
+
+def test_a_killed_job_goes_on(made: Made, tmp_path: Path) -> None:
+    words = ["convert", f"source.path={made('gpt2')}", f"target.path={tmp_path / 'out'}", "target.format=merak"]
+    words += ["target.tp=2", "target.pp=2", "engine.workers=1"]
+    job = start(1, 0.01, *words)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 5)
+    job.kill()
+    job.communicate(timeout=60)
+    assert job.returncode == -9 and not (tmp_path / "out").exists()
+    again = start(1, 0, *words)
+    _, said = again.communicate(timeout=60)
+    assert again.returncode == 0 and "tiles were there already" in said, said
+    ckpt_dist.convert(made("gpt2"), tmp_path / "straight", format="merak", tp=2, pp=2)
+    ours, theirs = (sorted(p.relative_to(f) for p in rank_files(f)) for f in (tmp_path / "out", tmp_path / "straight"))
+    assert ours == theirs and len(ours) == 4
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "straight" / n).read_bytes() for n in ours)
 
 
 # ---- folders and trackers

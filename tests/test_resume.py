@@ -46,6 +46,13 @@ def noted(staged: Path) -> int:
     return sum(p.read_text().count("\n") for p in staged.glob(".ckpt_dist/*.jsonl"))
 
 
+def kill_all(job: subprocess.Popen[str]) -> None:
+    """Kill an agent of torchrun and its ranks, the last one first."""
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    for pid in (*map(int, reversed(ranks)), job.pid):
+        os.kill(pid, signal.SIGKILL)
+
+
 def wait(condition: object, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]

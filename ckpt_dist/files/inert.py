@@ -30,8 +30,14 @@ class Record(list):  # type: ignore[type-arg]
         self.append((key, value))
 
 
-class Namespace(dict):  # type: ignore[type-arg]
-    """What is written as an argparse.Namespace."""
+class Instance(dict):  # type: ignore[type-arg]
+    """What is written as an object of a class, by the name of that: its state."""
+
+    path = ""
+
+
+class Namespace(Instance):
+    path = "argparse.Namespace"
 
 
 class Dtype(str):

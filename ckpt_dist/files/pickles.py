@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import allowed
 from ckpt_dist.files.dtypes import itemsize, storage_class
-from ckpt_dist.files.inert import DEEP, Dtype, Namespace, Record, Storage, TensorRef, named
+from ckpt_dist.files.inert import DEEP, Dtype, Instance, Record, Storage, TensorRef, named
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 MOST_CLASSES = 1 << 12  # of a framework, in one pickle
@@ -208,8 +208,10 @@ class _Pickler(_PurePython):  # type: ignore[misc]
             self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
         elif isinstance(value, TensorRef):
             self._tensor(value)
-        elif isinstance(value, Namespace):
-            self.save(_Name("argparse Namespace"))
+        elif isinstance(value, Dtype):
+            self.save(_Name(f"torch {value}"))
+        elif isinstance(value, Instance):
+            self.save(_Name(" ".join(value.path.rpartition(".")[::2])))
             self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
             self.save(dict(value))
             self.write(pickle.BUILD)

@@ -63,7 +63,11 @@ EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
 RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
 ARGS = ("megatron", "torch_dist", "zarr", "megatron_deepspeed", "merak")  # formats that keep the args of a run
-MASTERS = ("deepspeed",)  # formats of which the optimizer's own copies of the weights are read
+MASTERS = (
+    "megatron_deepspeed",
+    "deepspeed",
+    "merak",
+)  # formats of which the optimizer's own copies of the weights are read
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 

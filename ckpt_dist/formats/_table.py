@@ -15,9 +15,10 @@ import numpy as np
 from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints, row_major
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files import inert, zips
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.elsewhere import NOBODY, Answers
 from ckpt_dist.formats import torch as pt
 
 COUNTERS = {"float32": "<f4", "float64": "<f8", "int32": "<i4", "int64": "<i8"}
@@ -25,12 +26,14 @@ COUNTERS = {"float32": "<f4", "float64": "<f8", "int32": "<i4", "int64": "<i8"}
 
 @dataclass(frozen=True)
 class File:
-    """An opened `.pt` file: its number in the catalog, its pickle, the records of its storages."""
+    """An opened `.pt` file: its number in the catalog, its pickle, the records of its storages; of a file of another node
+    also the bytes of what may be a counter."""
 
     path: Path
     number: int
     tree: Any
     storages: Mapping[str, zips.Record]
+    counters: Mapping[str, bytes] | None = None
 
     def address(self, ref: inert.TensorRef, what: str) -> int:
         return pt.storage_record(self.storages, ref, f"{self.path}: {what}")
@@ -40,17 +43,60 @@ class File:
         at, kind = self.address(ref, what), COUNTERS.get(ref.dtype)
         if kind is None or ref.shape not in ((), (1,)):
             return None
-        with open(self.path, "rb") as file:
-            file.seek(at)
-            return float(np.frombuffer(file.read(itemsize(ref.dtype)), kind)[0])
+        if self.counters is not None:
+            data = self.counters.get(ref.storage.key, b"")[ref.offset * itemsize(ref.dtype) :]
+        else:
+            with open(self.path, "rb") as file:
+                file.seek(at)
+                data = file.read(itemsize(ref.dtype))
+        return float(np.frombuffer(data, kind, 1)[0]) if len(data) >= itemsize(ref.dtype) else None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of `.pt` files, some of which other nodes may have: what is not here is asked for."""
+
+    path: Path
+    others: Answers = NOBODY
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({p.name for p in self.path.iterdir()} | self.others.names(self.path))
+
+    def opened(self, names: Sequence[str], first: int = 0) -> list[File]:
+        """The pickles of some files, numbered from `first`; each has to hold a dict."""
+        away = [str(self.path / n) for n in names if not (self.path / n).is_file()]
+        if lost := [p for p in away if self.others.head(Path(p)) is None]:
+            raise Missing(f"{named(lost)} cannot be opened: it is not on this node. Fetch it.", tuple(lost), "head")
+        return [self._file(name, first + k) for k, name in enumerate(names)]
+
+    def _file(self, name: str, number: int) -> File:
+        path = self.path / name
+        head = None if path.is_file() else self.others.head(path)
+        tree, storages = (head.tree, head.storages) if head else pt.open_archive(path)
+        if not isinstance(tree, Mapping):
+            raise CheckpointError(f"{path} holds no dict. Was it written by DeepSpeed?")
+        return File(path, number, tree, storages, head.counters if head else None)
+
+    def sizes(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Of files that were opened. Nodes may have one of the same name that some rank of theirs wrote, with other settings
+        in it: only one that is as long has its tensors at the same places."""
+        each = [self.path / n for n in names]
+        return tuple(p.stat().st_size if p.is_file() else self.others.head(p).nbytes for p in each)
+
+    def lacks(self, what: str) -> Missing:
+        """Something is not among the files that are known: other nodes may have more."""
+        return Missing(what, (str(self.path),), "names")
 
 
 def opened(root: Path, name: str, number: int) -> File:
     """The pickle of one file, which has to hold a dict."""
-    tree, storages = pt.open_archive(root / name)
-    if not isinstance(tree, Mapping):
-        raise CheckpointError(f"{root / name} holds no dict. Was it written by DeepSpeed?")
-    return File(root / name, number, tree, storages)
+    return Folder(root).opened([name], number)[0]
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """The first few of some names: `named(["a", "b", "c"], 2)` -> `a, b and 1 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass(frozen=True)

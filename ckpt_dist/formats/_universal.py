@@ -28,7 +28,7 @@ from ckpt_dist.catalog import Catalog, Entry, Extra, Key
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import is_floating
-from ckpt_dist.formats import Layout, Spec, _zero
+from ckpt_dist.formats import Layout, Spec, _moments, _zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats._table import File, Table, opened
 
@@ -49,8 +49,11 @@ def claims(path: Path) -> bool:
 # ---- reading
 
 
-def scan(path: Path, models: Sequence[str], more: Any) -> Catalog:
-    """Each file of each parameter; `models` are the files of the model, and `more(table, main)` is what lies in them."""
+def scan(path: Path, models: Sequence[str], more: Any, universal: bool = False) -> Catalog:
+    """Each file of each parameter; `models` are the files of the model, and `more(table, main)` is what lies in them.
+
+    `universal`: what is to be made is such a checkpoint again.
+    """
     names = sorted(p.parent.name for p in (path / FOLDER).glob(f"*/{WEIGHT}"))
     files = [*models, *([f"{FOLDER}/{STATE}"] if (path / FOLDER / STATE).is_file() else [])]
     heads = [opened(path, name, k) for k, name in enumerate(files)]
@@ -61,7 +64,11 @@ def scan(path: Path, models: Sequence[str], more: Any) -> Catalog:
             files.append(f"{FOLDER}/{name}/{file}")
             counters += _value(table, path, name, file, len(files) - 1, shapes.get(name))
     _rest(table, main, heads[: len(models)])
-    extras = [*counters, *more(table, main), *(_settings(table, heads[-1], names) if len(heads) > len(models) else ())]
+    extras = [
+        *counters,
+        *more(table, main),
+        *(_settings(table, heads[-1], names, universal) if len(heads) > len(models) else ()),
+    ]
     notes = ("weights: the fp32 weights of a universal checkpoint",)
     return table.catalog("deepspeed", path, files, extras, {"notes": notes})
 
@@ -104,7 +111,7 @@ def _rest(table: Table, main: File, models: Sequence[File]) -> None:
             table.whole(Entry(name, ref.dtype, ref.shape, (name,)), ref, main)
 
 
-def _settings(table: Table, state: File, names: Sequence[str]) -> Iterator[Extra]:
+def _settings(table: Table, state: File, names: Sequence[str], universal: bool) -> Iterator[Extra]:
     """Of optimizer_state.pt: settings of groups, numbers, and the step, which stage 3 has only here."""
     inner = state.tree.get("optimizer_state_dict")
     steps = inner.get("state") if isinstance(inner, Mapping) else None
@@ -119,9 +126,10 @@ def _settings(table: Table, state: File, names: Sequence[str]) -> Iterator[Extra
             table.whole(Entry(label, step.dtype, step.shape, place, "optimizer"), step, state)
         else:
             yield Extra(label, place, "optimizer", step)
-    for key, value in state.tree.items():
-        if key == "param_groups" or isinstance(value, (int, float, str)):
-            yield Extra(f"optimizer.{key}", ("optimizer", str(key)), "optimizer", value)
+    if "param_groups" in state.tree:
+        groups = state.tree["param_groups"]
+        yield Extra("optimizer.param_groups", ("optimizer", "param_groups"), "optimizer", groups)
+    yield from _moments.settings(state.tree, universal)
 
 
 # ---- writing
@@ -163,7 +171,8 @@ def lay_out(spec: Spec) -> Layout:
     files.add(f"{FOLDER}/{STATE}", found, {**_settings_of(beside), **nested})
     state = [(k, e) for k, e in enumerate(spec.entries) if e.role == "state"]
     for name in MODELS:
-        files.add(name, state, {**_model_of(step), **{p: v for p, v in beside.items() if p[0] != "optimizer"}})
+        own = {p: v for p, v in beside.items() if p[0] != "optimizer"}
+        files.add(name, state, {**_model_of(step), **own, ("mp_world_size",): 1})  # as many such files as there are
     return _laid_out(spec, files)
 
 

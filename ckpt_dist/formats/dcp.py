@@ -24,6 +24,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files import inert, metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.files.streams import Unknown
 from ckpt_dist.formats import Layout, Spec, _distcp, inside
 from ckpt_dist.formats import torch as pt
@@ -37,7 +38,7 @@ def claims(path: Path) -> bool:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """All of `.metadata` (or of the ranks' own `__R.metadata`) as arrays, checked against the files' sizes."""
-    return described(path, {str(p): p.read_bytes() for p in _metadata_files(path)}, options.get("elsewhere") or {})
+    return described(path, {str(p): p.read_bytes() for p in _metadata_files(path)}, answers(options).sizes)
 
 
 def described(path: Path, metadata_of: Mapping[str, bytes], elsewhere: Mapping[str, int]) -> Catalog:

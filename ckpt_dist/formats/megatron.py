@@ -99,17 +99,21 @@ def _version(where: Path, tree: Mapping[str, Any]) -> float:
     return float(said)
 
 
-def together(
-    path: Path, files: Sequence[str], parts: Sequence[tuple[ranks.Part, int, Mapping[str, Record]]]
-) -> tuple[tuple[Entry, ...], Chunks]:
-    """Whole tensors and where their boxes lie, from what the ranks hold: (part, number of its file, storages of that)."""
+Held = tuple[
+    ranks.Part, int, Mapping[str, Record] | int
+]  # of a rank: in which file; the storages of that, or the address
+
+
+def together(path: Path, files: Sequence[str], parts: Sequence[Held]) -> tuple[tuple[Entry, ...], Chunks]:
+    """Whole tensors and where their boxes lie, from what the ranks hold."""
     entries: dict[str, Entry] = {}
     number_of: dict[str, int] = {}
     rows: list[tuple[int, ranks.Piece, int, int]] = []
-    for part, file, storages in parts:
+    for part, file, place in parts:
         agree(path / files[file], entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
         entry = number_of.setdefault(part.name, len(number_of))
-        at = pt.storage_record(storages, part.ref, f"{path / files[file]}: {part.name}")
+        where = f"{path / files[file]}: {part.name}"
+        at = place if isinstance(place, int) else pt.storage_record(place, part.ref, where)
         rows += [(entry, piece, file, at + piece[2] * itemsize(part.dtype)) for piece in part.pieces]
     return tuple(entries.values()), chunk_table(rows)
 

@@ -19,9 +19,11 @@ from ckpt_dist import ranks
 from ckpt_dist.catalog import Catalog, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import inert, zips
-from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.formats import Layout, Spec, _flat, _shards, _zero
 from ckpt_dist.formats import torch as pt
-from ckpt_dist.formats.megatron import partition, rank_files, renamed, together
+from ckpt_dist.formats._save import save
+from ckpt_dist.formats._table import Folder
+from ckpt_dist.formats.megatron import Held, partition, rank_files, renamed, together
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Piecewise, Rank
 
@@ -64,24 +66,70 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     kinds = {number: _kind(path / files[0]) for number, files in layers.items()}
     _all_there(path, kinds, args)
     files = [file for found in layers.values() for file in found]
+    masters, zero = _masters(path, tp, len(files)) if options.get("weights") == "master" else ([{}] * tp, [])
     blocks = [number for number, kind in kinds.items() if kind == BLOCK]
-    parts = []
+    version, parts = _said(about, "checkpoint_version", 0), list[Held]()
     for place, file in enumerate(files):
         number, t = (int(n) for n in LAYER.fullmatch(file).groups())  # type: ignore[union-attr]
-        tree, storages = _opened(path / file)
-        state = {renamed(kinds[number] + k): v for k, v in tree.items() if isinstance(v, inert.TensorRef)}
         rank = Rank(t, 0, 0, tp, 1, 1, int(options.get("replica") or 0))
         first = blocks.index(number) if number in blocks else 0
-        held = ranks.held(state, rank, first, args, _said(about, "checkpoint_version", 0))
-        parts += [(part, place, storages) for part in held]
+        tree, storages = _opened(path / file)
+        own, dense = (
+            ranks.held({renamed(kinds[number] + n): r for n, r in state.items()}, rank, first, args, version)
+            for state in _tensors(tree)
+        )
+        for part, by_rows in zip(own, dense, strict=True):
+            runs = _of(masters[t], number, by_rows.ref.storage.key)
+            parts += list(_flat.boxes(path / file, by_rows, runs)) if runs else [(part, place, storages)]
+    files += zero
     entries, table = together(path, files, parts)
     alike = sorted({part.name for part, *_ in parts if part.alike}) if tp > 1 else []
     pp = max(sum(bool(STATE.fullmatch(p.name)) for p in path.iterdir()) // tp, 1)
     facts = {"tp": tp, "pp": pp, "padded": True, "replicated": alike, **_vocabulary(about)}
+    if zero:
+        facts["notes"] = (f"weights: the fp32 master weights of ZeRO, of {len(zero)} files",)
     return Catalog(
         "megatron_deepspeed", str(path), tuple(files), entries, table, _extras(path, about), args,
         about=facts,
     )  # fmt: skip
+
+
+def _tensors(tree: Mapping[str, Any]) -> tuple[dict[str, inert.TensorRef], dict[str, inert.TensorRef]]:
+    """A layer's tensors; and the same as if they lay row by row in storages that are called as they are."""
+    own = {k: v for k, v in tree.items() if isinstance(v, inert.TensorRef)}
+    return own, {name: _flat.dense(ref, name) for name, ref in own.items()}
+
+
+def _masters(path: Path, tp: int, first: int) -> tuple[list[dict[str, list[_flat.Run]]], list[str]]:
+    """Of each tensor-parallel rank the master weights of all its stages, by the engine's names; the optimizer's files."""
+    folder, files, found = Folder(path), list[str](), []
+    names, shards = _shards.stages(folder)
+    if not shards:
+        raise CheckpointError(
+            f"{path} holds no optimizer files (*_optim_states.pt), so no master weights. Leave source.weights out."
+        )
+    mains = folder.opened(names)
+    for t in range(tp):
+        stages = []
+        for main, of in zip(mains[t::tp], shards[t::tp], strict=True):
+            whole = _shards.all_of(folder, main, of)
+            stages.append((main, folder.opened(whole, first + len(files))))
+            files += whole
+        found.append({name: _runs(part) for name, part in _zero.masters(save(stages)).items()})
+    return found, files
+
+
+def _runs(part: _zero.Part) -> list[_flat.Run]:
+    columns = (c.tolist() for c in (part.lo, part.hi, part.file, part.address))
+    return [_flat.Run(lo, hi, file, at, part.dtype) for lo, hi, file, at in zip(*columns, strict=True)]
+
+
+def _of(masters: Mapping[str, list[_flat.Run]], number: int, name: str) -> list[_flat.Run]:
+    """The master weights of a layer's tensor; those of the embedding may have a name that the last stage uses too."""
+    tied = (
+        [n for n in masters if n.startswith("tied_modules.") and n.endswith(f".{name}")] if number == EMBEDDING else []
+    )
+    return masters.get(f"{number}.{name}") or (masters[tied[0]] if len(tied) == 1 else [])
 
 
 def _layers(path: Path) -> tuple[dict[int, list[str]], int]:

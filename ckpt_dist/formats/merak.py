@@ -18,16 +18,16 @@ from ckpt_dist import megatron, merak
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import inert
-from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.files.zips import Record
+from ckpt_dist.formats import Layout, Spec, _flat, _merak_zero
 from ckpt_dist.formats import torch as pt
-from ckpt_dist.formats.megatron import rank_files, together
+from ckpt_dist.formats.megatron import Held, rank_files, together
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Cut, Part, Piece, Piecewise, Rank, strides_of
 
 FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_pp_rank_(\d{3,}))?")
 WHOLE, PART = "model_optim.pt", "partial_model_optim.pt"
 LORA = "lora_"  # in front of the name of a file that holds an adapter alone, as a flat dict
-ZERO = re.compile(r"zero_dp_rank_\d+(_mp_rank_\d+)?(_pp_rank_\d+)?_opt_states\.pt")
 FACTS = "ckpt_dist"  # a plain dict in each file: what no other tool asks for, and every reader needs
 
 
@@ -59,18 +59,21 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     ]
     _same_save(path, files, [tree for tree, _ in opened])
     facts = _facts(opened[0][0])
-    parts = [
-        (part, number, storages)
-        for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True))
-        for part in (_held(name, ref, rank, facts) for name, ref in _state(tree["model"]))
-        if part.pieces
-    ]
+    parts, master = list[Held](), options.get("weights") == "master"
+    for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True)):
+        more = _merak_zero.opened(path, rank, len(files)) if master else []
+        files += [file.path.name for file in more]
+        runs = _merak_zero.masters(more) if more else {}
+        parts += _parts(path / files[number], tree["model"], rank, facts, runs, number, storages)
     entries, table = together(path, files, parts)
     if LORA not in files[0]:
         _whole(path, [e.name for e in entries], found[0].pp)
-    zero = [Extra(p.name, (p.name,), "optimizer", inert.Record()) for p in path.iterdir() if ZERO.fullmatch(p.name)]
+    zero = [Extra(p.name, (p.name,), "optimizer", inert.Record()) for p in path.iterdir()
+            if _merak_zero.NAME.fullmatch(p.name)]  # fmt: skip
     extras = (*{x.name: x for tree, _ in reversed(opened) for x in _extras(tree)}.values(), *zero)
-    about = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
+    about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "padded": found[0].tp > 1}
+    if master:
+        about["notes"] = (f"weights: the fp32 master weights of ZeRO stage 1, {len(files) - len(found)} files",)
     args = args_of(opened[0][0])
     config = args if megatron.is_args(args) else {}
     return Catalog("merak", str(path), tuple(files), entries, table, extras, config, about=about)
@@ -124,12 +127,12 @@ def _facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**args_of(tree), **(own if isinstance(own, dict) else {})}
 
 
-def _state(model: Mapping[str, Any]) -> Iterator[tuple[str, inert.TensorRef]]:
-    """The tensors of a rank without the numbers of their modules, and without what is there twice."""
+def _state(model: Mapping[str, Any]) -> Iterator[tuple[str, str, inert.TensorRef]]:
+    """The tensors of a rank without the numbers of their modules, and as stored; not what is there twice."""
     for stored, ref in model.items():
         name = merak.NUMBER.sub("", stored, count=1) if merak.NUMBER.match(stored) else stored
         if isinstance(ref, inert.TensorRef) and not _ignored(name):
-            yield name, ref
+            yield name, stored, ref
 
 
 def _ignored(name: str) -> str | None:
@@ -158,6 +161,24 @@ def _whole(path: Path, names: Sequence[str], pp: int) -> None:
     if found.layers and (lost < found.count - 1 or not ends):
         what = f"layer {lost - found.front}" if ends else "what comes after the layers"
         raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
+
+
+def _parts(
+    where: Path,
+    model: Mapping[str, Any],
+    rank: Rank,
+    facts: Mapping[str, Any],
+    runs: Mapping[str, Sequence[_flat.Run]],
+    number: int,
+    storages: Mapping[str, Record],
+) -> Iterator[Held]:
+    """What a rank's tensors are of the whole ones; of those that are in `runs` the master weights, with their files."""
+    listed = _merak_zero.aliases(model, runs)
+    for name, stored, ref in _state(model):
+        if of := runs.get(listed[stored]):
+            yield from _flat.boxes(where, _held(name, _flat.dense(ref, stored), rank, facts), of)
+        elif (part := _held(name, ref, rank, facts)).pieces:
+            yield part, number, storages
 
 
 def _held(name: str, ref: inert.TensorRef, rank: Rank, facts: Mapping[str, Any]) -> Part:

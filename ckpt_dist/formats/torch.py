@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ from ckpt_dist.formats import Crc, Layout, Spec
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 MAX_DEPTH = 64
+COUNTER_BYTES = 8  # of a storage that may be a counter's
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a node says of a file that another one lacks: its length, its pickle, the records of its storages, and the bytes
+    of those that may be counters, by which files of one save are known."""
+
+    nbytes: int
+    tree: Any
+    storages: Mapping[str, zips.Record]
+    counters: Mapping[str, bytes]
 
 
 def claims(path: Path) -> bool:
@@ -59,6 +72,14 @@ def open_archive(path: Path, base: int = 0, length: int | None = None) -> tuple[
     finally:
         os.close(fd)
     return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}
+
+
+def head(path: str) -> Head:
+    tree, storages = open_archive(Path(path))
+    with open(path, "rb") as file:
+        small = {k: r for k, r in storages.items() if r.nbytes <= COUNTER_BYTES}
+        nbytes = os.fstat(file.fileno()).st_size
+        return Head(nbytes, tree, storages, {k: os.pread(file.fileno(), r.nbytes, r.offset) for k, r in small.items()})
 
 
 def storage_record(storages: Mapping[str, zips.Record], ref: inert.TensorRef, where: str) -> int:
@@ -206,7 +227,7 @@ def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
 
 def _lists(node: Any) -> Any:
     """Dicts keyed by list indices become lists again; integer keys of dicts stay keys."""
-    if not isinstance(node, dict) or isinstance(node, inert.Namespace):
+    if not isinstance(node, dict) or isinstance(node, inert.Instance):
         return node
     if node and all(type(k) is int for k in node):
         return [_lists(node[k]) for k in sorted(node)]

@@ -27,6 +27,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files.codecs import CODECS, Packed
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.formats import Layout, Spec, torch_dist
 from ckpt_dist.formats import torch as pt
 
@@ -81,7 +82,7 @@ class Grid:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """Every `.zarray`, and the sizes of its chunks' files."""
-    catalog = described(path, _sizes(path), lambda name: (path / name).read_bytes(), options.get("elsewhere") or {})
+    catalog = described(path, _sizes(path), lambda name: (path / name).read_bytes(), answers(options).sizes)
     common = torch_dist.common_of(path / torch_dist.COMMON)
     config = torch_dist.args_of(common) or torch_dist.settings_beside(path)
     return replace(catalog, config=config, about={**catalog.about, "lightning": torch_dist.of_lightning(common)})

@@ -2,10 +2,10 @@
 
     python -m tests.real.merak convert TOOLS tests/data/merak-1.1.0      TOOLS: `tools` of Merak 1.1.0 (commit d72efe5)
     python -m tests.real.merak deepspeed TOOLS tests/data/merak-1.1.0/deepspeed      the same from Megatron-DeepSpeed's files
-    torchrun --nproc-per-node N -m tests.real.merak train LOAD SAVE TP PP [embedding=whole] [zero]
+    torchrun --nproc-per-node N -m tests.real.merak train LOAD SAVE TP PP [embedding=whole] [zero] [trained]
 
 Run with torch 2.13 on CPUs; the converter with transformers 5, the trainer (2.2.2, commit 1593043) with 4.46.3. It
-trains at a learning rate of 0, so that it saves what it loaded.
+trains at a learning rate of 0, so that it saves what it loaded; `trained` begins with weights of its own and changes them.
 """
 
 from __future__ import annotations
@@ -122,6 +122,9 @@ def _arguments(load: Path, save: Path, tp: int, pp: int, more: tuple[str, ...]) 
         given |= dict(partition_method="custom", custom_partition="0,2,4")
     if tp > 1 and "embedding=whole" not in more:
         given |= dict(parallel_vocab=True)
+    if "trained" in more:  # from weights of its own, with steps of some length
+        given |= dict(learning_rate=0.01)
+        del given["resume_from_checkpoint"]
     if "zero" in more:
         given |= dict(zero_stage=1, zero_allow_untested_optimizer=True)
     return [str(w) for k, v in given.items() for w in (f"--{k}", v)]
