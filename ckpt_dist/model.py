@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import configs
+from ckpt_dist import configs, slots
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints, distinct, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
@@ -105,7 +105,7 @@ def recognise(
     names = [
         n
         if catalog.entries[e].role == "weight"
-        else (catalog.entries[e].name if _kept(catalog.entries[e].role, keep) else None)
+        else (_own(catalog.entries[e].name, chosen, spoken, prefix) if _kept(catalog.entries[e].role, keep) else None)
         for e, n in enumerate(names)
     ]
     _unambiguous(names, source)
@@ -128,6 +128,10 @@ def recognise(
         {k: tuple(v) for k, v in dropped.items()},
         tuple(guesses),
     )
+
+
+def _own(name: str, family: Family | None, dialect: str, prefix: str) -> str:
+    return slots.unprefixed(family, dialect, prefix, name) if family else name
 
 
 def _kept(role: str, keep: Sequence[str]) -> bool:
@@ -281,12 +285,8 @@ def bind_plain(model: Model) -> Bound:
 def bind_family(model: Model) -> Bound:
     """Names as the family's dialect reads them. A tied copy that the source lacks is read from what it is tied to."""
     assert model.family is not None
-    rules = tuple(None if n is None else families.match(model.family, model.dialect, n) for n in model.names)
-    return Bound(model.catalog.entries, rules, model.sizes, axes_of(model.family))
-
-
-def axes_of(family: Family) -> dict[str, tuple[str, ...]]:
-    return {w: family.axes(w) for w in family.weights}
+    rules = tuple(None if n is None else slots.match(model.family, model.dialect, n) for n in model.names)
+    return Bound(model.catalog.entries, rules, model.sizes, slots.axes(model.family, rules))
 
 
 def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
@@ -318,15 +318,21 @@ def spelled(
     family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int], dtype_of: Any
 ) -> Bound:
     """The entries of a model in a dialect; a weight that it has no name for is refused, or taken to be zeros there."""
-    found = families.spell(family, dialect, present, sizes)
-    named = {w for _, rule, _ in found for w in rule.weights}
-    for weight in present:
-        if weight not in named and weight not in family.zeros:
-            raise CheckpointError(
-                f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect."
-            )
-    entries = tuple(Entry(name, dtype_of(rule), shape, (name,)) for name, rule, shape in found)
-    return Bound(entries, tuple(rule for _, rule, _ in found), sizes, axes_of(family))
+    entries: list[Entry] = []
+    rules: list[Rule] = []
+    for slot, mine in slots.grouped(present).items():
+        found = families.spell(family, dialect, mine, sizes)
+        named = {w for _, rule, _ in found for w in rule.weights}
+        for weight in mine:
+            if weight not in named and weight not in family.zeros:
+                raise CheckpointError(
+                    f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}; choose another target.dialect."
+                )
+        for name, rule, shape in found:
+            rules.append(slots.of(slot, rule))
+            role = "optimizer" if slot else "weight"
+            entries.append(Entry(slot + name, dtype_of(rules[-1]), shape, (slot + name,), role))
+    return Bound(tuple(entries), tuple(rules), sizes, slots.axes(family, rules))
 
 
 def canonical(dialect: str) -> bool:
@@ -343,7 +349,7 @@ def resized(m: Model, axis: str, length: int) -> Model:
         raise UsageError(
             f"{m.source.folder}: its vocabulary is not known, so it cannot become {length}. Give model.config=PATH."
         )
-    rules = [None if n is None else families.match(m.family, m.dialect, n) for n in m.names]
+    rules = [None if n is None else slots.match(m.family, m.dialect, n) for n in m.names]
     dims = {e: r.pattern.dims.index((axis,)) for e, r in enumerate(rules) if r and (axis,) in r.pattern.dims}
     catalog, have = m.catalog, m.sizes[axis]
     entries = tuple(

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import family as families
-from ckpt_dist import formats, model, plan, quantised
+from ckpt_dist import formats, model, plan, quantised, slots
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.configs import is_hf
 from ckpt_dist.engine import exchange, traffic
@@ -164,13 +164,11 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
                 f"{m.source.folder}: {what} cannot be read from the checkpoint, and names in {m.dialect or 'an unknown dialect'} cannot become "
                 f"{dialect or 'others'} without. Give model.config=PATH of its config.json or params.json."
             )
-        if any(n is not None and m.catalog.entries[e].role != "weight" for e, n in enumerate(m.names)):
-            raise UsageError(
-                f"Optimizer state is carried only under the same names; {m.dialect} becomes {dialect}. Use keep=[weights]."
-            )
     first = models[0]
     assert first.family is not None
     bounds = tuple(model.bind_family(m) for m in models)
+    for m, bound in zip(models, bounds, strict=True):
+        _spellable(m, bound, dialect, str(cfg_target.get("format")))
     present = model.corners(first.family, bounds[0], wholly(bounds[0]))
     dtype_of = stored_dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
@@ -193,6 +191,28 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
         for r in target.rules
     )  # what has no rule is filled by nobody, and a file begins as zeros
     return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
+
+
+def _spellable(m: Model, bound: Bound, dialect: str, format: str) -> None:
+    """Of an optimizer's state only slots of weights have names in other dialects, and a place in some formats."""
+    for name, entry, rule in zip(m.names, bound.entries, bound.rules, strict=True):
+        if name is None or entry.role == "weight":
+            continue
+        if rule is None:
+            raise UsageError(
+                f"Optimizer state is carried only under the same names; {m.dialect} becomes {dialect}, and {entry.name!r} is "
+                "named after no weight. Use keep=[weights]."
+            )
+        if wrong := slots.misshapen(rule, m.sizes, entry.shape):
+            raise CheckpointError(
+                f"{m.source.folder}: {entry.name!r} {wrong}. It is damaged, or in pieces (fully_sharded_model_space of "
+                "megatron-core up to 0.15), which are not read. Use keep=[weights]."
+            )
+        if format not in formats.SLOTS:
+            raise UsageError(
+                f"target.format={format}: no optimizer state is written in it, only in {', '.join(formats.SLOTS)}; Megatron loads "
+                "torch_dist under any parallel layout. Use keep=[weights], or another target.format."
+            )
 
 
 def _with_own(canon: Bound, target: Bound, own: set[str]) -> Bound:
@@ -236,6 +256,10 @@ def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> B
     entries = []
     for entry in target.entries:
         path = entry.path if entry.role != "weight" else (*around, entry.name)
+        if entry.role == "optimizer" and target.axes:  # a slot, named after its weight
+            slot, own = slots.parted(entry.name)
+            path = (slot + ".".join(map(str, (*around, own))),)
+            entry = replace(entry, name=path[0])
         name = entry.name if entry.role != "weight" else ".".join(map(str, path))
         entries.append(replace(entry, name=name, path=path, dtype=target_dtype(cfg_target.get("dtype", "keep"), entry)))
     return replace(target, entries=tuple(entries))
@@ -507,7 +531,9 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
             differ = "are equal, as the config says" if tied(m) else "differ"
             report.guesses.append(f"{m.names[one]} and {m.names[two]} {differ}")
         if tied(m) if saved else equal_entries(group, report, m, one, two, engine):
-            names = tuple(None if e == one else n for e, n in enumerate(m.names))
+            names = tuple(
+                None if e == one or (n and slots.parted(n)[1] == m.names[one]) else n for e, n in enumerate(m.names)
+            )
             m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): (m.catalog.entries[one].name,)})
         elif tied(m):
             report.warnings.append(

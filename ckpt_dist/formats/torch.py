@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ckpt_dist.formats import Crc, Layout, Spec
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 MAX_DEPTH = 64
+SMALL = 256  # bytes of a tensor that is a value like a number is one
 
 
 def claims(path: Path) -> bool:
@@ -59,6 +61,25 @@ def open_archive(path: Path, base: int = 0, length: int | None = None) -> tuple[
     finally:
         os.close(fd)
     return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}
+
+
+def with_small(tree: Any, path: Path, storages: Mapping[str, zips.Record]) -> Any:
+    """The same values with small tensors (the step of an optimizer) read; a larger one is no value."""
+    if isinstance(tree, pickles.TensorRef):
+        nbytes = prod(tree.shape) * itemsize(tree.dtype)
+        if nbytes > SMALL or tree.storage.numel != prod(tree.shape):
+            return pickles.Record()
+        at = storage_record(storages, tree, str(path))
+        with open(path, "rb") as file:
+            file.seek(at)
+            return pickles.Small(tree.dtype, tree.shape, file.read(nbytes))
+    if isinstance(tree, pickles.Record):
+        return tree
+    if isinstance(tree, Mapping):
+        return {k: with_small(v, path, storages) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(with_small(v, path, storages) for v in tree)
+    return tree
 
 
 def storage_record(storages: Mapping[str, zips.Record], ref: pickles.TensorRef, where: str) -> int:
@@ -150,7 +171,9 @@ def lay_out_files(
         storages = [
             int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group
         ]
-        archive = zips.lay_out(records(pickles.dumps(tree), storages), Path(name).stem)
+        small: list[bytes] = []
+        data_pkl = pickles.dumps(tree, small, len(storages))
+        archive = zips.lay_out(records(data_pkl, [*storages, *small]), Path(name).stem)
         data = [k for k, (label, _) in enumerate(records(b"", storages)) if label.startswith("data/")]
         for i, k, nbytes in zip(group, data, storages, strict=True):
             file[i], offset[i] = number, archive.addresses[k]
@@ -161,7 +184,7 @@ def lay_out_files(
     return Layout(catalog, tuple(lengths), tuple(pieces), tuple(crcs))
 
 
-def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes | int]]:
+def records(data_pkl: bytes, storages: Sequence[bytes | int]) -> list[tuple[str, bytes | int]]:
     """The records of an archive in torch's order; an int stands for bytes that come later."""
     return [
         ("data.pkl", data_pkl),
@@ -175,8 +198,10 @@ def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes |
 
 
 def archive(tree: Any, name: str = "archive") -> bytes:
-    """A torch.save of values without tensors."""
-    layout = zips.lay_out(records(pickles.dumps(tree), []), name)
+    """A torch.save of values, with small tensors at most."""
+    small: list[bytes] = []
+    data_pkl = pickles.dumps(tree, small)
+    layout = zips.lay_out(records(data_pkl, small), name)
     data = bytearray(layout.length)
     for at, piece in layout.pieces:
         data[at : at + len(piece)] = piece
