@@ -22,6 +22,7 @@ from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import BESIDE, Layout, Spec, dcp
+from ckpt_dist.formats import _megatron_buckets as buckets
 from ckpt_dist.formats import torch as pt
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
@@ -47,21 +48,24 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     catalog: Catalog = dcp.scan(path, options)
     common = common_of(path / COMMON) if (path / COMMON).is_file() else common_in(catalog)
     found = around(catalog, common, _settings(path / SETTINGS) or settings_beside(path))
-    asked = options.get("weights") == "master", "optimizer" in (options.get("keep") or ())
-    if any(asked) and options.get("unmatched") != "drop" and not options.get("universal"):
-        _named(found)
-    return slots.masters(found) if asked[0] else found
+    master = options.get("weights") == "master"
+    if master or "optimizer" in (options.get("keep") or ()):
+        found = _with_names(found, options.get("unmatched") != "drop" and not options.get("universal"))
+    return slots.masters(found) if master else found
 
 
-def _named(catalog: Catalog) -> None:
-    """Refuses what a distributed optimizer stores without names: flat buckets of the ranks that wrote them."""
-    names = [x.name for x in (*catalog.entries, *catalog.extras) if x.role == "optimizer"]
-    if lost := [n for n in names if BUCKETS.match(n)]:
+def _with_names(catalog: Catalog, strict: bool) -> Catalog:
+    """With what a distributed optimizer has in flat buffers under the names of weights."""
+    lost = [x.name for x in (*catalog.entries, *catalog.extras) if x.role == "optimizer" and BUCKETS.match(x.name)]
+    try:
+        return buckets.named(catalog) if lost else catalog
+    except buckets.Unread as error:
+        if not strict:
+            return catalog
         raise CheckpointError(
-            f"{catalog.root}: {len(lost)} parts of the optimizer, first {lost[0]!r}, are flat buffers of the ranks that wrote "
-            "them (dp_reshardable or dp_zero_gather_scatter), which are not read: they name no weights. Have Megatron save "
-            "with --dist-ckpt-optim-fully-reshardable, or use keep=[weights] and the model's own weights."
-        )
+            f"{catalog.root}: {len(lost)} parts of its optimizer, first {lost[0]!r}, name no weights, and cannot be told apart: "
+            f"{error}. Have Megatron save with --dist-ckpt-optim-fully-reshardable, or use keep=[weights] and the model's own."
+        ) from None
 
 
 def around(catalog: Catalog, common: Mapping[str, Any], settings: Mapping[str, Any]) -> Catalog:

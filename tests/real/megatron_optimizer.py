@@ -79,7 +79,7 @@ def train(trained: list[Any], optimizer: Any, scheduler: Any, steps: int) -> lis
     model.train()
     losses = []
     for _ in range(steps):
-        words = torch.arange(1, 17).reshape(2, 8) * 3 % 64
+        words = torch.arange(1, 17).reshape(2, 8) * 3 % 32
         positions = torch.arange(8)[None].expand_as(words)
         mask = torch.ones(8, 8, dtype=torch.bool).triu(1)[None, None]
         model.zero_grad_buffer()
@@ -169,18 +169,38 @@ def stepped(optimizer: Any) -> None:
 
 
 def run(job: dict[str, Any]) -> None:
+    if job.get("convert"):
+        if dist.get_rank() == 0:
+            for source, target, keys in job["convert"]:
+                converted(source, target, keys)
+        dist.barrier()
     chunks, trained, optimizer, scheduler = wrapped(job)
     if job.get("load"):
+        if job["optimizer"] == "sharded":
+            stepped(optimizer)
         load(job, chunks, optimizer, scheduler)
-    if job.get("steps"):
-        losses = train(trained, optimizer, scheduler, job["steps"])
-        if dist.get_rank() == 0 and job.get("losses"):
-            Path(job["losses"]).write_text(json.dumps(losses))
+    train(trained, optimizer, scheduler, job.get("steps", 0))
     for folder, kind in job.get("dist", {}).items():
         save(job, chunks, optimizer, scheduler, folder, kind)
     if job.get("legacy"):
         legacy(job, chunks, optimizer, scheduler)
+    if job.get("losses"):
+        losses = train(trained, optimizer, scheduler, 2)
+        if dist.get_rank() == 0:
+            Path(job["losses"]).write_text(json.dumps(losses))
     dist.barrier()
+
+
+def converted(source: str, target: str, keys: dict[str, Any]) -> None:
+    """Our part, in a process of its own: this one is a rank among others."""
+    import os
+    import subprocess
+
+    words = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in keys.items()]
+    command = [sys.executable, "jobs/convert.py", f"source.path={source}", f"target.path={target}", *words]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
 
 
 def main(path: str) -> None:

@@ -1,0 +1,73 @@
+"""What tests/data/megatron-core-0.16.1-optimizer was made by: `python -m tests.real.keep_megatron_optimizer FOLDER`.
+
+One state of a run, saved by megatron-core in each of its ways; of the way in which tensors have names, their digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from tests.conftest import torchrun
+
+LLAMA: dict[str, Any] = dict(
+    num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=2, kv_channels=8,
+    normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True, activation_func="silu", layernorm_epsilon=1e-6,
+)  # fmt: skip
+MODEL = dict(
+    vocab_size=32, max_sequence_length=64, position_embedding_type="rope", share_embeddings_and_output_weights=False,
+    rotary_base=10000,
+)  # fmt: skip
+ARGS = dict(
+    swiglu=True, untie_embeddings_and_output_weights=True, padded_vocab_size=32, rotary_base=10000,
+    position_embedding_type="rope", max_position_embeddings=64,
+)  # fmt: skip
+ITER = "iter_0000007"
+
+
+def job(name: str, optimizer: str, layout: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return dict(name=name, settings=LLAMA, model=MODEL, args=ARGS, optimizer=optimizer, layout=layout, **more)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a distributed checkpoint, as torch reads them."""
+    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {k: torch.empty(d.size, dtype=d.properties.dtype) for k, d in described.items() if hasattr(d, "size")}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def main(out: Path) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        top = Path(made)
+        jobs = []
+        for kind in ("bf16", "sharded"):
+            named, flat = f"{top}/{kind}-named/{ITER}", f"{top}/{kind}-buckets/{ITER}"
+            ways = {named: "fully_reshardable", flat: "dp_reshardable"} if kind == "sharded" else {named: None}
+            jobs.append(job(kind, kind, dict(tp=2), steps=3, buckets=1000, dist=ways, legacy=f"{top}/{kind}-tp2"))
+            jobs.append(job(kind, kind, dict(tp=2, pp=2), load=named, legacy=f"{top}/{kind}-tp2pp2"))
+        (top / "jobs.json").write_text(json.dumps(jobs))
+        done = torchrun(4, "-m", "tests.real.megatron_optimizer", top / "jobs.json")
+        assert done.returncode == 0, done.stderr[-5000:]
+        digests = {k: {n: digest(t) for n, t in tensors(top / f"{k}-named/{ITER}").items()} for k in ("bf16", "sharded")}
+        out.mkdir(parents=True)
+        (out / "digests.json").write_text(json.dumps(digests, indent=0))
+        for name in ("bf16-tp2pp2", "sharded-tp2", "sharded-buckets"):
+            shutil.copytree(top / name, out / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
