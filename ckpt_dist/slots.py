@@ -100,13 +100,15 @@ def masters(catalog: Catalog) -> Catalog:
             f"{catalog.root} holds no fp32 copies of weights (optimizer.state.fp32_param.NAME or param.NAME): its optimizer "
             "keeps none, or was not saved. Leave source.weights out."
         )
-    entry = catalog.chunks.entry
-    own_rows, copies = np.flatnonzero(~np.isin(entry, copied)), np.flatnonzero(weight_of[entry] >= 0)
+    owner = catalog.chunks.entry
+    own_rows, copies = np.flatnonzero(~np.isin(owner, copied)), np.flatnonzero(weight_of[owner] >= 0)
     rows = np.concatenate([own_rows, copies])
     chunks = catalog.chunks.take(rows)
-    chunks = replace(chunks, entry=np.concatenate([entry[own_rows], weight_of[entry[copies]]]))
+    chunks = replace(chunks, entry=np.concatenate([owner[own_rows], weight_of[owner[copies]]]))
     about = {k: v[rows] if isinstance(v, np.ndarray) else v for k, v in catalog.about.items()}
     rest = len(numbers) - len(copied)
-    said = "weights: the optimizer's own copies in fp32" + (f"; {rest} that have none are the model's own" if rest else "")
+    said = "weights: the optimizer's own copies in fp32" + (
+        f"; {rest} that have none are the model's own" if rest else ""
+    )
     about["notes"] = (*about.get("notes", ()), said)
     return replace(catalog, entries=tuple(entries), chunks=chunks, about=about)

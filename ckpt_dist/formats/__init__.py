@@ -62,8 +62,14 @@ RANKS = {  # formats with files of their own for each of some kinds of ranks
 EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
 RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
-BESIDE = {"torch_dist": ("optimizer", "opt_param_scheduler", "content_metadata")}  # what resumes an optimizer and is no tensor
-SLOTS = ("dcp", "torch", "torch_dist")  # formats that an optimizer's state is written in, under names of another dialect
+BESIDE = {
+    "torch_dist": ("optimizer", "opt_param_scheduler", "content_metadata")
+}  # what resumes an optimizer and is no tensor
+SLOTS = (
+    "dcp",
+    "torch",
+    "torch_dist",
+)  # formats that an optimizer's state is written in, under names of another dialect
 MASTERS = ("deepspeed", "torch_dist", "megatron")  # formats of which the optimizer's own copies of the weights are read
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer

@@ -26,7 +26,9 @@ from ckpt_dist.formats import dcp
 from ckpt_dist.formats._megatron_optimizer import ALIGNED, BUFFER, RESHARDABLE, Unread
 from ckpt_dist.ranks import Piecewise, Rank, strides_of
 
-NAME = re.compile(r"optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), [^)]*\)\.bucket_idx_(\d+)\.(\w+)")
+NAME = re.compile(
+    r"optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), [^)]*\)\.bucket_idx_(\d+)\.(\w+)"
+)
 OBJECT = re.compile(r"optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1")
 ORDER = {  # of the modules of a layer, and of their parameters
     "local": (
@@ -60,7 +62,8 @@ class Flat:
 def named(catalog: Catalog) -> Catalog:
     """The same checkpoint with slots of weights instead of flat tensors."""
     found = {k: m for k, e in enumerate(catalog.entries) if (m := NAME.fullmatch(e.name))}
-    strange = [x.name for x in (*catalog.entries, *catalog.extras) if x.name.startswith("chained_")]
+    names = [e.name for e in catalog.entries] + [x.name for x in catalog.extras]
+    strange = [n for n in names if n.startswith("chained_")]
     if strange or not found:
         raise Unread("they are of several optimizers" if strange else "they are objects (dp_zero_gather_scatter)")
     flat_rows = np.flatnonzero(np.isin(catalog.chunks.entry, list(found)))
@@ -133,7 +136,9 @@ def _stages(layers: int, args: Mapping[str, Any]) -> list[int]:
     rest = layers - sum(n or 0 for n in ends)
     middle = pp - sum(n is not None for n in ends)
     if odd or (any(ends) and (vpp > 1 or middle < 1)) or rest % max(middle * vpp, 1):
-        raise Unread(f"{layers} layers in {pp} stages of {vpp} chunks, {', '.join(odd) or ends}: such stages are not known.")
+        raise Unread(
+            f"{layers} layers in {pp} stages of {vpp} chunks, {', '.join(odd) or ends}: such stages are not known."
+        )
     each = [rest // (middle * vpp)] * middle
     each = [*([ends[0]] if ends[0] is not None else []), *each, *([ends[1]] if ends[1] is not None else [])]
     return each * vpp
@@ -170,7 +175,12 @@ def _placed(catalog: Catalog, exact: Chunks, flats: Sequence[Flat], each: Sequen
 
 
 def _of_rank(
-    catalog: Catalog, exact: Chunks, flats: Sequence[Flat], params: Sequence[Sequence[Piecewise]], each: Sequence[Entry], t: int
+    catalog: Catalog,
+    exact: Chunks,
+    flats: Sequence[Flat],
+    params: Sequence[Sequence[Piecewise]],
+    each: Sequence[Entry],
+    t: int,
 ) -> Iterator[Row]:
     """Of each buffer (a virtual chunk's parameters of one dtype) its flat tensors, bucket by bucket."""
     lines: list[tuple[str, list[Piecewise]]] = []
@@ -263,7 +273,11 @@ def _boxes(one: Piecewise, first: int, last: int) -> Iterator[tuple[list[int], l
 
 
 def _with(
-    catalog: Catalog, flat: Mapping[int, Any], made: Sequence[Row], each: Sequence[Entry], origin: Sequence[tuple[int, int | None]]
+    catalog: Catalog,
+    flat: Mapping[int, Any],
+    made: Sequence[Row],
+    each: Sequence[Entry],
+    origin: Sequence[tuple[int, int | None]],
 ) -> Catalog:
     """Slots under the names of their weights, instead of the flat tensors; with the settings of the first rank."""
     kept = [k for k in range(len(catalog.entries)) if k not in flat]
@@ -284,7 +298,14 @@ def _with(
     width = max((len(e.shape) for e in entries), default=0)
     old = np.flatnonzero(~np.isin(catalog.chunks.entry, list(flat)))
     c = catalog.chunks.take(old)
-    one = Chunks(ints([new_number[k] for k in c.entry.tolist()]), c.start[:, :width], c.stop[:, :width], c.strides[:, :width], c.file, c.offset)
+    one = Chunks(
+        ints([new_number[k] for k in c.entry.tolist()]),
+        c.start[:, :width],
+        c.stop[:, :width],
+        c.strides[:, :width],
+        c.file,
+        c.offset,
+    )
     two = Chunks(
         ints([r[0] for r in table]), padded([r[1] for r in table], width, 0), padded([r[2] for r in table], width, 1),
         padded([r[3] for r in table], width, 0), ints([r[4] for r in table]), ints([r[5] for r in table]),
@@ -292,7 +313,11 @@ def _with(
     chunks = Chunks(*(np.concatenate([getattr(x, f.name) for x in (one, two)]) for f in fields(Chunks)))
     length = np.concatenate([catalog.about["length"][old], np.full(len(table), -1)])  # -1: an exact address
     return replace(
-        catalog, entries=tuple(entries), chunks=chunks, extras=tuple(_settings(catalog)), about={**catalog.about, "length": length}
+        catalog,
+        entries=tuple(entries),
+        chunks=chunks,
+        extras=tuple(_settings(catalog)),
+        about={**catalog.about, "length": length},
     )
 
 

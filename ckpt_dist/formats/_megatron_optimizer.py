@@ -99,7 +99,7 @@ def _inner(member: Mapping[str, Any]) -> Mapping[str, Any]:
 def _groups(where: Path, member: Mapping[str, Any]) -> Iterator[Group]:
     inner = _inner(member)
     state, settings = inner.get("state"), inner.get("param_groups")
-    copies = next((member[k] for k in COPIES if k in member), [[] for _ in settings or ()])
+    copies: Sequence[Any] = next((member[k] for k in COPIES if k in member), [[] for _ in settings or ()])
     if state is None and settings:
         raise Unread(f"{where}: its optimizer is a distributed one, whose {FLAT} is not beside it. Fetch it.")
     if not isinstance(state, Mapping) or not isinstance(settings, (list, tuple)) or len(copies) != len(settings):
@@ -108,7 +108,7 @@ def _groups(where: Path, member: Mapping[str, Any]) -> Iterator[Group]:
         each = [state.get(k) for k in group.get("params", ())]
         if not all(isinstance(kept, Mapping) for kept in each):
             raise Unread(f"{where}: its optimizer has no moments of some parameters. Was it saved before a step?")
-        tensors = [{n: r for n, r in kept.items() if isinstance(r, TensorRef) and n != "step"} for kept in each]
+        tensors = [{n: r for n, r in (kept or {}).items() if isinstance(r, TensorRef) and n != "step"} for kept in each]
         yield Group(tensors, list(mine), bool(group.get("is_expert_parallel")))
 
 
@@ -198,7 +198,11 @@ def _of_line(where: Path, buffer: Any, dtype: str, line: Sequence[Param]) -> Ite
             raise Unread(f"{where}: {slot!r} should be a flat tensor of {total} elements.")
         for param, start in zip(reversed(line), starts, strict=True):
             shape = param.ref.shape
-            yield param, str(slot), replace(ref, offset=ref.offset + start, shape=shape, stride=tuple(strides_of(shape)))
+            yield (
+                param,
+                str(slot),
+                replace(ref, offset=ref.offset + start, shape=shape, stride=tuple(strides_of(shape))),
+            )
 
 
 def _starts(where: Path, line: Sequence[Param], length: Any) -> tuple[list[int], int]:
@@ -223,7 +227,9 @@ def _starts(where: Path, line: Sequence[Param], length: Any) -> tuple[list[int],
 
 def beside(where: Path, tree: Mapping[str, Any], storages: Mapping[str, Place], flat: bool) -> list[Extra]:
     """What is no tensor of an optimizer, as distributed checkpoints have it."""
-    read = [_settings(pt.with_small(_stripped(m), where, storages), flat) for m in _members(where, tree.get("optimizer"))]
+    read = [
+        _settings(pt.with_small(_stripped(m), where, storages), flat) for m in _members(where, tree.get("optimizer"))
+    ]
     metadata = {"chained_optim_avoid_prefix": True} | ({"distrib_optim_sharding_type": RESHARDABLE} if flat else {})
     values = {"optimizer": read[0] if len(read) == 1 else dict(enumerate(read)), "content_metadata": metadata}
     if "opt_param_scheduler" in tree:
@@ -247,4 +253,3 @@ def _stripped(member: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(member: Any, flat: bool) -> Any:
     return {**member, "param_state_sharding_type": RESHARDABLE} if flat else member
-

@@ -24,6 +24,7 @@ from ckpt_dist.files import pickles
 from ckpt_dist.formats import BESIDE, Layout, Spec, dcp
 from ckpt_dist.formats import _megatron_buckets as buckets
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.formats._megatron_optimizer import Unread
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
 STATE = "_extra_state"  # of a layer of Transformer Engine
@@ -56,10 +57,11 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
 
 def _with_names(catalog: Catalog, strict: bool) -> Catalog:
     """With what a distributed optimizer has in flat buffers under the names of weights."""
-    lost = [x.name for x in (*catalog.entries, *catalog.extras) if x.role == "optimizer" and BUCKETS.match(x.name)]
+    names = [e.name for e in catalog.entries] + [x.name for x in catalog.extras]
+    lost = [n for n in names if BUCKETS.match(n)]
     try:
         return buckets.named(catalog) if lost else catalog
-    except buckets.Unread as error:
+    except Unread as error:
         if not strict:
             return catalog
         raise CheckpointError(

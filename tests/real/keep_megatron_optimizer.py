@@ -62,7 +62,9 @@ def main(out: Path) -> None:
         (top / "jobs.json").write_text(json.dumps(jobs))
         done = torchrun(4, "-m", "tests.real.megatron_optimizer", top / "jobs.json")
         assert done.returncode == 0, done.stderr[-5000:]
-        digests = {k: {n: digest(t) for n, t in tensors(top / f"{k}-named/{ITER}").items()} for k in ("bf16", "sharded")}
+        digests = {
+            k: {n: digest(t) for n, t in tensors(top / f"{k}-named/{ITER}").items()} for k in ("bf16", "sharded")
+        }
         out.mkdir(parents=True)
         (out / "digests.json").write_text(json.dumps(digests, indent=0))
         for name in ("bf16-tp2pp2", "sharded-tp2", "sharded-buckets"):

@@ -39,7 +39,7 @@ def named_as_cuda() -> None:
     """Optimizers tell parameters apart by the names of CUDA's tensor types."""
     kind = torch.Tensor.type
     torch.Tensor.type = (  # type: ignore[method-assign]
-        lambda self, *a, **k: kind(self, *a, **k) if a or k else kind(self).replace("torch.", "torch.cuda.")
+        lambda self, *a, **k: kind(self, *a, **k) if a or k else "torch.cuda." + kind(self).rpartition(".")[2]
     )
     torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
 
@@ -59,11 +59,22 @@ def wrapped(job: dict[str, Any]) -> tuple[list[Any], list[Any], Any, Any]:
         settings["autocast_dtype"] = torch.bfloat16
     chunks = build({**job, "settings": settings})
     config = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=divided, grad_reduce_in_fp32=True, overlap_grad_reduce=bool(job.get("buckets")), bucket_size=job.get("buckets"))
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=divided,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=bool(job.get("buckets")),
+        bucket_size=job.get("buckets"),
+    )
     inner = [Float16Module(config, c) if half else c for c in chunks]
     trained = [DistributedDataParallel(config, ddp, m) for m in inner]
     asked = OptimizerConfig(
-        optimizer="adam", lr=LEARNS, min_lr=LEARNS / 10, weight_decay=0.1, clip_grad=1.0, use_distributed_optimizer=divided, **more
+        optimizer="adam",
+        lr=LEARNS,
+        min_lr=LEARNS / 10,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        use_distributed_optimizer=divided,
+        **more,
     )
     optimizer = get_megatron_optimizer(asked, trained)
     scheduler = OptimizerParamScheduler(
@@ -117,8 +128,14 @@ def save(job: dict[str, Any], chunks: list[Any], optimizer: Any, scheduler: Any,
 def beside(job: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     layout = job["layout"]
     args = {k: v for k, v in job["settings"].items() if k != "activation_func"}
-    args |= {f"{long}_model_parallel_size": layout.get(k, 1) for k, long in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"))}
-    args |= {"virtual_pipeline_model_parallel_size": layout.get("vpp"), "use_distributed_optimizer": job["optimizer"] == "sharded"}
+    args |= {
+        f"{long}_model_parallel_size": layout.get(k, 1)
+        for k, long in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"))
+    }
+    args |= {
+        "virtual_pipeline_model_parallel_size": layout.get("vpp"),
+        "use_distributed_optimizer": job["optimizer"] == "sharded",
+    }
     common = {"args": Namespace(**args, **job.get("args", {})), "iteration": STEP, "checkpoint_version": 3.0}
     return {**common, "opt_param_scheduler": scheduler.state_dict(), "num_floating_point_operations_so_far": 9}
 
@@ -160,12 +177,13 @@ def load(job: dict[str, Any], chunks: list[Any], optimizer: Any, scheduler: Any)
 
 
 def stepped(optimizer: Any) -> None:
-    """The moments of a distributed optimizer with torch's Adam exist after a step only."""
+    """With torch's Adam a distributed optimizer has moments after a step only, and copies a step that it does not store."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         one._init_optimizer_states_with_dummy_values()
         own = one._set_main_param_and_optimizer_states
-        step = torch.tensor(0.0)
-        one._set_main_param_and_optimizer_states = lambda p, t, own=own: own(p, {"step": step, **t})
+        one._set_main_param_and_optimizer_states = lambda p, t, one=one, own=own: own(
+            p, {**one._get_main_param_and_optimizer_states(p), **t}
+        )
 
 
 def run(job: dict[str, Any]) -> None:
@@ -198,7 +216,11 @@ def converted(source: str, target: str, keys: dict[str, Any]) -> None:
 
     words = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in keys.items()]
     command = [sys.executable, "jobs/convert.py", f"source.path={source}", f"target.path={target}", *words]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
 
