@@ -236,7 +236,8 @@ def _latest(
                 formats.detect(path)
                 raise CheckpointError(f"{path} holds no {name} checkpoint.")
             source = _scan(asked, path, folder, name, keys, config, ())
-            return replace(source, notes=(*notes, f"step {number} is the latest complete one of {len(numbered)}"))
+            said = f"step {number} is the latest complete one of {len(numbered)}"
+            return replace(source, notes=(*notes, said, *source.notes))
         except CheckpointError as error:
             if isinstance(error, Missing) and not set(error.paths) <= set(keys.get("elsewhere", error.paths)):
                 raise  # other nodes are asked first

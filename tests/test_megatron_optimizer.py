@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,26 @@ from ckpt_dist.errors import CheckpointError, UsageError
 from tests.conftest import ROOT, torchrun
 from tests.real.keep_megatron_optimizer import ITER, digest, job, tensors
 
-DATA = ROOT / "tests/data/megatron-core-0.16.1-optimizer"
-DIGESTS = json.loads((DATA / "digests.json").read_text()) if DATA.exists() else {}
+KEPT = ROOT / "tests/data/megatron-core-0.16.1-optimizer.tar.xz"
+Said = dict[str, dict[str, str]]
 KEEP: dict[str, Any] = {"keep": ["weights", "optimizer"]}
 SAVED = {"bf16-tp2pp2": "bf16", "sharded-tp2": "sharded", "sharded-buckets": "sharded"}
 COPY = {"bf16": "optimizer.state.fp32_param.", "sharded": "optimizer.state.param."}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kept")
+    with tarfile.open(KEPT) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(data: Path) -> Said:
+    """The digests of what megatron-core calls by weights' names, by kind of optimizer."""
+    found: Said = json.loads((data / "digests.json").read_text())
+    return found
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -38,9 +54,9 @@ def optimizer(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("saved", SAVED)
-def test_every_way_of_saving_is_the_same_state(tmp_path: Path, saved: str) -> None:
-    ckpt_dist.convert(DATA / saved, tmp_path / "out", format="torch_dist", **KEEP)
-    assert digests(tmp_path / "out" / ITER) == DIGESTS[SAVED[saved]]
+def test_every_way_of_saving_is_the_same_state(data: Path, said: Said, tmp_path: Path, saved: str) -> None:
+    ckpt_dist.convert(data / saved, tmp_path / "out", format="torch_dist", **KEEP)
+    assert digests(tmp_path / "out" / ITER) == said[SAVED[saved]]
     common = torch.load(tmp_path / "out" / ITER / "common.pt", weights_only=False)
     assert common["args"].no_save_optim is False and common["args"].no_save_rng is True
     assert common["opt_param_scheduler"]["num_steps"] == 3 and common["iteration"] == 7
@@ -55,23 +71,23 @@ def test_every_way_of_saving_is_the_same_state(tmp_path: Path, saved: str) -> No
 
 
 @pytest.mark.parametrize("saved", SAVED)
-def test_master_weights(tmp_path: Path, saved: str) -> None:
-    report = ckpt_dist.convert(DATA / saved, tmp_path / "out", format="torch_dist", **{"source.weights": "master"})
+def test_master_weights(data: Path, said: Said, tmp_path: Path, saved: str) -> None:
+    report = ckpt_dist.convert(data / saved, tmp_path / "out", format="torch_dist", **{"source.weights": "master"})
     kind = SAVED[saved]
-    wanted = {n.removeprefix(COPY[kind]): d for n, d in DIGESTS[kind].items() if n.startswith(COPY[kind])}
+    wanted = {n.removeprefix(COPY[kind]): d for n, d in said[kind].items() if n.startswith(COPY[kind])}
     assert digests(tmp_path / "out" / ITER) == wanted
     assert "weights: the optimizer's own copies in fp32" in report["notes"]
 
 
 @pytest.fixture(scope="module")
-def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def named(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of them with names."""
     out = tmp_path_factory.mktemp("named") / "out"
-    ckpt_dist.convert(DATA / "sharded-tp2", out, format="torch_dist", **KEEP)
+    ckpt_dist.convert(data / "sharded-tp2", out, format="torch_dist", **KEEP)
     return out
 
 
-def test_stacked_layers_and_single_ones(named: Path, tmp_path: Path) -> None:
+def test_stacked_layers_and_single_ones(said: Said, named: Path, tmp_path: Path) -> None:
     single: dict[str, Any] = {"target.dialect": "megatron", **KEEP}
     ckpt_dist.convert(named, tmp_path / "single", format="torch_dist", **single)
     state, stacked = tensors(tmp_path / "single" / ITER), tensors(named / ITER)
@@ -83,13 +99,13 @@ def test_stacked_layers_and_single_ones(named: Path, tmp_path: Path) -> None:
             )
     assert len(state) == 4 * (3 + 2 * 6)
     ckpt_dist.convert(tmp_path / "single", tmp_path / "back", format="torch_dist", **KEEP)
-    assert digests(tmp_path / "back" / ITER) == DIGESTS["sharded"]
+    assert digests(tmp_path / "back" / ITER) == said["sharded"]
     assert optimizer(tmp_path / "back" / ITER) == optimizer(named / ITER)
 
 
-def test_other_formats_and_other_names(named: Path, tmp_path: Path) -> None:
+def test_other_formats_and_other_names(said: Said, named: Path, tmp_path: Path) -> None:
     ckpt_dist.convert(named, tmp_path / "dcp", format="dcp", **KEEP)
-    assert digests(tmp_path / "dcp") == DIGESTS["sharded"]
+    assert digests(tmp_path / "dcp") == said["sharded"]
     assert "optimizer" in FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
     ckpt_dist.convert(named, tmp_path / "hf.pt", format="torch", **{"target.dialect": "hf", **KEEP})
     tree, stacked = torch.load(tmp_path / "hf.pt"), tensors(named / ITER)
@@ -158,8 +174,10 @@ def another_optimizer(tree: Any) -> None:
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
-def test_lists_that_fit_no_model_or_too_many(tmp_path: Path, change: Callable[[Any], None], says: str) -> None:
-    shutil.copytree(DATA / "bf16-tp2pp2", tmp_path / "it")
+def test_lists_that_fit_no_model_or_too_many(
+    data: Path, tmp_path: Path, change: Callable[[Any], None], says: str
+) -> None:
+    shutil.copytree(data / "bf16-tp2pp2", tmp_path / "it")
     rewritten(tmp_path / "it", "model_optim_rng.pt", change)
     with pytest.raises(CheckpointError, match=says):
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", **KEEP)
@@ -183,8 +201,8 @@ def not_coalesced(tree: Any) -> None:
     [(longer, "flat buffer has .* its parameters need"), (not_coalesced, "a tensor for each bucket")],
     ids=lambda v: getattr(v, "__name__", ""),
 )
-def test_flat_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[Any], None], says: str) -> None:
-    shutil.copytree(DATA / "sharded-tp2", tmp_path / "it")
+def test_flat_tensors_that_do_not_fit(data: Path, tmp_path: Path, change: Callable[[Any], None], says: str) -> None:
+    shutil.copytree(data / "sharded-tp2", tmp_path / "it")
     rewritten(tmp_path / "it", "distrib_optim.pt", change)
     with pytest.raises(CheckpointError, match=says):
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", **KEEP)
@@ -194,9 +212,9 @@ def test_flat_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[Any], No
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no", **{"source.weights": "master"})
 
 
-def test_buckets_of_another_layout(tmp_path: Path) -> None:
+def test_buckets_of_another_layout(data: Path, tmp_path: Path) -> None:
     """Args that say another layout than the one that saved."""
-    shutil.copytree(DATA / "sharded-buckets", tmp_path / "it")
+    shutil.copytree(data / "sharded-buckets", tmp_path / "it")
     rewritten(tmp_path / "it", "common.pt", lambda tree: setattr(tree["args"], "tensor_model_parallel_size", 1))
     with pytest.raises(CheckpointError, match="name no weights, and cannot be told apart: buckets of"):
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", **KEEP)

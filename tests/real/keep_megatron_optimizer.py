@@ -1,4 +1,4 @@
-"""What tests/data/megatron-core-0.16.1-optimizer was made by: `python -m tests.real.keep_megatron_optimizer FOLDER`.
+"""What made tests/data/megatron-core-0.16.1-optimizer.tar.xz: `python -m tests.real.keep_megatron_optimizer FILE`.
 
 One state of a run, saved by megatron-core in each of its ways; of the way in which tensors have names, their digests.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,25 +50,31 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
+def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return member
+
+
 def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as made:
         top = Path(made)
         jobs = []
         for kind in ("bf16", "sharded"):
             named, flat = f"{top}/{kind}-named/{ITER}", f"{top}/{kind}-buckets/{ITER}"
-            ways = {named: "fully_reshardable", flat: "dp_reshardable"} if kind == "sharded" else {named: None}
+            ways = {named: "parameters", flat: "dp_reshardable"} if kind == "sharded" else {named: None}
             jobs.append(job(kind, kind, dict(tp=2), steps=3, buckets=1000, dist=ways, legacy=f"{top}/{kind}-tp2"))
-            jobs.append(job(kind, kind, dict(tp=2, pp=2), load=named, legacy=f"{top}/{kind}-tp2pp2"))
+        jobs.append(job("pp", "bf16", dict(tp=2, pp=2), load=f"{top}/bf16-named/{ITER}", legacy=f"{top}/bf16-tp2pp2"))
         (top / "jobs.json").write_text(json.dumps(jobs))
         done = torchrun(4, "-m", "tests.real.megatron_optimizer", top / "jobs.json")
         assert done.returncode == 0, done.stderr[-5000:]
         digests = {
             k: {n: digest(t) for n, t in tensors(top / f"{k}-named/{ITER}").items()} for k in ("bf16", "sharded")
         }
-        out.mkdir(parents=True)
-        (out / "digests.json").write_text(json.dumps(digests, indent=0))
-        for name in ("bf16-tp2pp2", "sharded-tp2", "sharded-buckets"):
-            shutil.copytree(top / name, out / name)
+        (top / "digests.json").write_text(json.dumps(digests, indent=0))
+        with tarfile.open(out, "w:xz") as archive:
+            for name in ("digests.json", "bf16-tp2pp2", "sharded-tp2", "sharded-buckets"):
+                archive.add(top / name, name, filter=anonymous)
 
 
 if __name__ == "__main__":

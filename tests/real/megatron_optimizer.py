@@ -119,10 +119,42 @@ def save(job: dict[str, Any], chunks: list[Any], optimizer: Any, scheduler: Any,
         Path(folder).mkdir(parents=True)
     dist.barrier()
     model, meta = sharded(chunks), metadata(kind)
+    if kind == "parameters":
+        dist_checkpointing.save({**model, "optimizer": by_parameter(model, optimizer)}, folder)
+        return
     state = {**model, "optimizer": optimizer.sharded_state_dict(model, metadata=meta), **beside(job, scheduler)}
     del meta["dp_cp_group"]
     dist_checkpointing.save(state, folder, content_metadata=meta)
     dist.barrier()
+
+
+def by_parameter(model: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A distributed optimizer's values as what they are of: its fully_reshardable is wrong where buckets are padded."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    (one,), group = optimizer.chained_optimizers, ps.get_data_parallel_group()
+    tensors, _ = extract_sharded_tensors_and_factories(model)
+    found = {}
+    for tensor in nested_values(tensors):
+        param, mine = tensor.data, None
+        if param in one.model_param_gbuf_map:
+            held, part = one._get_main_param_and_optimizer_states(param), one._get_model_param_range_map(param)["param"]
+            mine = (part.start, part.end, {k: v.detach().clone() for k, v in held.items() if k != "step"})
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, mine, group)
+        whole = {k: torch.zeros(param.numel()) for k in ("param", "exp_avg", "exp_avg_sq")}
+        for start, end, values in (p for p in parts if p is not None):
+            for k, value in values.items():
+                whole[k][start:end] = value
+        for k, value in whole.items():
+            prefix = f"optimizer.state.{k}"
+            found[f"{k} {tensor.key} {id(param)}"] = make_sharded_optimizer_tensor(
+                tensor, value.reshape(param.shape), prefix
+            )
+    return found
 
 
 def beside(job: dict[str, Any], scheduler: Any) -> dict[str, Any]:
