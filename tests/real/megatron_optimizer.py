@@ -58,6 +58,9 @@ def wrapped(job: dict[str, Any]) -> tuple[list[Any], list[Any], Any, Any]:
     if job["layout"].get("pp", 1) > 1 and half:
         settings["autocast_dtype"] = torch.bfloat16
     chunks = build({**job, "settings": settings})
+    for chunk in chunks:  # the loss is taken of each rank's part of the vocabulary
+        if chunk.post_process:
+            chunk.output_layer.gather_output = False
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=divided,
@@ -205,6 +208,9 @@ def load(job: dict[str, Any], chunks: list[Any], optimizer: Any, scheduler: Any)
     for k, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{k}"], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
+    for one in optimizer.chained_optimizers:
+        for state in one.optimizer.state.values():  # all have one tensor as their step, to which each would add
+            state["step"] = state["step"].clone()
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
 
 
