@@ -10,6 +10,8 @@ the files of each rank as Megatron-LM's training code lays them out.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -106,6 +108,18 @@ def train(trained: list[Any], optimizer: Any, scheduler: Any, steps: int) -> lis
         scheduler.step(increment=1)
         losses.append(loss.item())
     return losses
+
+
+def shaken(optimizer: Any) -> None:
+    """Moments of a model whose stages cannot be trained here: any values, the same in all that ranks have alike."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in one.optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.full_like(param, 0.1)
+        one.step_with_ready_grads()
+        for state in one.optimizer.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key].copy_(torch.rand_like(state[key]))
 
 
 def metadata(kind: str | None) -> dict[str, Any]:
@@ -227,15 +241,17 @@ def stepped(optimizer: Any) -> None:
 def run(job: dict[str, Any]) -> None:
     if job.get("convert"):
         if dist.get_rank() == 0:
-            for source, target, keys in job["convert"]:
-                converted(source, target, keys)
+            converted(job["convert"])
         dist.barrier()
     chunks, trained, optimizer, scheduler = wrapped(job)
     if job.get("load"):
         if job["optimizer"] == "sharded":
             stepped(optimizer)
         load(job, chunks, optimizer, scheduler)
-    train(trained, optimizer, scheduler, job.get("steps", 0))
+    if job.get("shaken"):
+        shaken(optimizer)
+    if job.get("steps"):
+        train(trained, optimizer, scheduler, job["steps"])
     for folder, kind in job.get("dist", {}).items():
         save(job, chunks, optimizer, scheduler, folder, kind)
     if job.get("legacy"):
@@ -247,20 +263,12 @@ def run(job: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def converted(source: str, target: str, keys: dict[str, Any]) -> None:
+def converted(jobs: list[tuple[str, str, dict[str, Any]]]) -> None:
     """Our part, in a process of its own: this one is a rank among others."""
-    import os
-    import subprocess
-
-    words = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in keys.items()]
-    command = [sys.executable, "jobs/convert.py", f"source.path={source}", f"target.path={target}", *words]
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    program = "import json, sys, ckpt_dist\nfor a, b, keys in json.loads(sys.argv[1]): ckpt_dist.convert(a, b, **keys)"
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(jobs)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def main(path: str) -> None:
