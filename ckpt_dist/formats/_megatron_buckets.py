@@ -22,14 +22,14 @@ from ckpt_dist import megatron, ranks, zero
 from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.files.dtypes import itemsize
-from ckpt_dist.formats import dcp
-from ckpt_dist.formats._megatron_optimizer import ALIGNED, BUFFER, RESHARDABLE, Unread
+from ckpt_dist.formats import BESIDE, dcp
+from ckpt_dist.formats._megatron_optimizer import ALIGNED, BUFFER, EXPERT, RESHARDABLE, Unread
 from ckpt_dist.ranks import Piecewise, Rank, strides_of
 
 NAME = re.compile(
-    r"optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), [^)]*\)\.bucket_idx_(\d+)\.(\w+)"
+    r"(?:chained_(\d)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), [^)]*\)\.bucket_idx_(\d+)\.(\w+)"
 )
-OBJECT = re.compile(r"optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1")
+OBJECT = re.compile(r"(?:chained_(\d)\.)?optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1")
 ORDER = {  # of the modules of a layer, and of their parameters
     "local": (
         r"input_layernorm\.", r"self_attention\.core_attention\.", r"self_attention\.linear_proj\.",
@@ -50,6 +50,7 @@ ENDS = ("embedding.word_embeddings.weight", "embedding.position_embeddings.weigh
 class Flat:
     """One flat tensor: what it is called, its entry, and its pieces in order, with exact addresses."""
 
+    optimizer: int
     group: int
     buffer: int
     dtype: str
@@ -62,17 +63,15 @@ class Flat:
 def named(catalog: Catalog) -> Catalog:
     """The same checkpoint with slots of weights instead of flat tensors."""
     found = {k: m for k, e in enumerate(catalog.entries) if (m := NAME.fullmatch(e.name))}
-    names = [e.name for e in catalog.entries] + [x.name for x in catalog.extras]
-    strange = [n for n in names if n.startswith("chained_")]
-    if strange or not found:
-        raise Unread("they are of several optimizers" if strange else "they are objects (dp_zero_gather_scatter)")
+    if not found:
+        raise Unread("they are objects (dp_zero_gather_scatter)")
     flat_rows = np.flatnonzero(np.isin(catalog.chunks.entry, list(found)))
     exact = dcp.locate(catalog, flat_rows)
     flats = []
     for k, m in found.items():
         rows = np.flatnonzero(exact.entry == k)
         rows = rows[np.argsort(exact.start[rows, 0], kind="stable")]
-        flats.append(Flat(int(m[1]), int(m[2]), m[3], int(m[4]), m[5], k, rows))
+        flats.append(Flat(int(m[1] or 0), int(m[2]), int(m[3]), m[4], int(m[5]), m[6], k, rows))
     each, origin = _layers(catalog.entries)
     made = _placed(catalog, exact, flats, each)
     return _with(catalog, found, made, each, origin)
@@ -152,26 +151,40 @@ Row = tuple[str, int, list[int], list[int], list[int], int, int]  # slot, number
 
 def _placed(catalog: Catalog, exact: Chunks, flats: Sequence[Flat], each: Sequence[Entry]) -> list[Row]:
     """The boxes of all slots, under the first order of modules that all flat tensors fit."""
-    args = catalog.config
-    tp = max(megatron.count(args, "tensor_model_parallel_size"), 1)
-    if megatron.count(args, "expert_model_parallel_size") > 1:
-        raise Unread("experts of several expert-parallel ranks in flat buffers are not read")
-    layers = 1 + max((int(m[2]) for e in each if (m := ranks.LAYER.fullmatch(e.name))), default=-1)
-    stages = _stages(layers, args)
-    pp = len(stages) // max(megatron.count(args, "virtual_pipeline_model_parallel_size"), 1)
     wrong: Unread | None = None
-    for spec in ("te", "local"):
+    for spec in ORDER:
         try:
             rows: list[Row] = []
-            for p in range(pp):
-                for t in range(tp):
-                    mine = [f for f in flats if f.group == p * tp + t]
-                    params = _params(each, Rank(t, p, 0, tp, pp, 1), stages, spec)
-                    rows += _of_rank(catalog, exact, mine, params, each, t)
+            for rank, optimizer, params in _holders(catalog.config, flats, each, spec):
+                group = rank.t + rank.tp * (rank.e + rank.ep * rank.p)
+                mine = [f for f in flats if (f.optimizer, f.group) == (optimizer, group)]
+                rows += _of_rank(catalog, exact, mine, params, each, rank.t)
             return rows
         except Unread as error:
             wrong = wrong or error
-    raise wrong  # type: ignore[misc]
+    raise wrong or Unread("nothing is known of its modules")
+
+
+def _holders(
+    args: Mapping[str, Any], flats: Sequence[Flat], each: Sequence[Entry], spec: str
+) -> Iterator[tuple[Rank, int, list[list[Piecewise]]]]:
+    """Each model-parallel rank of each optimizer with its parameters; the second one is that of experts, whose ranks are
+    others."""
+    tp, ep, etp = (
+        max(megatron.count(args, f"{k}_parallel_size"), 1) for k in ("tensor_model", "expert_model", "expert_tensor")
+    )
+    layers = 1 + max((int(m[2]) for e in each if (m := ranks.LAYER.fullmatch(e.name))), default=-1)
+    stages = _stages(layers, args)
+    pp = len(stages) // max(megatron.count(args, "virtual_pipeline_model_parallel_size"), 1)
+    count = 1 + max(f.optimizer for f in flats)
+    if count > 2 or (count == 1 and ep > 1):
+        raise Unread(f"they are of {count} optimizers of {ep} expert-parallel ranks")
+    for optimizer, (t, e) in enumerate([(tp, 1), (etp, ep)][:count]):
+        for rank in (Rank(a, p, b, t, pp, e) for p in range(pp) for b in range(e) for a in range(t)):
+            params = _params(each, rank, stages, spec)
+            if count > 1:
+                params = [[o for o in c if bool(EXPERT.search(o.path[1])) == (optimizer == 1)] for c in params]
+            yield rank, optimizer, [c for c in params if c]
 
 
 def _of_rank(
@@ -247,8 +260,8 @@ def packed(numels: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int
 
 def _again(one: Piecewise, entry: Entry, t: int) -> bool:
     """Whether another rank has the same: what ranks do not divide, and the copy of a tied embedding."""
-    whole = prod(one.shape) == prod(entry.shape)
-    return (whole and t > 0) or (one.path[1] == "output_layer.weight" and entry.name != "output_layer.weight")
+    alike = one.shape == entry.shape[len(entry.shape) - len(one.shape) :]
+    return (alike and t > 0) or (one.path[1] == "output_layer.weight" and entry.name != "output_layer.weight")
 
 
 def _boxes(one: Piecewise, first: int, last: int) -> Iterator[tuple[list[int], list[int], int]]:
@@ -323,13 +336,18 @@ def _with(
 
 def _settings(catalog: Catalog) -> Iterator[Extra]:
     """Settings of groups, which lie beside the flat tensors, as `fully_reshardable` has them in common.pt."""
-    found: dict[str, Any] = {"param_state_sharding_type": RESHARDABLE}
+    found: dict[int, dict[str, Any]] = {}
     for extra in catalog.extras:
         if m := OBJECT.fullmatch(extra.name):
             value = dcp.read_extra(catalog, extra)
-            found[m[1]] = value[0] if isinstance(value, list) and len(value) == 1 else value
+            one = found.setdefault(int(m[1] or 0), {"param_state_sharding_type": RESHARDABLE})
+            one[m[2]] = value[0] if isinstance(value, list) and len(value) == 1 else value
         elif extra.name == "content_metadata" and isinstance(extra.value, Mapping):
-            yield replace(extra, value={**extra.value, "distrib_optim_sharding_type": RESHARDABLE})
-        elif extra.name != "optimizer" and not extra.name.startswith("optimizer.distributed."):
+            more = {"distrib_optim_sharding_type": RESHARDABLE, "chained_optim_avoid_prefix": True}
+            yield replace(extra, value={**extra.value, **more})
+        elif (extra.name != "optimizer" and extra.role != "optimizer") or extra.name in BESIDE["torch_dist"][1:]:
             yield extra
-    yield Extra("optimizer", ("optimizer",), "optimizer", found)
+    if found:
+        yield Extra(
+            "optimizer", ("optimizer",), "optimizer", found[0] if len(found) == 1 else dict(sorted(found.items()))
+        )
