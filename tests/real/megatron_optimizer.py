@@ -183,6 +183,7 @@ def beside(job: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     }
     args |= {
         "virtual_pipeline_model_parallel_size": layout.get("vpp"),
+        "decoder_first_pipeline_num_layers": layout.get("first"),
         "use_distributed_optimizer": job["optimizer"] == "sharded",
     }
     common = {"args": Namespace(**args, **job.get("args", {})), "iteration": STEP, "checkpoint_version": 3.0}
