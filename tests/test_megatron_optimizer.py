@@ -21,13 +21,13 @@ from torch.distributed.checkpoint import FileSystemReader
 import ckpt_dist
 from ckpt_dist.errors import CheckpointError, UsageError
 from tests.conftest import ROOT, torchrun
-from tests.real.keep_megatron_optimizer import ITER, digest, job, tensors
+from tests.real.keep_megatron_optimizer import ITER, SAVED, digest, job, tensors
 
 KEPT = ROOT / "tests/data/megatron-core-0.16.1-optimizer.tar.xz"
 Said = dict[str, dict[str, str]]
 KEEP: dict[str, Any] = {"keep": ["weights", "optimizer"]}
-SAVED = {"bf16-tp2pp2": "bf16", "sharded-tp2": "sharded", "sharded-buckets": "sharded"}
-COPY = {"bf16": "optimizer.state.fp32_param.", "sharded": "optimizer.state.param."}
+COPY = {"bf16": "optimizer.state.fp32_param.", "sharded": "optimizer.state.param.", "experts": "optimizer.state.param."}
+STACKED: dict[str, Any] = {"experts": {"target.dialect": "megatron_local_stacked"}}  # as its own modules call it
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +55,30 @@ def optimizer(folder: Path) -> Any:
 
 @pytest.mark.parametrize("saved", SAVED)
 def test_every_way_of_saving_is_the_same_state(data: Path, said: Said, tmp_path: Path, saved: str) -> None:
-    ckpt_dist.convert(data / saved, tmp_path / "out", format="torch_dist", **KEEP)
-    assert digests(tmp_path / "out" / ITER) == said[SAVED[saved]]
+    kind = SAVED[saved]
+    ckpt_dist.convert(data / saved, tmp_path / "out", format="torch_dist", **KEEP, **STACKED.get(kind, {}))
+    assert digests(tmp_path / "out" / ITER) == said[kind]
     common = torch.load(tmp_path / "out" / ITER / "common.pt", weights_only=False)
     assert common["args"].no_save_optim is False and common["args"].no_save_rng is True
-    assert common["opt_param_scheduler"]["num_steps"] == 3 and common["iteration"] == 7
-    inner = common["optimizer"]["optimizer"]
-    if SAVED[saved] == "bf16":
-        assert torch.equal(inner["state"]["common_step"], torch.tensor(3.0))
-    else:
-        assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
-        assert common["optimizer"]["param_state_sharding_type"] == "fully_reshardable"
-        assert [g["step"] for g in inner["param_groups"]] == [3.0, 3.0]
-    assert [g["wd_mult"] for g in inner["param_groups"]] == [1.0, 0.0] and "params" not in inner["param_groups"][0]
+    assert common["opt_param_scheduler"]["num_steps"] == (0 if kind == "experts" else 3) and common["iteration"] == 7
+    both = common["optimizer"]
+    for optimizer in both.values() if kind == "experts" else [both]:
+        inner = optimizer["optimizer"]
+        if kind == "bf16":
+            assert torch.equal(inner["state"]["common_step"], torch.tensor(3.0))
+        else:
+            assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
+            assert optimizer["param_state_sharding_type"] == "fully_reshardable"
+            assert {g["step"] for g in inner["param_groups"]} == {1.0 if kind == "experts" else 3.0}
+        assert {g["wd_mult"] for g in inner["param_groups"]} <= {1.0, 0.0} and "params" not in inner["param_groups"][0]
+    if kind == "experts":
+        assert [o["optimizer"]["param_groups"][0]["is_expert_parallel"] for o in both.values()] == [False, True]
 
 
 @pytest.mark.parametrize("saved", SAVED)
 def test_master_weights(data: Path, said: Said, tmp_path: Path, saved: str) -> None:
-    report = ckpt_dist.convert(data / saved, tmp_path / "out", format="torch_dist", **{"source.weights": "master"})
-    kind = SAVED[saved]
+    kind, master = SAVED[saved], {"source.weights": "master"}
+    report = ckpt_dist.convert(data / saved, tmp_path / "out", format="torch_dist", **master, **STACKED.get(kind, {}))
     wanted = {n.removeprefix(COPY[kind]): d for n, d in said[kind].items() if n.startswith(COPY[kind])}
     assert digests(tmp_path / "out" / ITER) == wanted
     assert "weights: the optimizer's own copies in fp32" in report["notes"]

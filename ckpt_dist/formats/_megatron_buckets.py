@@ -18,32 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import megatron, ranks, zero
+from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import BESIDE, dcp
-from ckpt_dist.formats._megatron_optimizer import ALIGNED, BUFFER, EXPERT, RESHARDABLE, Unread
-from ckpt_dist.ranks import Piecewise, Rank, strides_of
+from ckpt_dist.formats import _megatron_order as order
+from ckpt_dist.formats._megatron_optimizer import ALIGNED, RESHARDABLE, Unread
+from ckpt_dist.ranks import Piecewise, strides_of
 
 NAME = re.compile(
     r"(?:chained_(\d)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), [^)]*\)\.bucket_idx_(\d+)\.(\w+)"
 )
 OBJECT = re.compile(r"(?:chained_(\d)\.)?optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1")
-ORDER = {  # of the modules of a layer, and of their parameters
-    "local": (
-        r"input_layernorm\.", r"self_attention\.core_attention\.", r"self_attention\.linear_proj\.",
-        r"self_attention\.linear_q(kv|_proj|_down_proj)\.", r"self_attention\.linear_q_up_proj\.",
-        r"self_attention\.linear_kv_down_proj\.", r"self_attention\.linear_kv_up_proj\.", r"self_attention\.q_layernorm\.",
-        r"self_attention\.kv?_layernorm\.", r"pre_mlp_layernorm\.", r"mlp\.router\.", r"mlp\.(experts\..*)?linear_fc1\.",
-        r"mlp\.(experts\..*)?linear_fc2\.", r"mlp\.shared_experts\.linear_fc1\.", r"mlp\.shared_experts\.linear_fc2\.",
-        r"mlp\.shared_experts\.gate",
-    ),
-}  # fmt: skip
-ORDER["te"] = ORDER["local"]  # norms are parts of the linear layers after them there
-LAST = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
-ENDS = ("embedding.word_embeddings.weight", "embedding.position_embeddings.weight", "", "decoder.final_layernorm.weight",
-        "decoder.final_layernorm.bias", "output_layer.weight")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ def named(catalog: Catalog) -> Catalog:
     """The same checkpoint with slots of weights instead of flat tensors."""
     found = {k: m for k, e in enumerate(catalog.entries) if (m := NAME.fullmatch(e.name))}
     if not found:
-        raise Unread("they are objects (dp_zero_gather_scatter)")
+        raise Unread("they are objects (dp_zero_gather_scatter), of which nothing shows where a parameter begins")
     flat_rows = np.flatnonzero(np.isin(catalog.chunks.entry, list(found)))
     exact = dcp.locate(catalog, flat_rows)
     flats = []
@@ -72,75 +59,9 @@ def named(catalog: Catalog) -> Catalog:
         rows = np.flatnonzero(exact.entry == k)
         rows = rows[np.argsort(exact.start[rows, 0], kind="stable")]
         flats.append(Flat(int(m[1] or 0), int(m[2]), int(m[3]), m[4], int(m[5]), m[6], k, rows))
-    each, origin = _layers(catalog.entries)
+    each, origin = order.layers(catalog.entries)
     made = _placed(catalog, exact, flats, each)
     return _with(catalog, found, made, each, origin)
-
-
-# ---- the model, layer by layer
-
-
-def _layers(entries: Sequence[Entry]) -> tuple[list[Entry], list[tuple[int, int | None]]]:
-    """Each layer's tensors as entries of their own, and which entry (and which layer in it) each is."""
-    each: list[Entry] = []
-    origin: list[tuple[int, int | None]] = []
-    for k, entry in enumerate(entries):
-        if entry.role != "weight" or BUFFER.search(entry.name):
-            continue
-        if re.match(r"decoder\.layers\.\D", entry.name):
-            for n in range(entry.shape[0]):
-                name = entry.name.replace("decoder.layers.", f"decoder.layers.{n}.", 1)
-                each.append(replace(entry, name=name, shape=entry.shape[1:]))
-                origin.append((k, n))
-        else:
-            each.append(entry)
-            origin.append((k, None))
-    return each, origin
-
-
-def _key(spec: str, name: str) -> tuple[int, int, int, int, int]:
-    """The place of a parameter in the order of its model's modules."""
-    layer = ranks.LAYER.fullmatch(name)
-    if layer is None:
-        if name not in ENDS:
-            raise Unread(f"{name!r} is of a module whose place in the order of Megatron's modules is not known.")
-        return ENDS.index(name), 0, 0, 0, 0
-    place = next((k for k, rule in enumerate(ORDER[spec]) if re.match(rule, layer[3])), None)
-    end = layer[3].rpartition(".")[2]
-    expert = re.search(r"local_experts\.(\d+)\.|\.(?:weight|bias)(\d+)$", layer[3])
-    number = int(expert[1] or expert[2]) if expert else 0
-    if place is None:
-        raise Unread(f"{name!r} is of a module whose place in the order of Megatron's modules is not known.")
-    one_by_one = spec == "local" and expert is not None  # both matrices of an expert before those of the next
-    kind = LAST.index(re.sub(r"\d+$", "", end)) if re.sub(r"\d+$", "", end) in LAST else 0
-    first = next(k for k, rule in enumerate(ORDER[spec]) if rule.startswith(r"mlp\.(experts"))
-    return 2, int(layer[2]), first if one_by_one else place, number, place * len(LAST) + kind
-
-
-def _params(each: Sequence[Entry], rank: Rank, stages: Sequence[int], spec: str) -> list[list[Piecewise]]:
-    """Each virtual chunk's parameters in the order of its modules."""
-    chunks: dict[str, list[Piecewise]] = {}
-    for one in ranks.holds(each, rank, stages, spec):
-        chunks.setdefault(one.path[0], []).append(one)
-    order = sorted(chunks, key=lambda k: (len(k), k))
-    return [sorted(chunks[k], key=lambda one: _key(spec, one.path[1])) for k in order]
-
-
-def _stages(layers: int, args: Mapping[str, Any]) -> list[int]:
-    """Layers of each stage, virtual chunk by chunk."""
-    pp, vpp = (max(megatron.count(args, f"{k}pipeline_model_parallel_size"), 1) for k in ("", "virtual_"))
-    ends = [args.get(f"decoder_{k}_pipeline_num_layers") for k in ("first", "last")]
-    odd = [k for k in ("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-           if args.get(k)]  # fmt: skip
-    rest = layers - sum(n or 0 for n in ends)
-    middle = pp - sum(n is not None for n in ends)
-    if odd or (any(ends) and (vpp > 1 or middle < 1)) or rest % max(middle * vpp, 1):
-        raise Unread(
-            f"{layers} layers in {pp} stages of {vpp} chunks, {', '.join(odd) or ends}: such stages are not known."
-        )
-    each = [rest // (middle * vpp)] * middle
-    each = [*([ends[0]] if ends[0] is not None else []), *each, *([ends[1]] if ends[1] is not None else [])]
-    return each * vpp
 
 
 # ---- where its parameters lie
@@ -152,10 +73,11 @@ Row = tuple[str, int, list[int], list[int], list[int], int, int]  # slot, number
 def _placed(catalog: Catalog, exact: Chunks, flats: Sequence[Flat], each: Sequence[Entry]) -> list[Row]:
     """The boxes of all slots, under the first order of modules that all flat tensors fit."""
     wrong: Unread | None = None
-    for spec in ORDER:
+    count = 1 + max(f.optimizer for f in flats)
+    for spec in order.SPECS:
         try:
             rows: list[Row] = []
-            for rank, optimizer, params in _holders(catalog.config, flats, each, spec):
+            for rank, optimizer, params in order.holders(catalog.config, count, each, spec):
                 group = rank.t + rank.tp * (rank.e + rank.ep * rank.p)
                 mine = [f for f in flats if (f.optimizer, f.group) == (optimizer, group)]
                 rows += _of_rank(catalog, exact, mine, params, each, rank.t)
@@ -163,28 +85,6 @@ def _placed(catalog: Catalog, exact: Chunks, flats: Sequence[Flat], each: Sequen
         except Unread as error:
             wrong = wrong or error
     raise wrong or Unread("nothing is known of its modules")
-
-
-def _holders(
-    args: Mapping[str, Any], flats: Sequence[Flat], each: Sequence[Entry], spec: str
-) -> Iterator[tuple[Rank, int, list[list[Piecewise]]]]:
-    """Each model-parallel rank of each optimizer with its parameters; the second one is that of experts, whose ranks are
-    others."""
-    tp, ep, etp = (
-        max(megatron.count(args, f"{k}_parallel_size"), 1) for k in ("tensor_model", "expert_model", "expert_tensor")
-    )
-    layers = 1 + max((int(m[2]) for e in each if (m := ranks.LAYER.fullmatch(e.name))), default=-1)
-    stages = _stages(layers, args)
-    pp = len(stages) // max(megatron.count(args, "virtual_pipeline_model_parallel_size"), 1)
-    count = 1 + max(f.optimizer for f in flats)
-    if count > 2 or (count == 1 and ep > 1):
-        raise Unread(f"they are of {count} optimizers of {ep} expert-parallel ranks")
-    for optimizer, (t, e) in enumerate([(tp, 1), (etp, ep)][:count]):
-        for rank in (Rank(a, p, b, t, pp, e) for p in range(pp) for b in range(e) for a in range(t)):
-            params = _params(each, rank, stages, spec)
-            if count > 1:
-                params = [[o for o in c if bool(EXPERT.search(o.path[1])) == (optimizer == 1)] for c in params]
-            yield rank, optimizer, [c for c in params if c]
 
 
 def _of_rank(

@@ -103,7 +103,8 @@ def assembled(
         more = [f for f in flats if f]
         parts += _kept(path, [*files, *more], opened, states, found, offsets, args, flats)
         where, (tree, storages) = path / files[0], opened[0]
-        extras |= {x.name: x for x in kept.beside(where, tree, storages, bool(more))}
+        if tree.get("optimizer") is not None:
+            extras |= {x.name: x for x in kept.beside(where, tree, storages, bool(more))}
         files = [*files, *more]
     entries, table = together(path, files, parts)
     starts = [*(offsets[k] for k in sorted(offsets)), _count(e.name for e in entries)]
@@ -124,6 +125,8 @@ def _kept(
 ) -> Iterator[tuple[ranks.Part, int, Mapping[str, Record]]]:
     """What each rank's optimizer keeps of its parameters, as parts of whole tensors like theirs."""
     for number, (rank, chunks, (tree, storages), flat) in enumerate(zip(found, states, opened, flats, strict=True)):
+        if tree.get("optimizer") is None:  # not saved
+            continue
         where, content, version = path / files[number], None, _version(path / files[number], tree)
         if flat is not None:
             where, number = path / flat, files.index(flat)

@@ -31,6 +31,11 @@ ARGS = dict(
     swiglu=True, untie_embeddings_and_output_weights=True, padded_vocab_size=32, rotary_base=10000,
     position_embedding_type="rope", max_position_embeddings=64,
 )  # fmt: skip
+EXPERTS = dict(num_moe_experts=4, moe_router_topk=2, moe_router_pre_softmax=False, moe_ffn_hidden_size=8)
+SAVED = {  # what is kept -> the same with names
+    "bf16-tp2pp2": "bf16", "sharded-tp2": "sharded", "sharded-buckets": "sharded", "experts-buckets": "experts",
+}  # fmt: skip
+KINDS = ("bf16", "sharded", "experts")
 ITER = "iter_0000007"
 
 
@@ -65,15 +70,17 @@ def main(out: Path) -> None:
             ways = {named: "parameters", flat: "dp_reshardable"} if kind == "sharded" else {named: None}
             jobs.append(job(kind, kind, dict(tp=2), steps=3, buckets=1000, dist=ways, legacy=f"{top}/{kind}-tp2"))
         jobs.append(job("pp", "bf16", dict(tp=2, pp=2), load=f"{top}/bf16-named/{ITER}", legacy=f"{top}/bf16-tp2pp2"))
+        named, flat = f"{top}/experts-named/{ITER}", f"{top}/experts-buckets/{ITER}"
+        ways, layout = {named: "parameters", flat: "dp_reshardable"}, dict(tp=2, ep=2)
+        jobs.append(job("experts", "sharded", layout, shaken=True, buckets=1000, dist=ways))
+        jobs[-1] |= dict(settings=LLAMA | EXPERTS, args=ARGS | dict(num_experts=4, expert_tensor_parallel_size=1))
         (top / "jobs.json").write_text(json.dumps(jobs))
         done = torchrun(4, "-m", "tests.real.megatron_optimizer", top / "jobs.json")
         assert done.returncode == 0, done.stderr[-5000:]
-        digests = {
-            k: {n: digest(t) for n, t in tensors(top / f"{k}-named/{ITER}").items()} for k in ("bf16", "sharded")
-        }
+        digests = {k: {n: digest(t) for n, t in tensors(top / f"{k}-named/{ITER}").items()} for k in KINDS}
         (top / "digests.json").write_text(json.dumps(digests, indent=0))
         with tarfile.open(out, "w:xz") as archive:
-            for name in ("digests.json", "bf16-tp2pp2", "sharded-tp2", "sharded-buckets"):
+            for name in ("digests.json", *SAVED):
                 archive.add(top / name, name, filter=anonymous)
 
 

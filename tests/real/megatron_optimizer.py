@@ -147,16 +147,16 @@ def save(job: dict[str, Any], chunks: list[Any], optimizer: Any, scheduler: Any,
 
 def by_parameter(model: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """A distributed optimizer's values as what they are of: its fully_reshardable is wrong where buckets are padded."""
-    from megatron.core import parallel_state as ps
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-    (one,), group = optimizer.chained_optimizers, ps.get_data_parallel_group()
     tensors, _ = extract_sharded_tensors_and_factories(model)
     found = {}
     for tensor in nested_values(tensors):
         param, mine = tensor.data, None
+        one = next(o for o in optimizer.chained_optimizers if any(param in b.param_index_map for b in o.buffers))
+        group = one.data_parallel_group
         if param in one.model_param_gbuf_map:
             held, part = one._get_main_param_and_optimizer_states(param), one._get_model_param_range_map(param)["param"]
             mine = (part.start, part.end, {k: v.detach().clone() for k, v in held.items() if k != "step"})
