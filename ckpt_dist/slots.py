@@ -17,7 +17,7 @@ import numpy as np
 
 from ckpt_dist import family as families
 from ckpt_dist.catalog import Catalog
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.family import Family, Rule
 from ckpt_dist.pattern import shape
 
@@ -96,7 +96,7 @@ def masters(catalog: Catalog) -> Catalog:
         weight_of[k], entries[own] = own, replace(entries[own], dtype=entry.dtype)
     copied = weight_of[weight_of >= 0]
     if not len(copied):
-        raise CheckpointError(
+        raise UsageError(
             f"{catalog.root} holds no fp32 copies of weights (optimizer.state.fp32_param.NAME or param.NAME): its optimizer "
             "keeps none, or was not saved. Leave source.weights out."
         )

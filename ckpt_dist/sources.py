@@ -239,6 +239,8 @@ def _latest(
             said = f"step {number} is the latest complete one of {len(numbered)}"
             return replace(source, notes=(*notes, said, *source.notes))
         except CheckpointError as error:
+            if isinstance(error, UsageError):
+                raise  # what no step can give
             if isinstance(error, Missing) and not set(error.paths) <= set(keys.get("elsewhere", error.paths)):
                 raise  # other nodes are asked first
             notes.append(f"step {number} passed over: {error}")

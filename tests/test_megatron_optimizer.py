@@ -126,6 +126,14 @@ def test_a_longer_vocabulary_has_moments_of_zeros(named: Path, tmp_path: Path) -
     assert moment.shape == (40, 16) and moment[:32].any() and not moment[32:].any()
 
 
+def test_a_checkpoint_without_copies(named: Path, tmp_path: Path) -> None:
+    ckpt_dist.convert(named, tmp_path / "weights", format="torch_dist")
+    with pytest.raises(UsageError, match=f"{ITER} holds no fp32 copies of weights"):
+        ckpt_dist.convert(tmp_path / "weights", tmp_path / "no", **{"source.weights": "master"})
+    report = ckpt_dist.convert(tmp_path / "weights", tmp_path / "none", format="torch_dist", **KEEP)
+    assert "9 of 9 stored tensors are written" in report["notes"]
+
+
 @pytest.mark.parametrize("format", ["megatron", "zarr", "sfpt"])
 def test_formats_that_hold_no_optimizer(named: Path, tmp_path: Path, format: str) -> None:
     with pytest.raises(UsageError, match=f"target.format={format}: no optimizer state is written in it"):
@@ -221,7 +229,7 @@ def test_buckets_of_another_layout(data: Path, tmp_path: Path) -> None:
     """Args that say another layout than the one that saved."""
     shutil.copytree(data / "sharded-buckets", tmp_path / "it")
     rewritten(tmp_path / "it", "common.pt", lambda tree: setattr(tree["args"], "tensor_model_parallel_size", 1))
-    with pytest.raises(CheckpointError, match="name no weights, and cannot be told apart: buckets of"):
+    with pytest.raises(UsageError, match="name no weights, and cannot be told apart: buckets of"):
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", **KEEP)
 
 

@@ -101,9 +101,8 @@ def holders(
 ) -> Iterator[tuple[Rank, int, list[list[Piecewise]]]]:
     """Each model-parallel rank of each of `count` optimizers with its parameters, virtual chunk by chunk; the second
     optimizer is that of experts, whose ranks are others."""
-    tp, ep, etp = (
-        max(megatron.count(args, f"{k}_parallel_size"), 1) for k in ("tensor_model", "expert_model", "expert_tensor")
-    )
+    tp, ep = (max(megatron.count(args, f"{k}_model_parallel_size"), 1) for k in ("tensor", "expert"))
+    etp = megatron.count(args, "expert_tensor_parallel_size") or tp  # as its training code has it
     num_layers = 1 + max((int(m[2]) for e in each if (m := ranks.LAYER.fullmatch(e.name))), default=-1)
     stages = _stages(num_layers, args)
     pp = len(stages) // max(megatron.count(args, "virtual_pipeline_model_parallel_size"), 1)

@@ -64,7 +64,7 @@ def _with_names(catalog: Catalog, strict: bool) -> Catalog:
     except Unread as error:
         if not strict:
             return catalog
-        raise CheckpointError(
+        raise UsageError(
             f"{catalog.root}: {len(lost)} parts of its optimizer, first {lost[0]!r}, name no weights, and cannot be told apart: "
             f"{error}. Have Megatron save with --dist-ckpt-optim-fully-reshardable, or use keep=[weights] and the model's own."
         ) from None
