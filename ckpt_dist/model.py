@@ -372,7 +372,6 @@ def _with_zeros(catalog: Catalog, dims: Mapping[int, int], have: int) -> Catalog
     number = np.full(len(dims), len(catalog.files))
     more = Chunks.dense(list(dims), start, stop, number, number * 0)
     chunks = Chunks(*(np.concatenate([getattr(c, f.name) for c in (catalog.chunks, more)]) for f in fields(Chunks)))
-    about = dict(catalog.about)
-    if "length" in about:  # of dcp: -1 says that there is no blob around the bytes
-        about["length"] = np.concatenate([about["length"], number * 0 - 1])
+    columns = {k: v for k, v in catalog.about.items() if isinstance(v, np.ndarray)}  # of dcp: -1 is no blob around it
+    about = {**catalog.about, **{k: np.concatenate([v, number * 0 - 1]) for k, v in columns.items()}}
     return replace(catalog, files=(*catalog.files, ZEROS), chunks=chunks, about=about)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
-from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import BESIDE, dcp
 from ckpt_dist.formats import _megatron_order as order
 from ckpt_dist.formats._megatron_optimizer import ALIGNED, RESHARDABLE, Unread
@@ -35,7 +34,7 @@ OBJECT = re.compile(r"(?:chained_(\d)\.)?optimizer\.distributed\.dp_group_idx_0\
 
 @dataclass(frozen=True)
 class Flat:
-    """One flat tensor: what it is called, its entry, and its pieces in order, with exact addresses."""
+    """One flat tensor: what it is called, its entry, and the chunks that are its pieces, in order."""
 
     optimizer: int
     group: int
@@ -52,25 +51,25 @@ def named(catalog: Catalog) -> Catalog:
     found = {k: m for k, e in enumerate(catalog.entries) if (m := NAME.fullmatch(e.name))}
     if not found:
         raise Unread("they are objects (dp_zero_gather_scatter), of which nothing shows where a parameter begins")
-    flat_rows = np.flatnonzero(np.isin(catalog.chunks.entry, list(found)))
-    exact = dcp.locate(catalog, flat_rows)
-    flats = []
+    flats, chunks = [], catalog.chunks
+    if (catalog.about["length"] < 0).any():
+        raise Unread("its tensors are not serialised as Megatron does")
     for k, m in found.items():
-        rows = np.flatnonzero(exact.entry == k)
-        rows = rows[np.argsort(exact.start[rows, 0], kind="stable")]
+        rows = np.flatnonzero(chunks.entry == k)
+        rows = rows[np.argsort(chunks.start[rows, 0], kind="stable")]
         flats.append(Flat(int(m[1] or 0), int(m[2]), int(m[3]), m[4], int(m[5]), m[6], k, rows))
     each, origin = order.layers(catalog.entries)
-    made = _placed(catalog, exact, flats, each)
-    return _with(catalog, found, made, each, origin)
+    made = _placed(catalog, flats, each)
+    return _with(catalog, found, made, origin)
 
 
 # ---- where its parameters lie
 
 
-Row = tuple[str, int, list[int], list[int], list[int], int, int]  # slot, number in `each`, box, strides, file, address
+Row = tuple[str, int, list[int], list[int], list[int], int, int]  # slot, number in `each`, box, strides, piece, past
 
 
-def _placed(catalog: Catalog, exact: Chunks, flats: Sequence[Flat], each: Sequence[Entry]) -> list[Row]:
+def _placed(catalog: Catalog, flats: Sequence[Flat], each: Sequence[Entry]) -> list[Row]:
     """The boxes of all slots, under the first order of modules that all flat tensors fit."""
     wrong: Unread | None = None
     count = 1 + max(f.optimizer for f in flats)
@@ -80,7 +79,7 @@ def _placed(catalog: Catalog, exact: Chunks, flats: Sequence[Flat], each: Sequen
             for rank, optimizer, params in order.holders(catalog.config, count, each, spec):
                 group = rank.t + rank.tp * (rank.e + rank.ep * rank.p)
                 mine = [f for f in flats if (f.optimizer, f.group) == (optimizer, group)]
-                rows += _of_rank(catalog, exact, mine, params, each, rank.t)
+                rows += _of_rank(catalog, mine, params, each, rank.t)
             return rows
         except Unread as error:
             wrong = wrong or error
@@ -89,7 +88,6 @@ def _placed(catalog: Catalog, exact: Chunks, flats: Sequence[Flat], each: Sequen
 
 def _of_rank(
     catalog: Catalog,
-    exact: Chunks,
     flats: Sequence[Flat],
     params: Sequence[Sequence[Piecewise]],
     each: Sequence[Entry],
@@ -107,18 +105,18 @@ def _of_rank(
             mine = sorted((f for f in flats if (f.buffer, f.slot) == (number, slot)), key=lambda f: f.bucket)
             if any(f.dtype != dtype for f in mine):
                 raise Unread(f"buffer {number} of a rank is of {mine[0].dtype}, by the model of {dtype}")
-            yield from _of_line(catalog, exact, mine, line, each, t)
+            yield from _of_line(catalog, mine, line, each, t)
 
 
 def _of_line(
-    catalog: Catalog, exact: Chunks, flats: Sequence[Flat], line: Sequence[Piecewise], each: Sequence[Entry], t: int
+    catalog: Catalog, flats: Sequence[Flat], line: Sequence[Piecewise], each: Sequence[Entry], t: int
 ) -> Iterator[Row]:
     backwards = list(reversed(line))
     places = packed([prod(one.shape) for one in backwards], [catalog.entries[f.entry].shape[0] for f in flats])
     for bucket, flat in enumerate(flats):
         inside = [k for k, (b, _) in enumerate(places) if b == bucket]
         starts, numels = [places[k][1] for k in inside], [prod(backwards[k].shape) for k in inside]
-        begin, end = exact.start[flat.rows, 0], exact.stop[flat.rows, 0]
+        begin, end = catalog.chunks.start[flat.rows, 0], catalog.chunks.stop[flat.rows, 0]
         total = catalog.entries[flat.entry].shape[0]
         if not len(begin) or begin[0] != 0 or end[-1] != total or (begin[1:] != end[:-1]).any():
             raise Unread(f"{catalog.entries[flat.entry].name!r} is not whole")
@@ -130,16 +128,14 @@ def _of_line(
                     f"order of modules {each[backwards[k].entry].name!r} lies"
                 )
         runs = zero.cut(starts, numels, end - begin)
-        width = itemsize(catalog.entries[flat.entry].dtype)
         for r in range(len(runs)):
             one = backwards[inside[int(runs.which[r])]]
             if _again(one, each[one.entry], t):
                 continue
-            row = flat.rows[int(runs.slice[r])]
-            at = int(exact.offset[row]) + int(runs.at[r]) * width
+            row = int(flat.rows[int(runs.slice[r])])
             for lo, hi, past in _boxes(one, int(runs.lo[r]), int(runs.hi[r])):
                 steps = [0] * (len(lo) - len(one.shape)) + strides_of(one.shape)
-                yield flat.slot, one.entry, lo, hi, steps, int(exact.file[row]), at + past * width
+                yield flat.slot, one.entry, lo, hi, steps, row, int(runs.at[r]) + past
 
 
 def packed(numels: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -187,51 +183,50 @@ def _boxes(one: Piecewise, first: int, last: int) -> Iterator[tuple[list[int], l
 
 def _with(
     catalog: Catalog,
-    flat: Mapping[int, Any],
+    flat: Mapping[int, re.Match[str]],
     made: Sequence[Row],
-    each: Sequence[Entry],
     origin: Sequence[tuple[int, int | None]],
 ) -> Catalog:
     """Slots under the names of their weights, instead of the flat tensors; with the settings of the first rank."""
     kept = [k for k in range(len(catalog.entries)) if k not in flat]
     entries = [catalog.entries[k] for k in kept]
-    new_number = {k: n for n, k in enumerate(kept)}
+    dtypes = {m[6]: catalog.entries[k].dtype for k, m in flat.items()}
     numbers: dict[tuple[str, int], int] = {}
-    dtype = catalog.entries[next(iter(flat))].dtype
     table = []
-    for slot, number, lo, hi, steps, file, at in made:
+    for slot, number, lo, hi, steps, row, past in made:
         source, layer = origin[number]
         if (slot, source) not in numbers:
             numbers[slot, source] = len(entries)
             name = f"optimizer.state.{slot}.{catalog.entries[source].name}"
-            entries.append(Entry(name, dtype, catalog.entries[source].shape, (name,), "optimizer"))
+            entries.append(Entry(name, dtypes[slot], catalog.entries[source].shape, (name,), "optimizer"))
         if layer is not None:
             lo, hi, steps = [layer, *lo], [layer + 1, *hi], [0, *steps]
-        table.append((numbers[slot, source], lo, hi, steps, file, at))
-    width = max((len(e.shape) for e in entries), default=0)
-    old = np.flatnonzero(~np.isin(catalog.chunks.entry, list(flat)))
-    c = catalog.chunks.take(old)
-    one = Chunks(
-        ints([new_number[k] for k in c.entry.tolist()]),
-        c.start[:, :width],
-        c.stop[:, :width],
-        c.strides[:, :width],
-        c.file,
-        c.offset,
+        table.append((numbers[slot, source], lo, hi, steps, row, past))
+    extras = tuple(_settings(catalog))
+    return replace(_joined(catalog, kept, table), entries=tuple(entries), extras=extras)
+
+
+def _joined(catalog: Catalog, kept: Sequence[int], table: Sequence[tuple[Any, ...]]) -> Catalog:
+    """The chunks of the entries that stay, and boxes in pieces of flat tensors: (entry, start, stop, strides, piece,
+    elements of it that are before the box)."""
+    renumbered = np.full(len(catalog.entries), -1)
+    renumbered[list(kept)] = np.arange(len(kept))
+    old, new = np.flatnonzero(renumbered[catalog.chunks.entry] >= 0), ints([r[4] for r in table])
+    c, width = catalog.chunks.take(old), catalog.chunks.start.shape[1]
+    boxes = [padded([r[k] for r in table], width, fill) for k, fill in ((1, 0), (2, 1), (3, 0))]
+    past, run = ints([r[5] for r in table]), catalog.chunks.stop[new, 0] - catalog.chunks.start[new, 0]
+    entry = np.concatenate([renumbered[c.entry], ints([r[0] for r in table])])
+    start, stop, strides = (
+        np.concatenate([mine, more]) for mine, more in zip((c.start, c.stop, c.strides), boxes, strict=True)
     )
-    two = Chunks(
-        ints([r[0] for r in table]), padded([r[1] for r in table], width, 0), padded([r[2] for r in table], width, 1),
-        padded([r[3] for r in table], width, 0), ints([r[4] for r in table]), ints([r[5] for r in table]),
-    )  # fmt: skip
-    chunks = Chunks(*(np.concatenate([getattr(x, f.name) for x in (one, two)]) for f in fields(Chunks)))
-    length = np.concatenate([catalog.about["length"][old], np.full(len(table), -1)])  # -1: an exact address
-    return replace(
-        catalog,
-        entries=tuple(entries),
-        chunks=chunks,
-        extras=tuple(_settings(catalog)),
-        about={**catalog.about, "length": length},
-    )
+    chunks = Chunks(entry, start, stop, strides, catalog.chunks.file[[*old, *new]], catalog.chunks.offset[[*old, *new]])
+    about = {
+        **catalog.about,
+        "length": catalog.about["length"][[*old, *new]],
+        "run": np.concatenate([old * 0, run]),
+        "past": np.concatenate([old * 0, past]),
+    }
+    return replace(catalog, chunks=chunks, about=about)
 
 
 def _settings(catalog: Catalog) -> Iterator[Extra]:

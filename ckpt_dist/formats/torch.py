@@ -41,23 +41,26 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     return scan_files(path.parent, [path.name], options)
 
 
-def open_archive(path: Path, base: int = 0, length: int | None = None) -> tuple[Any, dict[str, zips.Record]]:
+def open_archive(
+    path: Path, base: int = 0, length: int | None = None, what: str = ""
+) -> tuple[Any, dict[str, zips.Record]]:
     """The restricted unpickling of a file's data.pkl, and the records of its storages by key.
 
-    Also of files without a zip, and of a part of a file.
+    Also of files without a zip, and of a part of a file; `what` is added to its name in errors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
+    where = str(path) + what
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if length is None and legacy.is_legacy(os.pread(fd, 16, 0)):
-            return legacy.read(fd, str(path))
-        records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, str(path))
-        data = zips.find(records, "/data.pkl", str(path))
+            return legacy.read(fd, where)
+        records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, where)
+        data = zips.find(records, "/data.pkl", where)
         order = next((r for name, r in records.items() if name.endswith("/byteorder")), None)
         if order is not None and os.pread(fd, min(order.nbytes, 16), order.offset) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine, which is not supported.")
-        tree = pickles.loads(os.pread(fd, data.nbytes, data.offset), str(path))
+        tree = pickles.loads(os.pread(fd, data.nbytes, data.offset), where)
     finally:
         os.close(fd)
     return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}

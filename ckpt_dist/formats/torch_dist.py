@@ -88,12 +88,7 @@ locate = dcp.locate  # addresses of tensors are in the same headers
 
 def common_in(catalog: Catalog) -> Mapping[str, Any]:
     """What newer versions of Megatron have instead of common.pt: an object among the others."""
-    address = next((x.address for x in catalog.extras if x.name == COMMON_OBJECT and x.address), None)
-    if address is None:
-        return {}
-    file = Path(catalog.root) / catalog.files[address[0]]
-    tree, storages = pt.open_archive(file, *address[1:])
-    held = pt.with_small(tree, file, storages)
+    held = next((dcp.read_extra(catalog, x) for x in catalog.extras if x.name == COMMON_OBJECT and x.address), None)
     return _dict(held[0] if isinstance(held, list) and held else {}, Path(catalog.root))
 
 
