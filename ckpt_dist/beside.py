@@ -33,7 +33,7 @@ def extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
         elif extra.role == "weight":
             lost.setdefault("not a tensor", []).append(extra.name)
-        elif extra.role not in wanted or not holds:
+        elif extra.role not in wanted or not (holds or extra.name in formats.BESIDE.get(format, ())):
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
         else:
             if format == "torch" and extra.address is not None:

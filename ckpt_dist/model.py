@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import configs
+from ckpt_dist import configs, slots
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints, distinct, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
@@ -105,7 +105,7 @@ def recognise(
     names = [
         n
         if catalog.entries[e].role == "weight"
-        else (catalog.entries[e].name if _kept(catalog.entries[e].role, keep) else None)
+        else (_own(catalog.entries[e].name, chosen, spoken, prefix) if _kept(catalog.entries[e].role, keep) else None)
         for e, n in enumerate(names)
     ]
     _unambiguous(names, source)
@@ -129,6 +129,10 @@ def recognise(
         tuple(guesses),
         lacks=lacks,
     )
+
+
+def _own(name: str, family: Family | None, dialect: str, prefix: str) -> str:
+    return slots.unprefixed(family, dialect, prefix, name) if family else name
 
 
 def _kept(role: str, keep: Sequence[str]) -> bool:
@@ -290,21 +294,21 @@ def bind_plain(model: Model) -> Bound:
 def bind_family(model: Model) -> Bound:
     """Names as the family's dialect reads them, and what is no weight under its own name."""
     assert model.family is not None
-    return Bound(model.catalog.entries, rules(model), model.sizes, axes_of(model.family))
+    found = rules(model)
+    return Bound(model.catalog.entries, found, model.sizes, slots.axes(model.family, found))
 
 
 def rules(model: Model) -> tuple[Rule | None, ...]:
-    """What each stored name says, as the family's dialect reads it; what is no weight is itself."""
+    """What each stored name says, as the family's dialect reads it; what is no weight, and no slot of one, is itself."""
     family, dialect = model.family, model.dialect
     assert family is not None
-    return tuple(
-        None
-        if n is None
-        else families.match(family, dialect, n, model.sizes)
-        if e.role == "weight"
-        else families.plain(e, n)
-        for e, n in zip(model.catalog.entries, model.names, strict=True)
-    )
+
+    def rule(entry: Entry, name: str) -> Rule | None:
+        found = slots.match(family, dialect, name, model.sizes)
+        return families.plain(entry, name) if found is None and entry.role != "weight" else found
+
+    pairs = zip(model.catalog.entries, model.names, strict=True)
+    return tuple(None if n is None else rule(e, n) for e, n in pairs)
 
 
 def spoken(model: Model, dialect: str) -> Model:
@@ -316,10 +320,6 @@ def spoken(model: Model, dialect: str) -> Model:
     names = tuple(None if e in gone else n for e, n in enumerate(model.names))
     stored = tuple(model.catalog.entries[e].name for e in sorted(gone))
     return replace(model, names=names, dropped={**model.dropped, FURTHER: stored})
-
-
-def axes_of(family: Family) -> dict[str, tuple[str, ...]]:
-    return {w: family.axes(w) for w in family.weights}
 
 
 def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:
@@ -370,21 +370,24 @@ def spelled(
     family: Family, dialect: str, present: Mapping[str, Ints], sizes: Mapping[str, int], dtype_of: Any
 ) -> Bound:
     """The entries of a model in a dialect; a weight that it has no name for is refused, or taken to be zeros there."""
-    found = families.spell(family, dialect, present, sizes)
-    named = {w for _, rule, _ in found for w in rule.weights}
-    for weight in present:
-        if weight not in named and weight not in family.zeros:
-            copy = (
-                f" (it would not need one, were it equal to {family.copies[weight]!r})"
-                if weight in family.copies
-                else ""
-            )
-            raise CheckpointError(
-                f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}{copy}; choose another "
-                "target.dialect."
-            )
-    entries = tuple(Entry(name, dtype_of(rule), shape, (name,)) for name, rule, shape in found)
-    return Bound(entries, tuple(rule for _, rule, _ in found), sizes, axes_of(family))
+    entries: list[Entry] = []
+    rules: list[Rule] = []
+    for slot, mine in slots.grouped(present).items():
+        found = families.spell(family, dialect, mine, sizes)
+        named = {w for _, rule, _ in found for w in rule.weights}
+        for weight in mine:
+            if weight not in named and weight not in family.zeros:
+                copy = family.copies.get(weight)
+                more = f" (it would not need one, were it equal to {copy!r})" if copy else ""
+                raise CheckpointError(
+                    f"The weight {weight!r} of {family.name} has no name in the dialect {dialect!r}{more}; choose another "
+                    "target.dialect."
+                )
+        for name, rule, shape in found:
+            rules.append(slots.of(slot, rule))
+            role = "optimizer" if slot else "weight"
+            entries.append(Entry(slot + name, dtype_of(rules[-1]), shape, (slot + name,), role))
+    return Bound(tuple(entries), tuple(rules), sizes, slots.axes(family, rules))
 
 
 def canonical(dialect: str) -> bool:
@@ -423,7 +426,6 @@ def _with_zeros(catalog: Catalog, dims: Mapping[int, int], have: int) -> Catalog
     number = np.full(len(dims), len(catalog.files))
     more = Chunks.dense(list(dims), start, stop, number, number * 0)
     chunks = Chunks(*(np.concatenate([getattr(c, f.name) for c in (catalog.chunks, more)]) for f in fields(Chunks)))
-    about = dict(catalog.about)
-    if "length" in about:  # of dcp: -1 says that there is no blob around the bytes
-        about["length"] = np.concatenate([about["length"], number * 0 - 1])
+    columns = {k: v for k, v in catalog.about.items() if isinstance(v, np.ndarray)}  # of dcp: -1 is no blob around it
+    about = {**catalog.about, **{k: np.concatenate([v, number * 0 - 1]) for k, v in columns.items()}}
     return replace(catalog, files=(*catalog.files, ZEROS), chunks=chunks, about=about)

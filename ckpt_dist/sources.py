@@ -237,8 +237,11 @@ def _latest(
                 formats.detect(path)
                 raise CheckpointError(f"{path} holds no {name} checkpoint.")
             source = _scan(asked, path, folder, name, keys, config, ())
-            return replace(source, notes=(*notes, f"step {number} is the latest complete one of {len(numbered)}"))
+            said = f"step {number} is the latest complete one of {len(numbered)}"
+            return replace(source, notes=(*notes, said, *source.notes))
         except CheckpointError as error:
+            if isinstance(error, UsageError):
+                raise  # what no step can give
             if isinstance(error, Missing) and "elsewhere" in keys and not answers(keys).knows(error):
                 raise  # other nodes are asked first
             notes.append(f"step {number} passed over: {error}")

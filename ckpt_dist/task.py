@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import family as families
-from ckpt_dist import formats, model, plan, quantised
+from ckpt_dist import formats, model, plan, quantised, slots
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.configs import is_hf
 from ckpt_dist.engine import exchange, traffic
@@ -178,16 +178,11 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
                 f"{m.source.folder}: {what} cannot be read from the checkpoint, and names in {m.dialect or 'an unknown dialect'} cannot become "
                 f"{dialect or 'others'} without. Give model.config=PATH of its config.json or params.json."
             )
-        stays = m.dialect == dialect and cfg_target.get("vocab_size") is None
-        if not stays and any(n and e.role != "weight" for e, n in zip(m.catalog.entries, m.names, strict=True)):
-            raise UsageError(
-                f"Optimizer state is carried only under the same names and shapes; {m.dialect} becomes {dialect}"
-                + (", of another vocabulary" if m.dialect == dialect else "")
-                + ". Use keep=[weights]."
-            )
     first = models[0]
     assert first.family is not None
     bounds = tuple(model.bind_family(m) for m in models)
+    for m, bound in zip(models, bounds, strict=True):
+        _spellable(m, bound, dialect, cfg_target)
     present = model.corners(first.family, bounds[0], wholly(bounds[0]))
     dtype_of = stored_dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
@@ -203,7 +198,7 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     more |= {c: corners for c, (_, corners) in copies.items()}
     ties |= {c: of for c, (of, _) in copies.items()}
     target = model.spelled(first.family, dialect, present | more, first.sizes, dtype_of_tied(dtype_of, ties | zeros))
-    canon, target = (_with_others(side, bounds[0]) for side in (canon, target))
+    canon, target = (_with_others(side, bounds[0], first.family) for side in (canon, target))
     canon = _with_own(canon, target, {*first.family.zeros} - {*zeros})
     rules = tuple(
         None if r is None or r.weights[0] in zeros else replace(r, weights=tuple(ties.get(w, w) for w in r.weights))
@@ -212,12 +207,41 @@ def _family_design(models: Sequence[Model], dialect: str, cfg_target: Mapping[st
     return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
 
 
-def _with_others(side: Bound, source: Bound) -> Bound:
-    """Also what is no weight, as the source has it."""
+def _with_others(side: Bound, source: Bound, family: families.Family) -> Bound:
+    """Also what is no weight and no slot of one, as the source has it."""
     more = [
-        (replace(e, frame=()), r) for e, r in zip(source.entries, source.rules, strict=True) if r and e.role != "weight"
+        (replace(e, frame=()), r)
+        for e, r in zip(source.entries, source.rules, strict=True)
+        if r and e.role != "weight" and not slots.is_slot(family, r)
     ]
     return replace(side, entries=(*side.entries, *(e for e, _ in more)), rules=(*side.rules, *(r for _, r in more)))
+
+
+def _spellable(m: Model, bound: Bound, dialect: str, cfg_target: Mapping[str, Any]) -> None:
+    """Of an optimizer's state only slots of weights have names in other dialects, and a place in some formats."""
+    assert m.family is not None
+    stays, format = m.dialect == dialect and cfg_target.get("vocab_size") is None, str(cfg_target.get("format"))
+    for entry, rule in zip(bound.entries, bound.rules, strict=True):
+        if rule is None or entry.role == "weight":
+            continue
+        if not slots.is_slot(m.family, rule):
+            if not stays:
+                raise UsageError(
+                    f"Optimizer state is carried only under the same names and shapes; {m.dialect} becomes {dialect}"
+                    + (", of another vocabulary" if m.dialect == dialect else "")
+                    + f", and {entry.name!r} is named after no weight. Use keep=[weights]."
+                )
+            continue
+        if wrong := slots.misshapen(rule, m.sizes, entry.shape):
+            raise CheckpointError(
+                f"{m.source.folder}: {entry.name!r} {wrong}. It is damaged, or in pieces (fully_sharded_model_space of "
+                "megatron-core up to 0.15), which are not read. Use keep=[weights]."
+            )
+        if format not in formats.SLOTS:
+            raise UsageError(
+                f"target.format={format}: no optimizer state is written in it, only in {', '.join(formats.SLOTS)}; Megatron loads "
+                "torch_dist under any parallel layout. Use keep=[weights], or another target.format."
+            )
 
 
 def _with_own(canon: Bound, target: Bound, own: set[str]) -> Bound:
@@ -261,6 +285,10 @@ def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> B
     entries = []
     for entry in target.entries:
         path = entry.path if entry.role != "weight" else (*around, entry.name)
+        if entry.role == "optimizer" and target.axes:  # a slot, named after its weight
+            slot, own = slots.parted(entry.name)
+            path = (slot + ".".join(map(str, (*around, own))),)
+            entry = replace(entry, name=path[0])
         name = entry.name if entry.role != "weight" else ".".join(map(str, path))
         entries.append(replace(entry, name=name, path=path, dtype=target_dtype(cfg_target.get("dtype", "keep"), entry)))
     return replace(target, entries=tuple(entries))
@@ -542,7 +570,9 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
             differ = "are equal, as the config says" if tied(m) else "differ"
             report.guesses.append(f"{m.names[one]} and {m.names[two]} {differ}")
         if tied(m) if saved else equal_entries(group, report, m, one, two, engine):
-            names = tuple(None if e == one else n for e, n in enumerate(m.names))
+            names = tuple(
+                None if e == one or (n and slots.parted(n)[1] == m.names[one]) else n for e, n in enumerate(m.names)
+            )
             m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): (m.catalog.entries[one].name,)})
         elif tied(m):
             report.warnings.append(

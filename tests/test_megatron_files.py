@@ -133,7 +133,9 @@ def test_args_of_classes_that_are_not_here(llama: Path, tmp_path: Path) -> None:
     found = ckpt_dist.inspect(tmp_path / "it")
     assert "tp=2, pp=1, vpp=1, ep=1" in found["layout"]
     assert {"optimizer", "rng_state", "decoder.layers.0.mlp.linear_fc1._extra_state"} <= set(found["extras"])
-    kept = ckpt_dist.convert(tmp_path / "it", tmp_path / "kept", format="dcp", keep=["weights", "state", "optimizer"])
+    with pytest.raises(CheckpointError, match="optimizer has no state of each parameter"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="dcp", keep=["weights", "optimizer"])
+    kept = ckpt_dist.convert(tmp_path / "it", tmp_path / "kept", format="dcp", keep=["weights", "state"])
     assert any("of a class that is not written: " in n and "args" in n for n in kept["notes"])
     stored = FileSystemReader(tmp_path / "kept").read_metadata().state_dict_metadata
     assert "optimizer" not in stored and "num_floating_point_operations_so_far" in stored

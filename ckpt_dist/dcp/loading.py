@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ckpt_dist import family as families
-from ckpt_dist import model, part, task
+from ckpt_dist import model, part, slots, task
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.config import fill
 from ckpt_dist.dcp.shards import Shards, run, shards
@@ -146,7 +146,7 @@ def _bind(m: Model) -> Bound:
         known = m.family is not None and not m.unresolved and name is not None and entry.role == "weight"
         rule = families.match(m.family, m.dialect, name, m.sizes) if known else None  # type: ignore[arg-type]
         rules.append(rule or families.plain(entry, STORED + entry.name))
-    axes = model.axes_of(m.family) if m.family is not None else {}
+    axes = slots.axes(m.family, ()) if m.family is not None else {}
     return Bound(m.catalog.entries, tuple(rules), m.sizes, axes)
 
 

@@ -67,6 +67,15 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class Small:
+    """A tensor of a few elements with their bytes, such as the step of an optimizer: a value like a number is one."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Sharded:
     """What one rank holds of a tensor.
 

@@ -15,12 +15,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import allowed
 from ckpt_dist.files.dtypes import itemsize, storage_class
-from ckpt_dist.files.inert import DEEP, Dtype, Instance, Record, Storage, TensorRef, named
+from ckpt_dist.files.inert import DEEP, Dtype, Instance, Record, Small, Storage, TensorRef, named
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 MOST_CLASSES = 1 << 12  # of a framework, in one pickle
@@ -172,11 +173,22 @@ class _Reduce(tuple):  # type: ignore[type-arg]
     """(callable, arguments) to be written as a call."""
 
 
-def dumps(tree: Any) -> bytes:
-    """The data.pkl of torch.save for plain containers, numbers, texts and TensorRefs (whose storages are records `data/KEY`)."""
+def dumps(tree: Any, small: list[bytes] | None = None, first: int = 0) -> bytes:
+    """The data.pkl of torch.save for plain containers, numbers, texts and TensorRefs (whose storages are records `data/KEY`).
+
+    The bytes of small tensors are added to `small`, which become records whose numbers begin with `first`.
+    """
     out = io.BytesIO()
-    _Pickler(out, 2).dump(tree)
+    pickler = _Pickler(out, 2)
+    pickler.small, pickler.first = [] if small is None else small, first
+    pickler.dump(tree)
+    if small is None and pickler.small:
+        raise CheckpointError("A tensor cannot be written among these values.")
     return out.getvalue()
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
 _PurePython: Any = pickle._Pickler  # its types do not show what a subclass needs
@@ -185,7 +197,7 @@ _PurePython: Any = pickle._Pickler  # its types do not show what a subclass need
 def writable(value: Any) -> bool:
     """Whether `dumps` can write a value: plain containers, numbers and texts, not the records of foreign classes."""
     try:
-        dumps(value)
+        dumps(value, [])
     except CheckpointError:
         return False
     return True
@@ -193,6 +205,9 @@ def writable(value: Any) -> bool:
 
 class _Pickler(_PurePython):  # type: ignore[misc]
     """The pure-Python pickler, taught to write names that it does not import."""
+
+    small: list[bytes]
+    first: int
 
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, Storage):
@@ -208,6 +223,10 @@ class _Pickler(_PurePython):  # type: ignore[misc]
             self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
         elif isinstance(value, TensorRef):
             self._tensor(value)
+        elif isinstance(value, Small):
+            key, numel = str(self.first + len(self.small)), len(value.data) // itemsize(value.dtype)
+            self.small.append(value.data)
+            self._tensor(TensorRef(Storage(key, value.dtype, numel), value.dtype, 0, value.shape, _dense(value.shape)))
         elif isinstance(value, Dtype):
             self.save(_Name(f"torch {value}"))
         elif isinstance(value, Instance):

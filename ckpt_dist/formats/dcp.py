@@ -295,10 +295,14 @@ def _extras(
 
 
 def locate(catalog: Catalog, rows: Ints) -> Chunks:
-    """Exact addresses and strides of some chunks, from the headers of their blobs: two small reads each."""
+    """Exact addresses and strides of some chunks, from the headers of their blobs: two small reads each.
+
+    A chunk may be a box that begins `past` elements after the first of a blob of a flat tensor of `run` elements.
+    """
     chunks = catalog.chunks.take(rows)
     length = catalog.about["length"][rows]
     offset, strides = chunks.offset.copy(), chunks.strides.copy()
+    run, past = (catalog.about.get(k, catalog.about["length"] * 0)[rows] for k in ("run", "past"))
     known: dict[bytes, inert.TensorRef] = {}
     blobs = np.flatnonzero(length >= 0)  # the others' addresses are exact already
     order = blobs[np.argsort(chunks.file[blobs], kind="stable")]
@@ -311,11 +315,13 @@ def locate(catalog: Catalog, rows: Ints) -> Chunks:
             for row in group.tolist():
                 entry = catalog.entries[chunks.entry[row]]
                 shape = tuple((chunks.stop[row] - chunks.start[row]).tolist()[: len(entry.shape)])
+                stored = (int(run[row]),) if run[row] > 0 else shape
                 at, stride = _blob(
-                    fd, int(chunks.offset[row]), int(length[row]), entry, shape, f"{where}: {entry.name!r}", known
+                    fd, int(chunks.offset[row]), int(length[row]), entry, stored, f"{where}: {entry.name!r}", known
                 )
-                offset[row] = at
-                strides[row, : len(stride)] = stride
+                offset[row] = at + max(int(past[row]), 0) * itemsize(entry.dtype)
+                if run[row] <= 0:
+                    strides[row, : len(stride)] = stride
         finally:
             os.close(fd)
     return Chunks(chunks.entry, chunks.start, chunks.stop, strides, chunks.file, offset)
@@ -346,17 +352,13 @@ def _blob(
 
 
 def read_extra(catalog: Catalog, extra: Extra) -> Any:
-    """The value of an entry that is no tensor, by the allow-list."""
+    """The value of an entry that is no tensor, by the allow-list; small tensors in it are read with it."""
     if extra.address is None:
         return extra.value
-    file, base, length = extra.address
-    where = f"{Path(catalog.root) / catalog.files[file]}: {extra.name!r}"
-    fd = os.open(Path(catalog.root) / catalog.files[file], os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        record = zips.find(zips.directory(fd, base, length, where), "/data.pkl", where)
-        return pickles.loads(os.pread(fd, record.nbytes, record.offset), where)
-    finally:
-        os.close(fd)
+    number, base, length = extra.address
+    file = Path(catalog.root) / catalog.files[number]
+    tree, storages = pt.open_archive(file, base, length, f": {extra.name!r}")
+    return pt.with_small(tree, file, storages)
 
 
 def lay_out(spec: Spec) -> Layout:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import megatron, ranks
+from ckpt_dist import megatron, ranks, slots
 from ckpt_dist import stages as pipeline
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
@@ -27,6 +27,7 @@ from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import Record
 from ckpt_dist.formats import Layout, Spec, holders
+from ckpt_dist.formats import _megatron_optimizer as kept
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Rank
@@ -67,13 +68,29 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     opened = [pt.open_archive(path / f) for f in files]
     same_save(path, files, [tree for tree, _ in opened])
     args = args_of(opened[0][0])
-    return assembled(path, files, opened, _ranks(path, [p.name for p in folders], args), args)
+    found, master = _ranks(path, [p.name for p in folders], args), options.get("weights") == "master"
+    if not master and "optimizer" not in (options.get("keep") or ()):
+        return assembled(path, files, opened, found, args)
+    flats = [f"{p.name}/{kept.FLAT}" if (p / kept.FLAT).is_file() else None for p in folders]
+    try:
+        catalog = assembled(path, files, opened, found, args, flats)
+    except kept.Unread:
+        if options.get("unmatched") != "drop" and not options.get("universal"):
+            raise
+        return assembled(path, files, opened, found, args)
+    return slots.masters(catalog) if master else catalog
 
 
 def assembled(
-    path: Path, files: Sequence[str], opened: Sequence[tuple[Any, Any]], found: Sequence[Rank], args: Mapping[str, Any]
+    path: Path,
+    files: Sequence[str],
+    opened: Sequence[tuple[Any, Any]],
+    found: Sequence[Rank],
+    args: Mapping[str, Any],
+    flats: Sequence[str | None] | None = None,
 ) -> Catalog:
-    """The whole tensors of all ranks' files; `opened` are their dicts and the places of their storages."""
+    """The whole tensors of all ranks' files; `opened` are their dicts and the places of their storages. With `flats`,
+    the files of distributed optimizers, also what the ranks' optimizers hold."""
     trees = [tree for tree, _ in opened]
     states = [_states(tree) for tree in trees]
     offsets = _offsets(path, files, states, found, args)
@@ -83,12 +100,42 @@ def assembled(
         for chunk, state in enumerate(chunks):
             held = ranks.held(state, rank, offsets[chunk, rank.p], args, version)
             parts += [(part, number, storages) for part in held]
+    extras = {x.name: x for tree in reversed(trees) for x in _extras(tree)}
+    if flats is not None:
+        more = [f for f in flats if f]
+        parts += _kept(path, [*files, *more], opened, states, found, offsets, args, flats)
+        where, (tree, storages) = path / files[0], opened[0]
+        if tree.get("optimizer") is not None:
+            extras |= {x.name: x for x in kept.beside(where, tree, storages, bool(more))}
+        files = [*files, *more]
     entries, table = together(path, files, parts)
-    extras = tuple({x.name: x for tree in reversed(trees) for x in _extras(tree)}.values())
     starts = [*(offsets[k] for k in sorted(offsets)), _count(e.name for e in entries)]
     about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
     about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)}
-    return Catalog("megatron", str(path), tuple(files), entries, table, extras, args, about=about)
+    return Catalog("megatron", str(path), tuple(files), entries, table, tuple(extras.values()), args, about=about)
+
+
+def _kept(
+    path: Path,
+    files: Sequence[str],
+    opened: Sequence[tuple[Any, Any]],
+    states: Sequence[Sequence[State]],
+    found: Sequence[Rank],
+    offsets: Mapping[tuple[int, int], int],
+    args: Mapping[str, Any],
+    flats: Sequence[str | None],
+) -> Iterator[tuple[ranks.Part, int, Mapping[str, Record]]]:
+    """What each rank's optimizer keeps of its parameters, as parts of whole tensors like theirs."""
+    for number, (rank, chunks, (tree, storages), flat) in enumerate(zip(found, states, opened, flats, strict=True)):
+        if tree.get("optimizer") is None:  # not saved
+            continue
+        where, content, version = path / files[number], None, _version(path / files[number], tree)
+        if flat is not None:
+            where, number = path / flat, files.index(flat)
+            content, storages = pt.open_archive(where)
+        for (slot, chunk), mine in kept.slots(where, tree.get("optimizer"), chunks, content).items():
+            for part in ranks.held(mine, rank, offsets[chunk, rank.p], args, version):
+                yield replace(part, name=slot + part.name), number, storages
 
 
 def _version(where: Path, tree: Mapping[str, Any]) -> float:
@@ -110,7 +157,8 @@ def together(path: Path, files: Sequence[str], parts: Sequence[Held]) -> tuple[t
     number_of: dict[str, int] = {}
     rows: list[tuple[int, ranks.Piece, int, int]] = []
     for part, file, place in parts:
-        agree(path / files[file], entries, Entry(part.name, part.dtype, part.shape, (part.name,)))
+        role = "optimizer" if slots.parted(part.name)[0] else "weight"
+        agree(path / files[file], entries, Entry(part.name, part.dtype, part.shape, (part.name,), role))
         entry = number_of.setdefault(part.name, len(number_of))
         where = f"{path / files[file]}: {part.name}"
         at = place if isinstance(place, int) else pt.storage_record(place, part.ref, where)

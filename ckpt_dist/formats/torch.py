@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ckpt_dist.formats import Crc, Layout, Spec
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 MAX_DEPTH = 64
+SMALL = 256  # bytes of a tensor that is a value like a number is one
 COUNTER_BYTES = 8  # of a storage that may be a counter's
 
 
@@ -52,26 +54,48 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     return scan_files(path.parent, [path.name], options)
 
 
-def open_archive(path: Path, base: int = 0, length: int | None = None) -> tuple[Any, dict[str, zips.Record]]:
+def open_archive(
+    path: Path, base: int = 0, length: int | None = None, what: str = ""
+) -> tuple[Any, dict[str, zips.Record]]:
     """The restricted unpickling of a file's data.pkl, and the records of its storages by key.
 
-    Also of files without a zip, and of a part of a file.
+    Also of files without a zip, and of a part of a file; `what` is added to its name in errors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
+    where = str(path) + what
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if length is None and legacy.is_legacy(os.pread(fd, 16, 0)):
-            return legacy.read(fd, str(path))
-        records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, str(path))
-        data = zips.find(records, "/data.pkl", str(path))
+            return legacy.read(fd, where)
+        records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, where)
+        data = zips.find(records, "/data.pkl", where)
         order = next((r for name, r in records.items() if name.endswith("/byteorder")), None)
         if order is not None and os.pread(fd, min(order.nbytes, 16), order.offset) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine, which is not supported.")
-        tree = pickles.loads(os.pread(fd, data.nbytes, data.offset), str(path))
+        tree = pickles.loads(os.pread(fd, data.nbytes, data.offset), where)
     finally:
         os.close(fd)
     return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}
+
+
+def with_small(tree: Any, path: Path, storages: Mapping[str, zips.Record]) -> Any:
+    """The same values with small tensors (the step of an optimizer) read; a larger one is no value."""
+    if isinstance(tree, inert.TensorRef):
+        nbytes = prod(tree.shape) * itemsize(tree.dtype)
+        if nbytes > SMALL or tree.storage.numel != prod(tree.shape):
+            return inert.Record()
+        at = storage_record(storages, tree, str(path))
+        with open(path, "rb") as file:
+            file.seek(at)
+            return inert.Small(tree.dtype, tree.shape, file.read(nbytes))
+    if isinstance(tree, inert.Record):
+        return tree
+    if isinstance(tree, Mapping):
+        return {k: with_small(v, path, storages) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(with_small(v, path, storages) for v in tree)
+    return tree
 
 
 def head(path: str) -> Head:
@@ -169,7 +193,9 @@ def lay_out_files(
         storages = [
             int(np.prod(spec.entries[i].shape, dtype=np.int64)) * itemsize(spec.entries[i].dtype) for i in group
         ]
-        archive = zips.lay_out(records(pickles.dumps(tree), storages), Path(name).stem)
+        small: list[bytes] = []
+        data_pkl = pickles.dumps(tree, small, len(storages))
+        archive = zips.lay_out(records(data_pkl, [*storages, *small]), Path(name).stem)
         data = [k for k, (label, _) in enumerate(records(b"", storages)) if label.startswith("data/")]
         for i, k, nbytes in zip(group, data, storages, strict=True):
             file[i], offset[i] = number, archive.addresses[k]
@@ -180,7 +206,7 @@ def lay_out_files(
     return Layout(catalog, tuple(lengths), tuple(pieces), tuple(crcs))
 
 
-def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes | int]]:
+def records(data_pkl: bytes, storages: Sequence[bytes | int]) -> list[tuple[str, bytes | int]]:
     """The records of an archive in torch's order; an int stands for bytes that come later."""
     return [
         ("data.pkl", data_pkl),
@@ -194,8 +220,10 @@ def records(data_pkl: bytes, storages: Sequence[int]) -> list[tuple[str, bytes |
 
 
 def archive(tree: Any, name: str = "archive") -> bytes:
-    """A torch.save of values without tensors."""
-    layout = zips.lay_out(records(pickles.dumps(tree), []), name)
+    """A torch.save of values, with small tensors at most."""
+    small: list[bytes] = []
+    data_pkl = pickles.dumps(tree, small)
+    layout = zips.lay_out(records(data_pkl, small), name)
     data = bytearray(layout.length)
     for at, piece in layout.pieces:
         data[at : at + len(piece)] = piece

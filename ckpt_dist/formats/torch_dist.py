@@ -17,12 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import megatron, nemo
+from ckpt_dist import megatron, nemo, slots
 from ckpt_dist.catalog import Catalog, Entry, Extra
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import inert
-from ckpt_dist.formats import Layout, Spec, dcp
+from ckpt_dist.formats import BESIDE, Layout, Spec, dcp
+from ckpt_dist.formats import _megatron_buckets as buckets
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.formats._megatron_optimizer import Unread
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
 STATE = "_extra_state"  # of a layer of Transformer Engine
@@ -30,6 +32,7 @@ SETTINGS = "run_config.yaml"  # of Megatron Bridge, which keeps no args
 BACKENDS = dict(
     sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
 )
+BUCKETS = re.compile(r"(chained_\d+\.)?optimizer\.distributed\.")
 PLAIN = (str, int, float, bool, type(None))
 NEMO = {"model": "", "module": "weights/"}  # the key that NeMo 1 and NeMo 2 put a model under, and the folder
 LINEAR = re.compile(
@@ -46,13 +49,33 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """What dcp scans, with the args of the run as its config."""
     catalog: Catalog = dcp.scan(path, options)
     common = common_of(path / COMMON) if (path / COMMON).is_file() else common_in(catalog)
-    return around(catalog, common, _settings(path / SETTINGS) or settings_beside(path))
+    found = around(catalog, common, _settings(path / SETTINGS) or settings_beside(path))
+    master = options.get("weights") == "master"
+    if master or "optimizer" in (options.get("keep") or ()):
+        found = _with_names(found, options.get("unmatched") != "drop" and not options.get("universal"))
+    return slots.masters(found) if master else found
+
+
+def _with_names(catalog: Catalog, strict: bool) -> Catalog:
+    """With what a distributed optimizer has in flat buffers under the names of weights."""
+    names = [e.name for e in catalog.entries] + [x.name for x in catalog.extras]
+    lost = [n for n in names if BUCKETS.match(n)]
+    try:
+        return buckets.named(catalog) if lost else catalog
+    except Unread as error:
+        if not strict:
+            return catalog
+        raise UsageError(
+            f"{catalog.root}: {len(lost)} parts of its optimizer, first {lost[0]!r}, name no weights, and cannot be told apart: "
+            f"{error}. Have Megatron save with --dist-ckpt-optim-fully-reshardable, or use keep=[weights] and the model's own."
+        ) from None
 
 
 def around(catalog: Catalog, common: Mapping[str, Any], settings: Mapping[str, Any]) -> Catalog:
     """The catalog of a dcp folder as Megatron's: the args of the run, the states of layers, and whether NeMo wrote it."""
     states = {x.name: x for x in catalog.extras if STATE in x.name}
     extras = tuple(x for x in catalog.extras if x.name not in states and x.name != COMMON_OBJECT)
+    extras += tuple(Extra(k, (k,), "optimizer", common[k]) for k in BESIDE["torch_dist"] if k in common)
     about = {**catalog.about, "states": states, "lightning": of_lightning(common)}
     return replace(catalog, format="torch_dist", extras=extras, config=args_of(common) or settings, about=about)
 
@@ -66,13 +89,14 @@ locate = dcp.locate  # addresses of tensors are in the same headers
 
 def common_in(catalog: Catalog) -> Mapping[str, Any]:
     """What newer versions of Megatron have instead of common.pt: an object among the others."""
-    held = [dcp.read_extra(catalog, x) for x in catalog.extras if x.name == COMMON_OBJECT]
-    return _dict(held[0][0] if held and isinstance(held[0], list) and held[0] else {}, Path(catalog.root))
+    held = next((dcp.read_extra(catalog, x) for x in catalog.extras if x.name == COMMON_OBJECT and x.address), None)
+    return _dict(held[0] if isinstance(held, list) and held else {}, Path(catalog.root))
 
 
 def common_of(file: Path, base: int = 0, length: int | None = None) -> Mapping[str, Any]:
     """What is in a common.pt, by the allow-list."""
-    return _dict(pt.open_archive(file, base, length)[0], file)
+    tree, storages = pt.open_archive(file, base, length)
+    return _dict(pt.with_small(tree, file, storages), file)
 
 
 def _dict(tree: Any, where: Path) -> Mapping[str, Any]:
@@ -131,7 +155,14 @@ def lay_out(spec: Spec) -> Layout:
     names = [f"{key}/shard_{place}" for key, place in layer_states(spec.entries)]
     objects = {name: Extra(name, (name,), "state", [None]) for name in names} | held_states(spec, "torch_dist")
     options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
-    layout = dcp.lay_out(replace(spec, extras=(*spec.extras, *objects.values()), options=options))
+    beside = {x.name: x.value for x in spec.extras if x.name in BESIDE["torch_dist"]}
+    if "optimizer" not in beside and any(e.role == "optimizer" for e in spec.entries):
+        raise UsageError(
+            "target.format=torch_dist: the source has an optimizer's moments and not its settings (param_groups), which "
+            "Megatron asks for. Use keep=[weights]."
+        )
+    extras = [x for x in spec.extras if x.name not in beside]
+    layout = dcp.lay_out(replace(spec, extras=(*extras, *objects.values()), options=options))
     return placed(spec, layout, "torch_dist")
 
 
@@ -163,8 +194,11 @@ def _made_common(spec: Spec, step: int) -> bytes:
     args = dict(spec.options.get("args") or {})
     args |= dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, ckpt_format="torch_dist")
     args |= megatron.divisor(args, 1)
-    common = {"args": inert.Namespace(args), "iteration": step, "checkpoint_version": 3.0}
-    return pt.archive(common, "common")
+    common: dict[str, Any] = {"iteration": step, "checkpoint_version": 3.0}
+    if any(e.role == "optimizer" for e in spec.entries):  # a run asks for it unless args say that it was not saved
+        args["no_save_optim"] = False
+        common |= {x.name: x.value for x in spec.extras if x.name in BESIDE["torch_dist"]}
+    return pt.archive(common | {"args": inert.Namespace(args)}, "common")
 
 
 def _common_of_nemo(spec: Spec, step: int) -> bytes:
