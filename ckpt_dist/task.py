@@ -283,9 +283,9 @@ def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> B
         (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()
     )
     entries = []
-    for entry in target.entries:
+    for entry, rule in zip(target.entries, target.rules, strict=True):
         path = entry.path if entry.role != "weight" else (*around, entry.name)
-        if entry.role == "optimizer" and target.axes:  # a slot, named after its weight
+        if entry.role == "optimizer" and rule and rule.weights[0] in target.axes:  # a slot, named after its weight
             slot, own = slots.parted(entry.name)
             path = (slot + ".".join(map(str, (*around, own))),)
             entry = replace(entry, name=path[0])
