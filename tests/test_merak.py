@@ -270,9 +270,8 @@ def test_a_killed_job_goes_on(made: Made, tmp_path: Path) -> None:
     job.kill()
     job.communicate(timeout=60)
     assert job.returncode == -9 and not (tmp_path / "out").exists()
-    again = start(1, 0, *words)
-    _, said = again.communicate(timeout=60)
-    assert again.returncode == 0 and "tiles were there already" in said, said
+    report = ckpt_dist.convert(made("gpt2"), tmp_path / "out", format="merak", tp=2, pp=2)
+    assert any("tiles were there already" in note for note in report["notes"])
     ckpt_dist.convert(made("gpt2"), tmp_path / "straight", format="merak", tp=2, pp=2)
     ours, theirs = (sorted(p.relative_to(f) for p in rank_files(f)) for f in (tmp_path / "out", tmp_path / "straight"))
     assert ours == theirs and len(ours) == 4

@@ -68,10 +68,11 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     files = [file for found in layers.values() for file in found]
     masters, zero = _masters(path, tp, len(files)) if options.get("weights") == "master" else ([{}] * tp, [])
     blocks = [number for number, kind in kinds.items() if kind == BLOCK]
-    version, parts = _said(about, "checkpoint_version", 0), list[Held]()
+    replica = int(options.get("replica") or 0)
+    version, parts, used = _said(about, "checkpoint_version", 0), list[Held](), set[tuple[int, str]]()
     for place, file in enumerate(files):
         number, t = (int(n) for n in LAYER.fullmatch(file).groups())  # type: ignore[union-attr]
-        rank = Rank(t, 0, 0, tp, 1, 1, int(options.get("replica") or 0))
+        rank = Rank(t, 0, 0, tp, 1, 1, replica)
         first = blocks.index(number) if number in blocks else 0
         tree, storages = _opened(path / file)
         own, dense = (
@@ -79,9 +80,13 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
             for state in _tensors(tree)
         )
         for part, by_rows in zip(own, dense, strict=True):
-            runs = _of(masters[t], number, by_rows.ref.storage.key)
+            name = _listed(masters[t], number, by_rows.ref.storage.key)
+            used.add((t, name))
+            runs = masters[t].get(name)
             parts += list(_flat.boxes(path / file, by_rows, runs)) if runs else [(part, place, storages)]
     files += zero
+    if lost := next((name for name in masters[replica] if (replica, name) not in used), None):
+        raise CheckpointError(f"{path}: {lost!r} is trained and in no layer's file. The files are of two runs.")
     entries, table = together(path, files, parts)
     alike = sorted({part.name for part, *_ in parts if part.alike}) if tp > 1 else []
     pp = max(sum(bool(STATE.fullmatch(p.name)) for p in path.iterdir()) // tp, 1)
@@ -124,12 +129,11 @@ def _runs(part: _zero.Part) -> list[_flat.Run]:
     return [_flat.Run(lo, hi, file, at, part.dtype) for lo, hi, file, at in zip(*columns, strict=True)]
 
 
-def _of(masters: Mapping[str, list[_flat.Run]], number: int, name: str) -> list[_flat.Run]:
-    """The master weights of a layer's tensor; those of the embedding may have a name that the last stage uses too."""
-    tied = (
-        [n for n in masters if n.startswith("tied_modules.") and n.endswith(f".{name}")] if number == EMBEDDING else []
-    )
-    return masters.get(f"{number}.{name}") or (masters[tied[0]] if len(tied) == 1 else [])
+def _listed(masters: Mapping[str, Any], number: int, name: str) -> str:
+    """What the engine calls a layer's tensor; one of the embedding may have a name that the last stage uses too."""
+    shared = [n for n in masters if n.startswith("tied_modules.") and n.endswith(f".{name}")]
+    own = f"{number}.{name}"
+    return shared[0] if number == EMBEDDING and len(shared) == 1 and own not in masters else own
 
 
 def _layers(path: Path) -> tuple[dict[int, list[str]], int]:

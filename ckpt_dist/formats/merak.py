@@ -174,6 +174,8 @@ def _parts(
 ) -> Iterator[Held]:
     """What a rank's tensors are of the whole ones; of those that are in `runs` the master weights, with their files."""
     listed = _merak_zero.aliases(model, runs)
+    if lost := set(runs) - set(listed.values()):
+        raise CheckpointError(f"{where} lacks {min(lost)!r}, which is trained. The files are of two runs.")
     for name, stored, ref in _state(model):
         if of := runs.get(listed[stored]):
             yield from _flat.boxes(where, _held(name, _flat.dense(ref, stored), rank, facts), of)
