@@ -233,7 +233,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         ckpt_dist.convert(top / kind / "hf", top / kind / "ours", format="torch_dist", **own)
         jobs += [job(top / kind, kind, layout, top / kind / "ours/iter_0000001") for layout in layouts]
     (top / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(4, "-m", "tests.real.megatron_core", top / "jobs.json")
+    done = torchrun(4, "-m", "tests.real.megatron_core", top / "jobs.json", timeout=540)
     assert done.returncode == 0, done.stderr[-20_000:]
     return lambda kind: (top / kind, wanted[kind])
 
