@@ -233,7 +233,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         ckpt_dist.convert(top / kind / "hf", top / kind / "ours", format="torch_dist", **own)
         jobs += [job(top / kind, kind, layout, top / kind / "ours/iter_0000001") for layout in layouts]
     (top / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(4, "-m", "tests.real.megatron_core", top / "jobs.json")
+    done = torchrun(4, "-m", "tests.real.megatron_core", top / "jobs.json", timeout=540)
     assert done.returncode == 0, done.stderr[-20_000:]
     return lambda kind: (top / kind, wanted[kind])
 
@@ -279,7 +279,7 @@ def test_a_rank_file_is_what_the_module_of_that_rank_holds(ran: Ran, tmp_path: P
 # ---- without megatron-core: what it once wrote, every layout to every other, older files, files that are not whole
 
 
-@pytest.mark.parametrize("place", ["dist", "legacy"])
+@pytest.mark.parametrize("place", ["torch_dist", "legacy"])
 def test_a_model_that_megatron_began_predicts_further_tokens(tmp_path: Path, place: str) -> None:
     """`tests/data/make_mtp.py`: its own first values, its own logits; the config.json is made of its args alone."""
     from transformers import AutoModelForCausalLM
@@ -293,9 +293,9 @@ def test_a_model_that_megatron_began_predicts_further_tokens(tmp_path: Path, pla
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert ckpt_dist.fingerprint(tmp_path / "hf") == ckpt_dist.fingerprint(top / place)
     for keys in ({"format": "torch_dist", "target.dialect": "megatron_local"}, {"format": "megatron", **SPLIT}):
-        ckpt_dist.convert(tmp_path / "hf", tmp_path / keys["format"], **keys)
-        assert ckpt_dist.fingerprint(tmp_path / keys["format"]) == ckpt_dist.fingerprint(top / place)
-    for mine, his in zip(rank_files(tmp_path / "megatron"), rank_files(top / "legacy"), strict=True):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / f"made-{keys['format']}", **keys)
+        assert ckpt_dist.fingerprint(tmp_path / f"made-{keys['format']}") == ckpt_dist.fingerprint(top / place)
+    for mine, his in zip(rank_files(tmp_path / "made-megatron"), rank_files(top / "legacy"), strict=True):
         a, b = (torch.load(f, weights_only=False)["model"] for f in (mine, his))
         b = {n: t for n, t in b.items() if t is not None}
         assert a.keys() == b.keys() and all(torch.equal(a[n], t) for n, t in b.items())

@@ -5,9 +5,12 @@ script, which averaged it, and the zarr package where it is installed.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,14 +181,20 @@ def test_what_the_zarr_package_writes_is_read(tmp_path: Path) -> None:
 
 
 def compress(folder: Path, codec: str) -> None:
-    """Every array of a checkpoint with its chunks compressed, by the codec's own package."""
-    numcodecs = pytest.importorskip("numcodecs", reason="numcodecs is not installed")
-    own = numcodecs.get_codec({"id": codec})
+    """Every array of a checkpoint with its chunks compressed."""
     for head in folder.rglob(".zarray"):
-        head.write_text(json.dumps(json.loads(head.read_text()) | {"compressor": own.get_config()}))
+        head.write_text(json.dumps(json.loads(head.read_text()) | {"compressor": {"id": codec, "level": 1}}))
         for file in head.parent.rglob("*"):
             if file.is_file() and file != head:
-                file.write_bytes(bytes(own.encode(file.read_bytes())))
+                file.write_bytes(encoded(codec, file.read_bytes()))
+
+
+def encoded(codec: str, data: bytes) -> bytes:
+    """By Python's own compressors, or those of numcodecs."""
+    if codec in ("gzip", "zlib"):
+        return gzip.compress(data) if codec == "gzip" else zlib.compress(data)
+    numcodecs = pytest.importorskip("numcodecs", reason="numcodecs is not installed")
+    return bytes(numcodecs.get_codec({"id": codec}).encode(data))
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -201,17 +210,27 @@ def test_compressed_chunks_are_read(tmp_path: Path, codec: str) -> None:
     file = tmp_path / "z/zeros/0.0"
     good = file.read_bytes()
     other = (tmp_path / "z/metadata.json").read_bytes()
-    for bad in (good[: len(good) // 2], other, good[:-8] + bytes(8), b"", shorter(codec)):
+    for bad in (good[: len(good) // 2], other, good[:-8] + bytes(8), b"", encoded(codec, bytes(100))):
         file.write_bytes(bad)
         with pytest.raises(CheckpointError, match=rf"zeros/0.0 (is damaged: {codec}|is truncated)"):
             ckpt_dist.convert(tmp_path / "z", tmp_path / "no.pt", format="torch", **given)
         assert not (tmp_path / "no.pt").exists()
 
 
-def shorter(codec: str) -> bytes:
-    """A good chunk of another length."""
-    numcodecs = pytest.importorskip("numcodecs")
-    return bytes(numcodecs.get_codec({"id": codec}).encode(bytes(100)))
+@pytest.mark.parametrize("codec", ["blosc", "lz4", "zstd"])
+def test_a_codec_that_is_not_installed(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(tmp_path / "z")
+    write(folder / "w", np.ones((4, 4), np.float32), (4, 4))
+    header(lambda h: h.update(compressor={"id": codec}))(folder)
+    length = (64).to_bytes(4, "little")
+    said = {"blosc": bytes(4) + length, "lz4": length, "zstd": bytes.fromhex("28b52ffd80") + bytes(1) + length}[codec]
+    (folder / "w/0.0").write_bytes(said + bytes(16))
+    monkeypatch.setitem(sys.modules, "numcodecs", None)
+    monkeypatch.setitem(sys.modules, f"numcodecs.{codec}", None)
+    with pytest.raises(
+        CheckpointError, match=rf"compressed by {codec}, which needs the package numcodecs: pip install"
+    ):
+        ckpt_dist.convert(folder, tmp_path / "no.pt", format="torch", model="identity", quiet=True)
 
 
 def test_a_compressed_chunk_that_is_larger_than_the_memory(tmp_path: Path) -> None:

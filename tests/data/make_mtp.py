@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/data/make_mtp.py tests/data
 
 Run once with megatron-core 0.16.1 on a CPU, four ranks: 2 tensor-parallel x 2 stages.
-    dist/       saved by `dist_checkpointing.save`
+    torch_dist/ saved by `dist_checkpointing.save`
     legacy/     the state dict of each rank's modules, in the folders of Megatron-LM
     logits.pt   its logits of the next token, and of the one after it
 """
@@ -41,13 +41,13 @@ def main() -> None:
     shutil.rmtree(top, ignore_errors=True)
     top.mkdir()
     job = dict(name="mtp", settings=SETTINGS, model=MODEL, args=ARGS, layout=dict(tp=2, pp=2), ids=IDS)
-    job |= dict(logits=str(top / "logits.pt"), save=str(top / "dist/iter_0000007"), legacy=str(top / "legacy"))
+    job |= dict(logits=str(top / "logits.pt"), save=str(top / "torch_dist/iter_0000007"), legacy=str(top / "legacy"))
     jobs = top / "jobs.json"
     jobs.write_text(json.dumps([job]))
     done = torchrun(4, "-m", "tests.real.megatron_core", jobs)
     assert done.returncode == 0, done.stderr[-20_000:]
     jobs.unlink()
-    (top / "dist/latest_checkpointed_iteration.txt").write_text("7")
+    (top / "torch_dist/latest_checkpointed_iteration.txt").write_text("7")
 
 
 if __name__ == "__main__":
