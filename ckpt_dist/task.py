@@ -163,9 +163,8 @@ def _uniform(m: Model) -> bool:
 
 
 def _plain_entries(first: Model) -> Bound:
-    picked = [
-        (replace(first.catalog.entries[e], name=n, frame=()), n) for e, n in enumerate(first.names) if n is not None
-    ]
+    named = [(first.catalog.entries[e], n) for e, n in enumerate(first.names) if n is not None]
+    picked = [(replace(e, name=n if e.role == "weight" else e.name, frame=()), n) for e, n in named]
     entries = tuple(e for e, _ in picked)
     return Bound(entries, tuple(families.plain(e, n) for e, n in picked), {}, {})
 
