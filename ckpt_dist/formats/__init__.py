@@ -63,21 +63,17 @@ EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
 RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
 ARGS = ("megatron", "torch_dist", "zarr", "megatron_deepspeed", "merak")  # formats that keep the args of a run
-BESIDE = {
-    "torch_dist": ("optimizer", "opt_param_scheduler", "content_metadata")
-}  # what resumes an optimizer and is no tensor
-SLOTS = (
-    "dcp",
-    "torch",
-    "torch_dist",
-)  # formats that an optimizer's state is written in, under names of another dialect
-MASTERS = (
+BESIDE = {  # what resumes an optimizer and is no tensor
+    "torch_dist": ("optimizer", "opt_param_scheduler", "content_metadata"),
+}
+SLOTS = ("dcp", "torch", "torch_dist")  # in which an optimizer's state is written under names of another dialect
+MASTERS = (  # of which the optimizer's own copies of the weights are read; the first that claims a folder
+    "megatron_deepspeed",
     "deepspeed",
+    "merak",
     "torch_dist",
     "megatron",
-    "megatron_deepspeed",
-    "merak",
-)  # of which the optimizer's copies are read
+)
 ALONE = ("sfpt",)  # formats whose folders hold nothing else: their readers take every file
 FOLDERS = ("hf", "meta", "merak")  # formats whose folders hold a model: weights, config, tokenizer
 
