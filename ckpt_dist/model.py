@@ -239,6 +239,7 @@ def _sizes(
     used = {a for rule in rules for k in range(len(rule.weights)) for a in rule.pattern.axes(k)}
     missing = sorted(used - set(sizes))
     lacks = _lacks(source, rules, lost, sizes.get("l", 0), "l" in known) if "l" not in used else ""
+    lacks = lacks or _lacks_further(family, rules, sizes)
     return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
 
 
@@ -253,6 +254,19 @@ def _lacks(source: Source, rules: Sequence[Rule], lost: Sequence[str], layers: i
     told = "the model that model.config names has" if _preset(source) else told if said else "its names count"
     first = next(n for n in count() if n not in there)
     return f"{told} {layers} layers, the tensors have {len(there)}: layer {first} is the first that is missing"
+
+
+def _lacks_further(family: Family, rules: Sequence[Rule], sizes: Mapping[str, int]) -> str:
+    """The same of layers that predict further tokens, where there is one: transformers leaves all of them out."""
+    for axis in family.further:
+        there = {index for rule in rules for a, index in rule.fixed if a == axis}
+        if there and len(there) < sizes[axis]:
+            first = next(n for n in count() if n not in there)
+            return (
+                f"there should be {sizes[axis]} layers that predict further tokens, the tensors have {len(there)}: number "
+                f"{first} of them is the first that is missing"
+            )
+    return ""
 
 
 def _length(value: Any) -> bool:

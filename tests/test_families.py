@@ -303,6 +303,29 @@ def test_a_copy_that_is_none_is_kept_or_refused(made: Callable[[str], tuple[Any,
 # ---- layers that are not there
 
 
+def test_a_layer_that_predicts_further_tokens_is_missed(
+    made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """No target says two of them, and has one; all of them may be missing, as transformers saves such a model."""
+    source = made("deepseek_v3")[1] / "hf"
+    tensors, last = published(tmp_path / "in", source), 3
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    assert config["num_hidden_layers"] == last
+    (tmp_path / "in/config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
+    second = {n.replace(f"layers.{last}.", f"layers.{last + 1}."): t.clone() for n, t in tensors.items()}
+    for number, held in ((1, tensors), (0, second)):
+        save_file(held, tmp_path / "in/model.safetensors")
+        says = rf"2 layers that predict further tokens, the tensors have 1: number {number} of them is the first"
+        for format in ("hf", "torch_dist", "megatron"):
+            with pytest.raises(CheckpointError, match=says):
+                ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format=format, quiet=True)
+        assert not (tmp_path / "no").exists()
+    save_file(tensors | second, tmp_path / "in/model.safetensors")
+    ckpt_dist.convert(tmp_path / "in", tmp_path / "both", format="torch_dist", quiet=True)
+    save_file(load_file(source / "model.safetensors"), tmp_path / "in/model.safetensors")
+    ckpt_dist.convert(tmp_path / "in", tmp_path / "none", format="torch_dist", quiet=True)
+
+
 def without(folder: Path, target: Path, layer: int) -> Path:
     """A model of transformers that lost a layer, beside a config that says it has it."""
     shutil.copytree(folder, target)
