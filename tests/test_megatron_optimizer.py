@@ -231,6 +231,22 @@ def test_buckets_of_another_layout(data: Path, tmp_path: Path) -> None:
     rewritten(tmp_path / "it", "common.pt", lambda tree: setattr(tree["args"], "tensor_model_parallel_size", 1))
     with pytest.raises(UsageError, match="name no weights, and cannot be told apart: buckets of"):
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", **KEEP)
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "out", format="torch_dist", unmatched="drop", **KEEP)
+    assert any(n.startswith("dropped, state") and "gbuf_idx_0" in n for n in report["notes"])
+    assert not any("optimizer" in n for n in tensors(tmp_path / "out" / ITER))
+    common = torch.load(tmp_path / "out" / ITER / "common.pt", weights_only=False)
+    assert common["args"].no_save_optim is True and "optimizer" not in common
+    assert ckpt_dist.inspect(tmp_path / "it")["optimizer"] is True
+
+
+def test_a_plan_by_a_saved_catalog(data: Path, tmp_path: Path) -> None:
+    """Its settings are not in it, which is no fault of the checkpoint."""
+    ckpt_dist.inspect(data / "sharded-buckets", save_catalog=tmp_path / "saved")
+    made = [
+        ckpt_dist.convert(source, tmp_path / "no", format="torch_dist", dry_run=True, **KEEP)["bytes"]
+        for source in (data / "sharded-buckets", tmp_path / "saved")
+    ]
+    assert made[0] == made[1]
 
 
 # ---- with megatron-core
