@@ -239,6 +239,25 @@ def test_buckets_of_another_layout(data: Path, tmp_path: Path) -> None:
     assert ckpt_dist.inspect(tmp_path / "it")["optimizer"] is True
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("tensor_model_parallel_size", 3, "by args 3 tensor- and 1 expert-parallel ranks share its tensors"),
+        ("virtual_pipeline_model_parallel_size", 1 << 20, "of 1048576 chunks, .*: such stages are not known"),
+        ("pipeline_model_parallel_layout", "t*999999999", "pipeline_model_parallel_layout: such stages are not known"),
+        ("decoder_first_pipeline_num_layers", "two", "args are damaged: decoder_first_pipeline_num_layers is 'two'"),
+    ],
+)
+def test_buckets_of_args_that_no_run_has(data: Path, tmp_path: Path, key: str, value: Any, says: str) -> None:
+    """Nothing is said of a target, which was not asked for; and a checkpoint can be looked at."""
+    shutil.copytree(data / "sharded-buckets", tmp_path / "it")
+    rewritten(tmp_path / "it", "common.pt", lambda tree: setattr(tree["args"], key, value))
+    with pytest.raises(CheckpointError, match=says):
+        ckpt_dist.convert(tmp_path / "it" / ITER, tmp_path / "no", format="torch_dist", **KEEP)
+    if value != "two":
+        assert ckpt_dist.inspect(tmp_path / "it" / ITER)["optimizer"] is True
+
+
 def test_a_plan_by_a_saved_catalog(data: Path, tmp_path: Path) -> None:
     """Its settings are not in it, which is no fault of the checkpoint."""
     ckpt_dist.inspect(data / "sharded-buckets", save_catalog=tmp_path / "saved")
