@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 import ckpt_dist
@@ -132,6 +133,21 @@ def test_a_checkpoint_without_copies(named: Path, tmp_path: Path) -> None:
         ckpt_dist.convert(tmp_path / "weights", tmp_path / "no", **{"source.weights": "master"})
     report = ckpt_dist.convert(tmp_path / "weights", tmp_path / "none", format="torch_dist", **KEEP)
     assert "9 of 9 stored tensors are written" in report["notes"]
+
+
+def test_odd_names_of_tensors(named: Path, tmp_path: Path) -> None:
+    """Two copies of a weight are refused, and the moments of a tied copy, which is left out, are left out by name."""
+    state, head, embedding = tensors(named / ITER), "output_layer.weight", "embedding.word_embeddings.weight"
+    copies = {**state, f"optimizer.state.fp32_param.{head}": state[f"optimizer.state.param.{head}"]}
+    tied = {n: state[n.replace(head, embedding)] for n in state}
+    for folder, held in (("copies", copies), ("tied", tied)):
+        shutil.copytree(named, tmp_path / folder, ignore=shutil.ignore_patterns("*.distcp", ".metadata"))
+        dcp.save(held, storage_writer=dcp.FileSystemWriter(tmp_path / folder / ITER), no_dist=True)
+    with pytest.raises(CheckpointError, match="both are the copy of one weight"):
+        ckpt_dist.convert(tmp_path / "copies" / ITER, tmp_path / "no", **{"source.weights": "master"})
+    report = ckpt_dist.convert(tmp_path / "tied", tmp_path / "out", format="torch_dist", **KEEP)
+    assert "32 of 36 stored tensors are written" in report["notes"]
+    assert any(n.startswith(f"dropped, tied to {embedding}: ") and "and 1 more" in n for n in report["notes"])
 
 
 @pytest.mark.parametrize("format", ["megatron", "zarr", "sfpt"])
