@@ -359,11 +359,11 @@ def copied(family: Family, present: Mapping[str, Ints]) -> dict[str, tuple[str, 
 
     Where they stand in names of layers, they are in those of any other weight with such an axis.
     """
-    found = {}
+    found, held = {}, [w for w in present if w in family.weights and w not in family.copies]  # of present, no slots
     for copy, of in family.copies.items():
         original = of if of in present else family.ties.get(of, of)
         own = set(family.axes(copy)) - set(family.axes(of))
-        other = next((w for w in present if own <= set(family.axes(w)) and w not in family.copies), None)
+        other = next((w for w in held if own <= set(family.axes(w))), None)
         if copy not in present and original in present and other:
             places = [family.axes(other).index(a) if a in own else -1 for a in family.axes(copy)]
             zero = np.zeros((len(present[other]), 1), np.int64)
