@@ -239,6 +239,7 @@ def _sizes(
     used = {a for rule in rules for k in range(len(rule.weights)) for a in rule.pattern.axes(k)}
     missing = sorted(used - set(sizes))
     lacks = _lacks(source, rules, lost, sizes.get("l", 0), "l" in known) if "l" not in used else ""
+    lacks = lacks or _lacks_further(family, rules, sizes)
     return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
 
 
@@ -253,6 +254,19 @@ def _lacks(source: Source, rules: Sequence[Rule], lost: Sequence[str], layers: i
     told = "the model that model.config names has" if _preset(source) else told if said else "its names count"
     first = next(n for n in count() if n not in there)
     return f"{told} {layers} layers, the tensors have {len(there)}: layer {first} is the first that is missing"
+
+
+def _lacks_further(family: Family, rules: Sequence[Rule], sizes: Mapping[str, int]) -> str:
+    """The same of layers that predict further tokens, where there is one: transformers leaves all of them out."""
+    for axis in family.further:
+        there = {index for rule in rules for a, index in rule.fixed if a == axis}
+        if there and len(there) < sizes[axis]:
+            first = next(n for n in count() if n not in there)
+            return (
+                f"there should be {sizes[axis]} layers that predict further tokens, the tensors have {len(there)}: number "
+                f"{first} of them is the first that is missing"
+            )
+    return ""
 
 
 def _length(value: Any) -> bool:
@@ -345,11 +359,11 @@ def copied(family: Family, present: Mapping[str, Ints]) -> dict[str, tuple[str, 
 
     Where they stand in names of layers, they are in those of any other weight with such an axis.
     """
-    found = {}
+    found, held = {}, [w for w in present if w in family.weights and w not in family.copies]  # of present, no slots
     for copy, of in family.copies.items():
         original = of if of in present else family.ties.get(of, of)
         own = set(family.axes(copy)) - set(family.axes(of))
-        other = next((w for w in present if own <= set(family.axes(w)) and w not in family.copies), None)
+        other = next((w for w in held if own <= set(family.axes(w))), None)
         if copy not in present and original in present and other:
             places = [family.axes(other).index(a) if a in own else -1 for a in family.axes(copy)]
             zero = np.zeros((len(present[other]), 1), np.int64)

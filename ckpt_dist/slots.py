@@ -99,6 +99,9 @@ def masters(catalog: Catalog) -> Catalog:
                 f"{catalog.root}: {entry.name!r} has shape {list(entry.shape)}, its weight {list(entries[own].shape)}. It is "
                 "damaged, or in pieces (fully_sharded_model_space of megatron-core up to 0.15), which are not read."
             )
+        if own in weight_of:
+            first = catalog.entries[int(np.flatnonzero(weight_of == own)[0])].name
+            raise CheckpointError(f"{catalog.root}: {first!r} and {entry.name!r} both are the copy of one weight.")
         weight_of[k], entries[own] = own, replace(entries[own], dtype=entry.dtype)
     copied = weight_of[weight_of >= 0]
     if not len(copied):

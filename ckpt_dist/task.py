@@ -572,7 +572,8 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
             names = tuple(
                 None if e == one or (n and slots.parted(n)[1] == m.names[one]) else n for e, n in enumerate(m.names)
             )
-            m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): (m.catalog.entries[one].name,)})
+            lost = tuple(e.name for e, a, b in zip(m.catalog.entries, m.names, names, strict=True) if a != b)
+            m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): lost})
         elif tied(m):
             report.warnings.append(
                 f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied"

@@ -276,6 +276,24 @@ def test_layers_that_predict_further_tokens(made: Callable[[str], tuple[Any, Pat
     assert all(torch.equal(loaded[n], t) for n, t in tensors.items())
 
 
+def test_moments_with_and_without_further_layers(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    source = made("deepseek_v3")[1] / "hf"
+    published(tmp_path / "in", source)
+    slot, config = "optimizer.state.exp_avg.", {"model.config": str(tmp_path / "in"), "quiet": True}
+    for folder, axis in ((source, 0), (tmp_path / "in", 1)):
+        ckpt_dist.convert(folder, tmp_path / "weights.pt", format="torch", dialect="megatron", overwrite=True, **config)
+        state = torch.load(tmp_path / "weights.pt")
+        moments = {slot + n: torch.randn(t.shape) for n, t in state.items()}
+        torch.save(state | moments, tmp_path / "both.pt")
+        keys: dict[str, Any] = {"keep": ["weights", "optimizer"], "format": "torch", "overwrite": True, **config}
+        ckpt_dist.convert(tmp_path / "both.pt", tmp_path / "titan.pt", dialect="torchtitan", **keys)
+        found = torch.load(tmp_path / "titan.pt")
+        assert torch.equal(found[slot + "norm.weight"], moments[slot + "decoder.final_layernorm.weight"])
+        ckpt_dist.convert(tmp_path / "both.pt", tmp_path / "local.pt", dialect="megatron_local", **keys)
+        found = torch.load(tmp_path / "local.pt")
+        assert len(found) == len(state | moments) and any(n.startswith(slot + "mtp.") for n in found) == bool(axis)
+
+
 def test_a_copy_that_is_none_is_kept_or_refused(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
     tensors = published(tmp_path / "in", made("deepseek_v3")[1] / "hf")
     name = next(n for n in tensors if n.endswith("shared_head.head.weight"))
@@ -301,6 +319,29 @@ def test_a_copy_that_is_none_is_kept_or_refused(made: Callable[[str], tuple[Any,
 
 
 # ---- layers that are not there
+
+
+def test_a_layer_that_predicts_further_tokens_is_missed(
+    made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """No target says two of them, and has one; all of them may be missing, as transformers saves such a model."""
+    source = made("deepseek_v3")[1] / "hf"
+    tensors, last = published(tmp_path / "in", source), 3
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    assert config["num_hidden_layers"] == last
+    (tmp_path / "in/config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
+    second = {n.replace(f"layers.{last}.", f"layers.{last + 1}."): t.clone() for n, t in tensors.items()}
+    for number, held in ((1, tensors), (0, second)):
+        save_file(held, tmp_path / "in/model.safetensors")
+        says = rf"2 layers that predict further tokens, the tensors have 1: number {number} of them is the first"
+        for format in ("hf", "torch_dist", "megatron"):
+            with pytest.raises(CheckpointError, match=says):
+                ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format=format, quiet=True)
+        assert not (tmp_path / "no").exists()
+    save_file(tensors | second, tmp_path / "in/model.safetensors")
+    ckpt_dist.convert(tmp_path / "in", tmp_path / "both", format="torch_dist", quiet=True)
+    save_file(load_file(source / "model.safetensors"), tmp_path / "in/model.safetensors")
+    ckpt_dist.convert(tmp_path / "in", tmp_path / "none", format="torch_dist", quiet=True)
 
 
 def without(folder: Path, target: Path, layer: int) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 import ckpt_dist
@@ -134,6 +135,21 @@ def test_a_checkpoint_without_copies(named: Path, tmp_path: Path) -> None:
     assert "9 of 9 stored tensors are written" in report["notes"]
 
 
+def test_odd_names_of_tensors(named: Path, tmp_path: Path) -> None:
+    """Two copies of a weight are refused, and the moments of a tied copy, which is left out, are left out by name."""
+    state, head, embedding = tensors(named / ITER), "output_layer.weight", "embedding.word_embeddings.weight"
+    copies = {**state, f"optimizer.state.fp32_param.{head}": state[f"optimizer.state.param.{head}"]}
+    tied = {n: state[n.replace(head, embedding)] for n in state}
+    for folder, held in (("copies", copies), ("tied", tied)):
+        shutil.copytree(named, tmp_path / folder, ignore=shutil.ignore_patterns("*.distcp", ".metadata"))
+        dcp.save(held, storage_writer=dcp.FileSystemWriter(tmp_path / folder / ITER), no_dist=True)
+    with pytest.raises(CheckpointError, match="both are the copy of one weight"):
+        ckpt_dist.convert(tmp_path / "copies" / ITER, tmp_path / "no", **{"source.weights": "master"})
+    report = ckpt_dist.convert(tmp_path / "tied", tmp_path / "out", format="torch_dist", **KEEP)
+    assert "32 of 36 stored tensors are written" in report["notes"]
+    assert any(n.startswith(f"dropped, tied to {embedding}: ") and "and 1 more" in n for n in report["notes"])
+
+
 @pytest.mark.parametrize("format", ["megatron", "zarr", "sfpt"])
 def test_formats_that_hold_no_optimizer(named: Path, tmp_path: Path, format: str) -> None:
     with pytest.raises(UsageError, match=f"target.format={format}: no optimizer state is written in it"):
@@ -231,6 +247,41 @@ def test_buckets_of_another_layout(data: Path, tmp_path: Path) -> None:
     rewritten(tmp_path / "it", "common.pt", lambda tree: setattr(tree["args"], "tensor_model_parallel_size", 1))
     with pytest.raises(UsageError, match="name no weights, and cannot be told apart: buckets of"):
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", **KEEP)
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "out", format="torch_dist", unmatched="drop", **KEEP)
+    assert any(n.startswith("dropped, state") and "gbuf_idx_0" in n for n in report["notes"])
+    assert not any("optimizer" in n for n in tensors(tmp_path / "out" / ITER))
+    common = torch.load(tmp_path / "out" / ITER / "common.pt", weights_only=False)
+    assert common["args"].no_save_optim is True and "optimizer" not in common
+    assert ckpt_dist.inspect(tmp_path / "it")["optimizer"] is True
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("tensor_model_parallel_size", 3, "by args 3 tensor- and 1 expert-parallel ranks share its tensors"),
+        ("virtual_pipeline_model_parallel_size", 1 << 20, "of 1048576 chunks, .*: such stages are not known"),
+        ("pipeline_model_parallel_layout", "t*999999999", "pipeline_model_parallel_layout: such stages are not known"),
+        ("decoder_first_pipeline_num_layers", "two", "args are damaged: decoder_first_pipeline_num_layers is 'two'"),
+    ],
+)
+def test_buckets_of_args_that_no_run_has(data: Path, tmp_path: Path, key: str, value: Any, says: str) -> None:
+    """Nothing is said of a target, which was not asked for; and a checkpoint can be looked at."""
+    shutil.copytree(data / "sharded-buckets", tmp_path / "it")
+    rewritten(tmp_path / "it", "common.pt", lambda tree: setattr(tree["args"], key, value))
+    with pytest.raises(CheckpointError, match=says):
+        ckpt_dist.convert(tmp_path / "it" / ITER, tmp_path / "no", format="torch_dist", **KEEP)
+    if value != "two":
+        assert ckpt_dist.inspect(tmp_path / "it" / ITER)["optimizer"] is True
+
+
+def test_a_plan_by_a_saved_catalog(data: Path, tmp_path: Path) -> None:
+    """Its settings are not in it, which is no fault of the checkpoint."""
+    ckpt_dist.inspect(data / "sharded-buckets", save_catalog=tmp_path / "saved")
+    made = [
+        ckpt_dist.convert(source, tmp_path / "no", format="torch_dist", dry_run=True, **KEEP)["bytes"]
+        for source in (data / "sharded-buckets", tmp_path / "saved")
+    ]
+    assert made[0] == made[1]
 
 
 # ---- with megatron-core

@@ -217,6 +217,21 @@ def test_compressed_chunks_are_read(tmp_path: Path, codec: str) -> None:
         assert not (tmp_path / "no.pt").exists()
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_chunk_that_is_cut_off_is_not_read_beyond_its_end(tmp_path: Path, codec: str) -> None:
+    """Values that do not compress lie in a chunk as they are, so that no decoder stumbles over those that follow it."""
+    folder = checkpoint(tmp_path / "z")
+    write(folder / "w", np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32), (256, 64))
+    compress(folder, codec)
+    file = folder / "w/0.0"
+    good = file.read_bytes()
+    for bad in (good[:20], good[: len(good) // 2], good[:-1], good + good):
+        file.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=rf"w/0.0 is damaged: {codec}"):
+            ckpt_dist.convert(folder, tmp_path / "no.pt", format="torch", model="identity", quiet=True)
+        assert not (tmp_path / "no.pt").exists()
+
+
 @pytest.mark.parametrize("codec", ["blosc", "lz4", "zstd"])
 def test_a_codec_that_is_not_installed(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint(tmp_path / "z")
@@ -269,6 +284,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "zlib": (header(lambda h: h.update(compressor={"id": "zlib", "level": 1})), r"w/[01].0 is damaged: zlib"),
     "lzma": (header(lambda h: h.update(compressor={"id": "lzma"})), r"coded by lzma; one of blosc, gzip, lz4, zlib, zstd"),
     "pickle": (header(lambda h: h.update(compressor={"id": "pickle"})), r"coded by pickle"),
+    "no word": (header(lambda h: h.update(compressor={"id": ["gzip"]})), r"coded by \['gzip'\]; one of"),
     "filter": (header(lambda h: h.update(filters=[{"id": "delta"}])), r"coded by delta"),
     "version": (header(lambda h: h.update(zarr_format=3)), r"damaged.*zarr_format 3"),
     "dims": (header(lambda h: h.update(chunks=[2])), r"is damaged"),

@@ -46,12 +46,19 @@ def unpacked(packed: Packed, data: bytearray, where: str) -> bytes | bytearray:
         if said != packed.nbytes:
             raise ValueError(f"{said} bytes inside, {packed.nbytes} by .zarray")
         if packed.codec not in WINDOWS:
-            out = bytearray(packed.nbytes)
-            decoder(packed.codec).decode(data, out=out)
+            codec, out = decoder(packed.codec), bytearray(packed.nbytes)
+            if packed.codec == "blosc" and (whole := int.from_bytes(data[12:16], "little")) != len(data):
+                raise ValueError(f"{len(data)} of {whole} bytes")  # it would read on behind them
+            codec.decode(data, out=out)
             return out
         stream = zlib.decompressobj(WINDOWS[packed.codec])
         made = stream.decompress(data, packed.nbytes)
-        if len(made) != packed.nbytes or stream.decompress(stream.unconsumed_tail, 1) or not stream.eof:
+        if (
+            len(made) != packed.nbytes
+            or stream.decompress(stream.unconsumed_tail, 1)
+            or stream.unused_data
+            or not stream.eof
+        ):
             raise ValueError(f"not {packed.nbytes} bytes inside, which .zarray says")
         return made
     except (RuntimeError, ValueError, zlib.error) as error:

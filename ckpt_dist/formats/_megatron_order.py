@@ -15,7 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_dist import megatron, ranks
+from ckpt_dist import stages as pipeline
 from ckpt_dist.catalog import Entry
+from ckpt_dist.errors import UsageError
 from ckpt_dist.formats._megatron_optimizer import BUFFER, EXPERT, Unread
 from ckpt_dist.ranks import Piecewise, Rank
 
@@ -82,12 +84,13 @@ def _params(each: Sequence[Entry], rank: Rank, stages: Sequence[int], spec: str)
 def _stages(layers: int, args: Mapping[str, Any]) -> list[int]:
     """Layers of each stage, virtual chunk by chunk."""
     pp, vpp = (max(megatron.count(args, f"{k}pipeline_model_parallel_size"), 1) for k in ("", "virtual_"))
-    ends = [args.get(f"decoder_{k}_pipeline_num_layers") for k in ("first", "last")]
+    keys = [f"decoder_{k}_pipeline_num_layers" for k in ("first", "last")]
+    ends = [None if args.get(key) is None else megatron.count(args, key) for key in keys]
     odd = [k for k in ("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
            if args.get(k)]  # fmt: skip
     rest = layers - sum(n or 0 for n in ends)
     middle = pp - sum(n is not None for n in ends)
-    if odd or (any(ends) and (vpp > 1 or middle < 1)) or rest % max(middle * vpp, 1):
+    if odd or pp * vpp > pipeline.MOST or (any(ends) and (vpp > 1 or middle < 1)) or rest % max(middle * vpp, 1):
         raise Unread(
             f"{layers} layers in {pp} stages of {vpp} chunks, {', '.join(odd) or ends}: such stages are not known."
         )
@@ -110,7 +113,12 @@ def holders(
         raise Unread(f"they are of {count} optimizers of {ep} expert-parallel ranks")
     for optimizer, (t, e) in enumerate([(tp, 1), (etp, ep)][:count]):
         for rank in (Rank(a, p, b, t, pp, e) for p in range(pp) for b in range(e) for a in range(t)):
-            params = _params(each, rank, stages, spec)
+            try:
+                params = _params(each, rank, stages, spec)
+            except UsageError:  # which speaks of a target
+                raise Unread(
+                    f"by args {t} tensor- and {e} expert-parallel ranks share its tensors, which they cannot evenly"
+                ) from None
             if count > 1:
                 params = [[o for o in c if bool(EXPERT.search(o.path[1])) == (optimizer == 1)] for c in params]
             yield rank, optimizer, [c for c in params if c]

@@ -63,8 +63,11 @@ def _with_names(catalog: Catalog, strict: bool) -> Catalog:
     try:
         return buckets.named(catalog) if lost else catalog
     except Unread as error:
-        if not strict:
-            return catalog
+        if not strict:  # what is no optimizer of this model does not make one of the target
+            roles = ("state" if BUCKETS.match(e.name) else e.role for e in catalog.entries)
+            return replace(
+                catalog, entries=tuple(replace(e, role=r) for e, r in zip(catalog.entries, roles, strict=True))
+            )
         raise UsageError(
             f"{catalog.root}: {len(lost)} parts of its optimizer, first {lost[0]!r}, name no weights, and cannot be told apart: "
             f"{error}. Have Megatron save with --dist-ckpt-optim-fully-reshardable, or use keep=[weights] and the model's own."
@@ -156,7 +159,8 @@ def lay_out(spec: Spec) -> Layout:
     objects = {name: Extra(name, (name,), "state", [None]) for name in names} | held_states(spec, "torch_dist")
     options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
     beside = {x.name: x.value for x in spec.extras if x.name in BESIDE["torch_dist"]}
-    if "optimizer" not in beside and any(e.role == "optimizer" for e in spec.entries):
+    planned = spec.source is not None and "saved" in spec.source.about  # a saved catalog has no settings
+    if "optimizer" not in beside and not planned and any(e.role == "optimizer" for e in spec.entries):
         raise UsageError(
             "target.format=torch_dist: the source has an optimizer's moments and not its settings (param_groups), which "
             "Megatron asks for. Use keep=[weights]."
