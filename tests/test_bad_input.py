@@ -13,7 +13,6 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -442,8 +441,7 @@ def test_an_old_target_survives_a_failed_run(tmp_path: Path, refused: Refused) -
 
 @pytest.mark.parametrize("limit", ["rtol", "atol"])
 def test_infinities_are_equal_to_themselves_alone(tmp_path: Path, limit: str) -> None:
-    values = (1.0, math.inf, -math.inf, math.nan)
-    for one, two in product(values, values):
+    for one, two in ((1.0, math.inf), (math.inf, -math.inf), (math.inf, math.inf)):
         pair = [torch.tensor([2.0, value]) for value in (one, two)]
         for name, value in zip("ab", pair, strict=True):
             save_file({"w": value}, tmp_path / f"{name}.safetensors")
