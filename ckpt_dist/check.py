@@ -103,9 +103,9 @@ def _gap(one: Any, two: Any, rtol: float, atol: float) -> Gap:
     nans = torch.isnan(a.abs()) != torch.isnan(b.abs())
     both = torch.isnan(a.abs()) & torch.isnan(b.abs())
     apart[both] = 0
-    over = (apart > atol + rtol * b.abs()) | nans
-    finite = apart[torch.isfinite(apart)]
-    return Gap(int(over.sum()), float(finite.max()) if finite.numel() else float("inf"), int(nans.sum()))
+    over = (apart > atol + rtol * b.abs()) | torch.isinf(apart) | nans  # no part of an infinity is a tolerance
+    known = apart[~torch.isnan(apart)]
+    return Gap(int(over.sum()), float(known.max()) if known.numel() else float("inf"), int(nans.sum()))
 
 
 def _pair(a: Model, b: Model) -> Design:

@@ -183,7 +183,8 @@ def prepare(
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     node = None if target["shared"] else group.node
-    staging = stage.Staging(path.absolute(), _single(layout, path, cfg), into, node)
+    place = path.resolve() if into else path.absolute()  # a link may lead to another disk
+    staging = stage.Staging(place, _single(layout, path, cfg), into, node)
     if node is not None and (staging.single or into):
         raise UsageError("target.shared=false: each node gets a folder of its own; give a new folder as target.path.")
     carries = target["format"] in formats.FOLDERS and not staging.single

@@ -6,6 +6,7 @@ were; and nothing in a file is ever run. Not checked here: the parsers by themse
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -20,7 +21,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+import ckpt_dist
 from ckpt_dist.cli import main
+from ckpt_dist.errors import Difference
 from tests.conftest import ROOT
 
 
@@ -434,3 +437,17 @@ def test_an_old_target_survives_a_failed_run(tmp_path: Path, refused: Refused) -
     before = contents(target)
     refused(source, "overwrite=true")
     assert contents(target) == before
+
+
+@pytest.mark.parametrize("limit", ["rtol", "atol"])
+def test_infinities_are_equal_to_themselves_alone(tmp_path: Path, limit: str) -> None:
+    for one, two in ((1.0, math.inf), (math.inf, -math.inf), (math.inf, math.inf)):
+        pair = [torch.tensor([2.0, value]) for value in (one, two)]
+        for name, value in zip("ab", pair, strict=True):
+            save_file({"w": value}, tmp_path / f"{name}.safetensors")
+        paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+        if torch.allclose(*pair, **{"rtol": 0, "atol": 0, limit: 1e-3}, equal_nan=True):
+            assert ckpt_dist.verify(*paths, **{limit: 1e-3})["equal"]
+        else:
+            with pytest.raises(Difference, match="1 elements differ"):
+                ckpt_dist.verify(*paths, **{limit: 1e-3})

@@ -447,6 +447,22 @@ def test_a_shard_of_another_step(case: str, tmp_path: Path, capsys: pytest.Captu
     assert "is of step 5" in refused(capsys, here, tmp_path / "o", "source.weights=master")
 
 
+@pytest.mark.parametrize(
+    ("case", "key", "says"),
+    [
+        ("three_cut-3", "frozen_param_fragments", "a part of the frozen 'frozen.weight' is NoneType"),
+        ("pipeline-2", "param_shapes", "does not say which parameters are trained"),
+    ],
+)
+def test_tables_that_are_none(
+    case: str, key: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: Any
+) -> None:
+    folder = tags(Path(shutil.copytree(DATA / case, tmp_path / "r")))
+    path = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
+    torch.save({**torch.load(path, weights_only=False), key: 7}, path)
+    assert says in refused(capsys, folder, tmp_path / "o", "source.weights=master")
+
+
 def test_what_files_say_is_no_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: Any) -> None:
     """Keys of a source become names of files in a universal checkpoint: none of them leads out of it."""
     here = Path(shutil.copytree(DATA / "two-3", tmp_path / "r")) / "global_step3"

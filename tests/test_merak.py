@@ -4,6 +4,7 @@ tests/data and made by tests/real/merak.py. Where Merak is installed, its traine
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -161,6 +162,33 @@ def test_master_weights_of_other_ranks(keys: dict[str, int], made: Made, tmp_pat
         torch.save({**tree, "model": {n: torch.zeros_like(t) for n, t in state.items()}}, file)
     ckpt_dist.convert(tmp_path / "it", tmp_path / "back", **{"source.weights": "master"})
     assert equal(tmp_path / "back", made("gpt2"))
+
+
+def test_a_last_rank_that_is_missing_is_not_taken_for_padding(made: Made, tmp_path: Path) -> None:
+    """Half of the last interval may be padding, more than a rank has: what is there would be enough, and in wrong places."""
+    ckpt_dist.convert(made("gpt2"), tmp_path / "it", format="merak", tp=1, pp=1)
+    (file,) = rank_files(tmp_path / "it")
+    tree = torch.load(file, weights_only=True)
+    state = {n: t.clone() for n, t in tree["model"].items()}
+    count = sum(t.numel() for t in state.values())
+    bucket = -(-count * 5 // 8) // 8 * 8  # two intervals, a fifth of which is padding
+    line = torch.cat([t.flatten() for t in state.values()])
+    slices = torch.nn.functional.pad(line, (0, 2 * bucket - count)).split(bucket // 8)
+    torch.save({**tree, "args": argparse.Namespace(zero_reduce_bucket_size=bucket)}, file)
+    for d in range(8):
+        inner = {"local_sub_partitions_of_fp32_groups": [[s.clone() for s in slices[d::8]]]}
+        shapes = [{n: t.shape for n, t in state.items()}]
+        name = f"zero_dp_rank_{d:05d}_opt_states.pt"
+        torch.save({"optimizer_state_dict": inner, "param_shapes": shapes}, file.parent / name)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", **{"source.weights": "master"})
+    assert equal(tmp_path / "back", made("gpt2"))
+    (file.parent / name).unlink()
+    with pytest.raises(CheckpointError, match="those of the last data-parallel ranks are missing"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no", **{"source.weights": "master"})
+    inner = {"local_sub_partitions_of_fp32_groups": [[slices[0].clone()]]}
+    torch.save({"optimizer_state_dict": inner, "param_shapes": shapes}, file.parent / name)
+    with pytest.raises(CheckpointError, match=r"rank_00007_opt_states\.pt has 1 slices of group 0, .*_00000_.* has 2"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no", **{"source.weights": "master"})
 
 
 def _turns(tensors: dict[str, torch.Tensor], world: int, intervals: int) -> list[list[torch.Tensor]]:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tracemalloc
 import types
 from collections.abc import Callable
@@ -447,6 +448,66 @@ def test_a_job_that_was_killed_between_two_renames_is_not_seen_and_goes_on(
             average(run, **keys)
             assert {n: b for n, b in contents(run).items() if n.endswith(".ckpt")} == wanted
         assert [p.name for p in run.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("killed")])
+def test_links_that_were_there_are_put_back_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Relative ones, as in a cache of Hugging Face's: they lead nowhere from the place where they are kept meanwhile."""
+
+    def links() -> dict[str, str]:
+        return {str(p.relative_to(run)): os.readlink(p) for p in run.rglob("*") if p.is_symlink()}
+
+    run = tmp_path / "run"
+    averageable(run)
+    average(run)
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(sorted(run.rglob("*averaged*"))):
+        os.replace(path, tmp_path / f"blobs/{number}")
+        path.symlink_to(os.path.relpath(tmp_path / f"blobs/{number}", path.parent))
+    before = links()
+    for number in (1, 4, 7):
+        with monkeypatch.context() as patch, pytest.raises((CheckpointError, RuntimeError)):
+            patch.setattr(staging.os, "rename", failing(error, number))
+            average(run, overwrite=True)
+        if isinstance(error, RuntimeError):  # the next job takes back what a killed one has done
+            with pytest.raises(UsageError, match="already holds"):
+                average(run)
+            ckpt_dist.average(run, recipe="nemo_average", name="other", quiet=True)
+        assert links() == before and len(before) == 4
+        for path in run.rglob("other-averaged*"):
+            path.unlink()
+
+
+def test_a_link_to_a_folder_on_another_disk_is_joined_there(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other disk")
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        averageable(Path(folder) / "run")
+        (tmp_path / "run").symlink_to(Path(folder) / "run")
+        average(tmp_path / "run")
+        assert (Path(folder) / "run/mp_rank_01/gpt-averaged.ckpt").is_file()
+        averageable(tmp_path / "half")
+        shutil.rmtree(tmp_path / "half/mp_rank_01")
+        (tmp_path / "half/mp_rank_01").symlink_to(Path(folder) / "run/mp_rank_01")
+        with pytest.raises(UsageError, match="is on another disk than"):
+            average(tmp_path / "half")
+
+
+def test_what_cannot_be_taken_back_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    averageable(run)
+    average(run)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(staging.os, "rename", failing(RuntimeError("killed"), 4))
+        average(run, overwrite=True)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"What was there before is in .*/old"):
+        patch.setattr(staging.os, "rename", failing(PermissionError(13, "Permission denied"), 0))
+        average(run, overwrite=True)
+    average(run, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_in_a_new_folder_all_of_it_appears_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

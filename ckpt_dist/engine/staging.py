@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import lexists  # of a link, wherever it leads: a relative one leads nowhere from the staging folder
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,8 @@ class Staging:
 
     def there(self, name: str) -> bool:
         """Whether a folder has a file that is its own, and none of an attempt that did not come to its end."""
-        ours = name in self.joining() and not (self.folder / name).exists()
-        return (self.folder / OLD / name).exists() or (not ours and (self.target / name).exists())
+        ours = name in self.joining() and not lexists(self.folder / name)
+        return lexists(self.folder / OLD / name) or (not ours and lexists(self.target / name))
 
 
 def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequence[Path], overwrite: bool) -> None:
@@ -78,6 +79,7 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
         inside(target, name, f"What is to be written to {target}")
     _keep_sources(staging, [target / n for n in names], sources)
     if staging.into:
+        _one_disk(staging, names)
         taken = [n for n in names if staging.there(n)]
         if taken and not overwrite:
             raise UsageError(
@@ -93,6 +95,19 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
         raise CheckpointError(
             f"Not enough space for {target}: {need} bytes are needed, {room.free} are free on its disk. Nothing was written."
         )
+
+
+def _one_disk(staging: Staging, names: Sequence[str]) -> None:
+    """Files join a folder by renames, which do not go from one disk to another."""
+    made = staging.folder.parent
+    for place in sorted({(staging.target / n).parent for n in names}):
+        while not place.exists():
+            place = place.parent
+        if place.stat().st_dev != made.stat().st_dev:
+            raise UsageError(
+                f"{place} is on another disk than {made}, where the files that are to join it are made; nothing was written. "
+                "Give a new folder as target.path."
+            )
 
 
 def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path]) -> None:
@@ -168,13 +183,21 @@ def release() -> None:
 def _take_back(staging: Staging) -> None:
     """Undo a publishing that did not come to its end: what was made is staged again, what was there is back."""
     names = staging.joining()
-    for name in reversed(names):
-        if not (staging.folder / name).exists() and (staging.target / name).exists():
-            os.rename(staging.target / name, staging.folder / name)
-        if (staging.folder / OLD / name).exists():
-            os.rename(staging.folder / OLD / name, staging.target / name)
-    if names:
-        (staging.folder / ORDER).unlink()
+    try:
+        for name in reversed(names):
+            if not lexists(staging.folder / name) and lexists(staging.target / name):
+                os.rename(staging.target / name, staging.folder / name)
+            if lexists(staging.folder / OLD / name):
+                (staging.target / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(staging.folder / OLD / name, staging.target / name)
+        if names:
+            (staging.folder / ORDER).unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"Some files of a job that did not come to its end are in {staging.target}, and cannot be taken back: "
+            f"{error.filename}: {error.strerror}. What was there before is in {staging.folder / OLD}; the next job with this "
+            "target.path tries again."
+        ) from None
     if not staging.unsettled:
         return
     shutil.rmtree(staging.folder, ignore_errors=True)
@@ -272,7 +295,7 @@ def _join(staging: Staging, fsync: bool) -> None:
         _sync_tree(folder)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if (target / name).exists() or (target / name).is_symlink():
+        if lexists(target / name):
             (folder / OLD / name).parent.mkdir(parents=True, exist_ok=True)
             os.rename(target / name, folder / OLD / name)
         os.rename(folder / name, target / name)

@@ -49,8 +49,8 @@ def files(path: Path, rank: Rank) -> list[str]:
     return [found[d] for d in range(len(found))]
 
 
-def masters(opened: Sequence[File]) -> dict[str, list[Run]]:
-    """What each parameter of a rank consists of, by its bare name."""
+def masters(opened: Sequence[File], bucket: Any = None) -> dict[str, list[Run]]:
+    """What each parameter of a rank consists of, by its bare name; `bucket` is the run's zero_reduce_bucket_size."""
     groups = opened[0].tree.get("param_shapes")
     if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
         raise CheckpointError(f"{opened[0].path} does not say which parameters are trained (param_shapes).")
@@ -58,7 +58,7 @@ def masters(opened: Sequence[File]) -> dict[str, list[Run]]:
     for number, shapes in enumerate(groups):
         if odd := next((n for n, s in shapes.items() if not isinstance(n, str) or not inert.is_shape(s)), None):
             raise CheckpointError(f"{opened[0].path} is damaged: param_shapes has {odd!r:.60}.")
-        slices = [one for turn in zip(*(_slices(f, number) for f in opened), strict=True) for one in turn]
+        slices = _in_turn(opened, number, bucket)
         sizes = ints([prod(shape) for shape in shapes.values()])
         runs = zero.cut(np.cumsum(sizes) - sizes, sizes, [one.length for one in slices])
         if (lost := zero.short(sizes, runs)).any():
@@ -75,6 +75,25 @@ def masters(opened: Sequence[File]) -> dict[str, list[Run]]:
             address = one.address + at * itemsize(one.dtype)
             found.setdefault(names[which], []).append(Run(lo, hi, one.file, address, one.dtype))
     return found
+
+
+def _in_turn(opened: Sequence[File], group: int, bucket: Any) -> list[Slice]:
+    """The line of a group: of each interval the slice of each rank. An interval is as long as a bucket, or longer: where one
+    more slice had room in a bucket of several, files of the last ranks are missing, and all that follows would be shifted."""
+    each = [_slices(f, group) for f in opened]
+    many, where = len(each[0]), opened[0].path.parent
+    if odd := next((f for f, of in zip(opened, each, strict=True) if len(of) != many), None):
+        raise CheckpointError(
+            f"{odd.path} has {len(each[opened.index(odd)])} slices of group {group}, {opened[0].path.name} has {many}. The "
+            "files are of two runs."
+        )
+    room = bucket if type(bucket) is int and many > 1 else 0
+    if each[0] and (len(opened) + 1) * each[0][0].length <= room:
+        raise CheckpointError(
+            f"{where}: {len(opened)} files of the optimizer with slices of {each[0][0].length} elements do not fill a bucket of "
+            f"{room} (zero_reduce_bucket_size): those of the last data-parallel ranks are missing. Fetch them."
+        )
+    return [one for turn in zip(*each, strict=True) for one in turn]
 
 
 def _slices(file: File, group: int) -> list[Slice]:

@@ -84,7 +84,8 @@ def _all_stages(folder: Folder, mains: Sequence[File]) -> None:
 
 def _trained(mains: Sequence[File]) -> dict[str, tuple[int, ...]]:
     """What is trained in any stage, with its shape."""
-    groups = [group for main in mains for group in main.tree.get("param_shapes") or () if isinstance(group, Mapping)]
+    said = [main.tree.get("param_shapes") for main in mains]
+    groups = [group for of in said if isinstance(of, (list, tuple)) for group in of if isinstance(group, Mapping)]
     return {str(name): tuple(shape) for group in groups for name, shape in group.items() if inert.is_shape(shape)}
 
 

@@ -150,7 +150,9 @@ def frozen(files: Sequence[File]) -> dict[str, Part]:
         if not isinstance(name, str) or not inert.is_shape(shape):
             raise CheckpointError(f"{files[0].path} is damaged: {name!r:.60} is of shape {shape!r:.60}.")
         what = f"a part of the frozen {name!r}"
-        slices = [flat(f, (f.tree.get("frozen_param_fragments") or {}).get(name), what) for f in files]
+        fragments = [f.tree.get("frozen_param_fragments") for f in files]
+        refs = [of.get(name) if isinstance(of, Mapping) else None for of in fragments]
+        slices = [flat(f, ref, what) for f, ref in zip(files, refs, strict=True)]
         runs = zero.parts([prod(shape)], len(slices), [[t.length] for t in slices])
         found |= _placed({name: shape}, runs, slices, f"{files[0].path.parent}: frozen weights")
     return found

@@ -63,7 +63,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     for number, (rank, (tree, storages)) in enumerate(zip(found, opened, strict=True)):
         more = _merak_zero.opened(path, rank, len(files)) if master else []
         files += [file.path.name for file in more]
-        runs = _merak_zero.masters(more) if more else {}
+        runs = _merak_zero.masters(more, facts.get("zero_reduce_bucket_size")) if more else {}
         parts += _parts(path / files[number], tree["model"], rank, facts, runs, number, storages)
     entries, table = together(path, files, parts)
     if LORA not in files[0]:
