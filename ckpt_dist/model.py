@@ -239,7 +239,7 @@ def _sizes(
     used = {a for rule in rules for k in range(len(rule.weights)) for a in rule.pattern.axes(k)}
     missing = sorted(used - set(sizes))
     lacks = _lacks(source, rules, lost, sizes.get("l", 0), "l" in known) if "l" not in used else ""
-    lacks = lacks or _lacks_further(family, rules, sizes)
+    lacks = lacks or _lacks_further(family, rules, sizes) or _lacks_weights(family, rules)
     return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
 
 
@@ -254,6 +254,33 @@ def _lacks(source: Source, rules: Sequence[Rule], lost: Sequence[str], layers: i
     told = "the model that model.config names has" if _preset(source) else told if said else "its names count"
     first = next(n for n in count() if n not in there)
     return f"{told} {layers} layers, the tensors have {len(there)}: layer {first} is the first that is missing"
+
+
+def _lacks_weights(family: Family, rules: Sequence[Rule]) -> str:
+    """Which weight some layers (or experts of a layer) have and another one, which should, has not: layers of one kind have
+    the same weights, and `Family.layers` says which weights make a kind."""
+    held: dict[str, set[tuple[int, ...]]] = {}
+    axes: dict[str, tuple[str, ...]] = {}
+    for rule in rules:
+        for weight in rule.weights if rule.fixed else ():
+            axes[weight] = tuple(axis for axis, _ in rule.fixed)
+            held.setdefault(weight, set()).add(tuple(index for _, index in rule.fixed))
+    kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for weight, names in axes.items():
+        kinds.setdefault((family.layers.get(family.zeros.get(weight, weight), ""), names), []).append(weight)
+    for (_, names), weights in kinds.items():
+        every: set[tuple[int, ...]] = set().union(*(held[w] for w in weights))
+        layers = {place[0] for place in every}
+        if len(names) == 2:
+            every = {(layer, x) for layer in layers for x in {place[1] for place in every}}
+        for weight in weights:
+            if gone := min(every - held[weight], default=()):
+                where = ", ".join(f"{AXES.get(a, a)} {k}" for a, k in zip(names, gone, strict=True))
+                return f"{where} has no {weight!r} of {family.name}, which others have"
+    return ""
+
+
+AXES = {"l": "layer", "x": "expert", "n": "further layer"}
 
 
 def _lacks_further(family: Family, rules: Sequence[Rule], sizes: Mapping[str, int]) -> str:

@@ -318,7 +318,28 @@ def test_a_copy_that_is_none_is_kept_or_refused(made: Callable[[str], tuple[Any,
         ckpt_dist.convert(tmp_path / "in", tmp_path / "no", format="megatron", quiet=True)
 
 
-# ---- layers that are not there
+# ---- layers that are not there, and weights of layers
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "layers.1.self_attn.q_proj"), ("gpt2", "h.0.ln_1"), ("mixtral", "layers.1.*experts.2.w1"),
+     ("qwen3_moe", "layers.1.mlp.experts.1.up_proj"), ("deepseek_v3", "layers.1.self_attn.o_proj")],
+)  # fmt: skip
+@pytest.mark.parametrize("format", ["hf", "torch_dist"])
+def test_a_weight_that_other_layers_have_is_missed(
+    family: str, name: str, format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    shutil.copytree(made(family)[1] / "hf", tmp_path / "in")
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    gone = [
+        n for n in tensors if re.search(name.replace(".", r"\.").replace(r"*experts", ".*experts") + r"\.weight$", n)
+    ]
+    assert len(gone) == 1, [*tensors]
+    save_file({n: t for n, t in tensors.items() if n not in gone}, tmp_path / "in/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layer \d.* has no '\w+' of \w+, which others have"):
+        ckpt_dist.convert(tmp_path / "in", tmp_path / "out", format=format, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_layer_that_predicts_further_tokens_is_missed(
@@ -449,7 +470,7 @@ def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, caps
 
     stacked = "target.dialect=hf_stacked"
     lost = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-    assert "have no source" in refused({k: v for k, v in tensors.items() if k != lost}, stacked)
+    assert "which others have" in refused({k: v for k, v in tensors.items() if k != lost}, stacked)
     assert "unknown to mixtral" in refused({**tensors, "model.layers.0.extra.weight": torch.ones(2)}, stacked)
     assert "index 7 of axis l" in refused({**tensors, lost.replace("1", "7", 1): tensors[lost].clone()}, stacked)
     assert "fit" in refused({**tensors, lost: torch.ones(7, 32)}, stacked)
