@@ -108,6 +108,7 @@ def promises(times: Mapping[str, Sequence[Once]], asked: Sequence[Task]) -> list
         us = min(seconds(one), seconds(two))
         promise(f"{task.name}: best peer / ours", min(map(seconds, others)) / us, NEVER_SLOWER, True)
         promise(f"{task.name}: median peer / ours", statistics.median(map(seconds, others)) / us, THAN_MEDIAN, True)
+        promise(f"{task.name}: 1 rank / 2 ranks", seconds(one) / seconds(two), BY_TWO_RANKS, True)
         promise(f"{task.name}: 1 rank / 2 ranks, 1 thread each", seconds(single) / seconds(two), BY_TWO_RANKS, True)
         promise(f"{task.name}: collective / direct, 2 ranks", seconds(exchanged) / seconds(two), COLLECTIVE, False)
     for label, *_ in WAYS:
