@@ -13,7 +13,7 @@ the unpickler itself arrives at each row. Whatever is not as expected is `Unknow
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,9 +181,19 @@ class Lanes:
             if not (isinstance(kind := self.kept.get(number), type) and issubclass(kind, inert.Record)):
                 raise Unknown(f"an object of {kind!r:.60}")
 
-    def settle(self) -> None:
-        """All that was asked for has been: a reference that was no field's value is somewhere it must not be."""
-        if not all(ref.used for ref in self.refs):
+    def settle(self, unread: Iterable[Any] = ()) -> None:
+        """All that was asked for has been: a reference that was no field's value is somewhere it must not be, or in what
+        nobody reads, such as the plans that megatron-core keeps."""
+        left = {id(ref) for ref in self.refs if not ref.used}
+        rest, seen = list(unread), set[int]()
+        while left and rest:
+            value = rest.pop()
+            if type(value) is Ref:
+                left.discard(id(value))
+            elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+                seen.add(id(value))
+                rest += (*value, *value.values()) if isinstance(value, dict) else value
+        if left:
             raise Unknown("a reference to a part of a record")
 
     def column(self, lanes: Ints, name: str, kind: str, width: int, fill: int) -> tuple[Ints, NDArray[np.bool_]]:

@@ -131,7 +131,7 @@ def _arrays(record: Any, lanes: metadata.Lanes, where: str) -> _Tables:
         info.all("offset", "int"),
         info.all("length", "int"),
     )
-    lanes.settle()
+    lanes.settle(v for k, v in fields.items() if k not in ("state_dict_metadata", "storage_data", "planner_data"))
     return tables
 
 
