@@ -569,16 +569,19 @@ def settle_ties(group: Group, report: Report, m: Model, engine: Mapping[str, Any
             differ = "are equal, as the config says" if tied(m) else "differ"
             report.guesses.append(f"{m.names[one]} and {m.names[two]} {differ}")
         if tied(m) if saved else equal_entries(group, report, m, one, two, engine):
-            names = tuple(
-                None if e == one or (n and slots.parted(n)[1] == m.names[one]) else n for e, n in enumerate(m.names)
-            )
-            lost = tuple(e.name for e, a, b in zip(m.catalog.entries, m.names, names, strict=True) if a != b)
-            m = replace(m, names=names, dropped={**m.dropped, TIED + str(m.names[two]): lost})
+            m = _left_out(m, one, TIED + str(m.names[two]))
         elif tied(m):
             report.warnings.append(
                 f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied"
             )
     return m
+
+
+def _left_out(m: Model, copy: int, rule: str) -> Model:
+    """Without a stored copy of a weight, and what an optimizer keeps of it."""
+    names = tuple(None if n and slots.parted(n)[1] == m.names[copy] else n for n in m.names)
+    lost = tuple(e.name for e, a, b in zip(m.catalog.entries, m.names, names, strict=True) if a != b)
+    return replace(m, names=names, dropped={**m.dropped, rule: (*m.dropped.get(rule, ()), *lost)})
 
 
 def _without_copies(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
@@ -594,9 +597,7 @@ def _without_copies(group: Group, report: Report, m: Model, engine: Mapping[str,
         saved = "saved" in m.catalog.about
         report.guesses += [f"{m.names[e]} and {m.names[original]} are equal"] if saved else []
         if saved or equal_entries(group, report, m, e, original, engine, expected=True):
-            rule, names = EQUAL + str(m.names[original]), tuple(None if k == e else n for k, n in enumerate(m.names))
-            gone = (*m.dropped.get(rule, ()), m.catalog.entries[e].name)
-            m = replace(m, names=names, dropped={**m.dropped, rule: gone})
+            m = _left_out(m, e, EQUAL + str(m.names[original]))
         else:
             report.warnings.append(f"{m.names[e]} is no copy of {m.names[original]}; it is kept")
     return m
