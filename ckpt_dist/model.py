@@ -9,12 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
 
-from ckpt_dist import configs, slots
+from ckpt_dist import absent, configs, slots
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints, distinct, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
@@ -238,62 +237,11 @@ def _sizes(
     rules = [rule for n, _ in shapes if (rule := families.match(family, dialect, n, sizes))]
     used = {a for rule in rules for k in range(len(rule.weights)) for a in rule.pattern.axes(k)}
     missing = sorted(used - set(sizes))
-    lacks = _lacks(source, rules, lost, sizes.get("l", 0), "l" in known) if "l" not in used else ""
-    lacks = lacks or _lacks_further(family, rules, sizes) or _lacks_weights(family, rules)
-    return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
-
-
-def _lacks(source: Source, rules: Sequence[Rule], lost: Sequence[str], layers: int, said: bool) -> str:
-    """Which layers are not there of those that the config says, or else of those up to the last one; none of which all
-    names are `lost`, as was asked for."""
-    there = {index for rule in rules for axis, index in rule.fixed if axis == "l"}
-    there |= {n for name in lost for n in map(int, families.NUMBER.findall(name)[:1]) if n < layers}
-    if len(there) == layers:
-        return ""
+    counted = [axis for axis in ("l", *family.further) if axis in sizes and axis not in used]
     told = f"its {source.config_path.name} has" if source.config_path else "its own settings have"
-    told = "the model that model.config names has" if _preset(source) else told if said else "its names count"
-    first = next(n for n in count() if n not in there)
-    return f"{told} {layers} layers, the tensors have {len(there)}: layer {first} is the first that is missing"
-
-
-def _lacks_weights(family: Family, rules: Sequence[Rule]) -> str:
-    """Which weight some layers (or experts of a layer) have and another one, which should, has not: layers of one kind have
-    the same weights, and `Family.layers` says which weights make a kind."""
-    held: dict[str, set[tuple[int, ...]]] = {}
-    axes: dict[str, tuple[str, ...]] = {}
-    for rule in rules:
-        for weight in rule.weights if rule.fixed else ():
-            axes[weight] = tuple(axis for axis, _ in rule.fixed)
-            held.setdefault(weight, set()).add(tuple(index for _, index in rule.fixed))
-    kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for weight, names in axes.items():
-        kinds.setdefault((family.layers.get(family.zeros.get(weight, weight), ""), names), []).append(weight)
-    for (_, names), weights in kinds.items():
-        every: set[tuple[int, ...]] = set().union(*(held[w] for w in weights))
-        layers = {place[0] for place in every}
-        if len(names) == 2:
-            every = {(layer, x) for layer in layers for x in {place[1] for place in every}}
-        for weight in weights:
-            if gone := min(every - held[weight], default=()):
-                where = ", ".join(f"{AXES.get(a, a)} {k}" for a, k in zip(names, gone, strict=True))
-                return f"{where} has no {weight!r} of {family.name}, which others have"
-    return ""
-
-
-AXES = {"l": "layer", "x": "expert", "n": "further layer"}
-
-
-def _lacks_further(family: Family, rules: Sequence[Rule], sizes: Mapping[str, int]) -> str:
-    """The same of layers that predict further tokens, where there is one: transformers leaves all of them out."""
-    for axis in family.further:
-        there = {index for rule in rules for a, index in rule.fixed if a == axis}
-        if there and len(there) < sizes[axis]:
-            first = next(n for n in count() if n not in there)
-            return (
-                f"there should be {sizes[axis]} layers that predict further tokens, the tensors have {len(there)}: number "
-                f"{first} of them is the first that is missing"
-            )
-    return ""
+    told = "the model that model.config names has" if _preset(source) else told if "l" in known else "its names count"
+    lacks = absent.layers(rules, lost, {a: sizes[a] for a in counted}, told) or absent.weights(family, rules)
+    return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
 
 
 def _length(value: Any) -> bool:
