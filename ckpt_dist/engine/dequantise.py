@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ckpt_dist.averages.tensors import tensor
-from ckpt_dist.engine.files import Files
+from ckpt_dist.engine.files import Computed, Files
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.quantised import VALUES, Quantised, Stored
 
@@ -32,27 +32,17 @@ POWERS, HALVES = (  # of 2 by a scale in one byte; half of it for fp4: 2 ** 128 
 )
 
 
-class Dequantised:
-    """Files of which some are computed; to a tile it is a reader like any other."""
+class Dequantised(Computed):
+    """Files of which some are what quantised weights mean."""
 
     def __init__(self, files: Files, weights: Sequence[Quantised]) -> None:
-        self.files = files
         self.weights: dict[int, list[Quantised]] = {}
+        super().__init__(files, self.weights)
         for q in weights:
             self.weights.setdefault(q.file, []).append(q)
         self.begins = {file: [q.offset for q in those] for file, those in self.weights.items()}
 
-    @property
-    def bytes_read(self) -> int:
-        return self.files.bytes_read
-
-    def close(self) -> None:
-        self.files.close()
-
-    def read(self, file: int, offset: int, into: memoryview) -> None:
-        if file not in self.weights:
-            self.files.read(file, offset, into)
-            return
+    def compute(self, file: int, offset: int, into: memoryview) -> None:
         q = self.weights[file][bisect_right(self.begins[file], offset) - 1]
         out = torch.frombuffer(into, dtype=getattr(torch, q.dtype))
         first, size = (offset - q.offset) // itemsize(q.dtype), prod(q.shape[-2:])

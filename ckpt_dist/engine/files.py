@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -144,3 +144,27 @@ class Files:
         for cache in self.opened:
             while cache:
                 os.close(cache.popitem()[1])
+
+
+class Computed:
+    """Files of which some are computed (`made`, by number); to a tile it is a reader like any other."""
+
+    def __init__(self, files: Files, made: Container[int]) -> None:
+        self.files, self.made = files, made
+
+    @property
+    def bytes_read(self) -> int:
+        return self.files.bytes_read
+
+    def close(self) -> None:
+        self.files.close()
+
+    def read(self, file: int, offset: int, into: memoryview) -> None:
+        if file in self.made:
+            self.compute(file, offset, into)
+        else:
+            self.files.read(file, offset, into)
+
+    def compute(self, file: int, offset: int, into: memoryview) -> None:
+        """Fill `into` with what a computed file would have at a place."""
+        raise NotImplementedError

@@ -11,18 +11,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from ckpt_dist.engine.files import Files
+from ckpt_dist.engine.files import Computed, Files
 from ckpt_dist.files.codecs import Packed, unpacked
 from ckpt_dist.plan import TooBig
 from ckpt_dist.report import size
 
 
-class Unpacked:
-    """Files of which some are computed; to a tile it is a reader like any other."""
+class Unpacked(Computed):
+    """Files of which some are what others hold compressed."""
 
     def __init__(self, files: Files, packed: Sequence[Packed], memory: int) -> None:
-        self.files, self.memory = files, memory
-        self.packed = {p.file: p for p in packed}
+        self.memory, self.packed = memory, {p.file: p for p in packed}
+        super().__init__(files, self.packed)
         self.kept: OrderedDict[int, bytes | bytearray] = OrderedDict()
         self.lock = threading.Lock()
         largest = max(packed, key=_needs)
@@ -32,17 +32,7 @@ class Unpacked:
                 f"of engine.memory {size(memory)} are for that. Give {-(-_needs(largest) // max(memory, 1))} times as much."
             )
 
-    @property
-    def bytes_read(self) -> int:
-        return self.files.bytes_read
-
-    def close(self) -> None:
-        self.files.close()
-
-    def read(self, file: int, offset: int, into: memoryview) -> None:
-        if file not in self.packed:
-            self.files.read(file, offset, into)
-            return
+    def compute(self, file: int, offset: int, into: memoryview) -> None:
         with self.lock:  # also while it is copied: what a thread still holds would not be counted
             into[:] = memoryview(self._chunk(file))[offset : offset + len(into)]
 
