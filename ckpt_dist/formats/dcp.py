@@ -302,7 +302,9 @@ def locate(catalog: Catalog, rows: Ints) -> Chunks:
     chunks = catalog.chunks.take(rows)
     length = catalog.about["length"][rows]
     offset, strides = chunks.offset.copy(), chunks.strides.copy()
-    run, past = (catalog.about.get(k, catalog.about["length"] * 0)[rows] for k in ("run", "past"))
+    run, past = (
+        catalog.about[k][rows] if k in catalog.about else np.zeros(len(rows), np.int64) for k in ("run", "past")
+    )
     known: dict[bytes, inert.TensorRef] = {}
     blobs = np.flatnonzero(length >= 0)  # the others' addresses are exact already
     order = blobs[np.argsort(chunks.file[blobs], kind="stable")]
