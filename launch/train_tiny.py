@@ -7,6 +7,7 @@ writes quickstart/hf (config and tokenizer) and quickstart/run/step-{10,20,30} (
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def main(folder: Path) -> None:
         tokenizer.save_pretrained(folder / "hf")
     shard(model)
     train(model, torch.tensor(tokenizer(TEXT * 20)["input_ids"]), folder / "run")
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # FSDP2 keeps the process group alive; its threads may abort an interpreter that ends
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def torchrun(num_ranks: int, *argv: str | Path, timeout: int = 240) -> subproces
 
 
 def _train(out: Path, num_ranks: int, cases: tuple[str, ...]) -> Path:
-    done = torchrun(num_ranks, ROOT / "tests/real/train.py", out, *cases)
+    done = torchrun(num_ranks, "-m", "tests.real.train", out, *cases)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

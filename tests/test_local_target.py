@@ -87,7 +87,7 @@ def test_torch_loads_on_each_node_from_its_own_folder(made: Any, real: Real) -> 
         words += [f"{here}/node{{node}}/{case}", reference, placement]
         rows = [{int(n.split("_")[2]) for n in files(here / node / case) if n.endswith(".distcp")} for node in NODES]
         assert rows == [{r for r, n in enumerate(placement.split(",")) if n == node[-1]} for node in NODES]
-    done = torchrun(4, ROOT / "tests/real/load_local.py", *words)
+    done = torchrun(4, "-m", "tests.real.load_local", *words)
     assert done.returncode == 0 and done.stderr.count("loaded") == 4, done.stderr[-3000:]
 
 
@@ -292,7 +292,7 @@ def test_two_nodes_that_see_only_their_own_disk(nets: list[str], tmp_path: Path,
     assert [code for code, _ in ended] == [0, 0], ended
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--master-addr", "10.77.0.1", "--master-port", "29411"]
-    script = [str(ROOT / "tests/real/load_local.py"), str(place / "out"), str(reference), "0,1"]
+    script = ["-m", "tests.real.load_local", str(place / "out"), str(reference), "0,1"]
     inner = ["sh", "-c", 'exec "$@" --node-rank "$NODE_RANK" ' + " ".join(script), "sh"]
     jobs = start_nodes(nets, place, folders, 1, *inner, *launcher)
     said = [job.communicate(timeout=120)[1] for job in jobs]

@@ -189,7 +189,7 @@ def test_meta_to_torchtitan_to_hf(real: Real, tmp_path: Path) -> None:
 def test_what_we_write_as_dcp_loads_under_any_sharding(real: Real, tmp_path: Path) -> None:
     start = real("fsdp2") / "hf"
     ckpt_dist.convert(start, tmp_path / "dcp", format="dcp", key="model")
-    done = torchrun(4, ROOT / "tests/real/load.py", tmp_path / "dcp", start / "model.safetensors")
+    done = torchrun(4, "-m", "tests.real.load", tmp_path / "dcp", start / "model.safetensors")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "loaded under 5 shardings" in done.stdout
 

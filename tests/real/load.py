@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, zeros
 
+from tests.real import leave
+
 SHARDINGS = [
     [Shard(0), Replicate()],
     [Shard(0), Shard(1)],
@@ -35,7 +37,7 @@ def main() -> None:
             assert torch.equal(state[k].full_tensor(), v), (places, k)
     if dist.get_rank() == 0:
         print(f"loaded under {len(SHARDINGS)} shardings")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, zeros
 
+from tests.real import leave
+
 
 def compare(folder: str, reference: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -34,7 +36,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for folder, reference, placement in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True):
         compare(folder.format(node=placement.split(",")[dist.get_rank()]), reference)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.real import leave
+
 
 def on_cpu() -> None:
     """What megatron-core takes for granted of CUDA, without it."""
@@ -302,7 +304,7 @@ def main(path: str) -> None:
         run(job)
         if dist.get_rank() == 0:
             print("done", job.get("name"), flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from tests.real import leave
 from tests.real.megatron_core import build, on_cpu, sharded
 
 STEP = 7
@@ -281,7 +282,7 @@ def main(path: str) -> None:
             run(job)
             if dist.get_rank() == 0:
                 print("done", job.get("name"), flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

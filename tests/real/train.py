@@ -1,6 +1,6 @@
 """Real training checkpoints, tiny: transformers models under torch's own parallelism, over gloo.
 
-    torchrun --nproc-per-node 4 tests/real/train.py OUT CASE [CASE ...]
+    torchrun --nproc-per-node 4 -m tests.real.train OUT CASE [CASE ...]
 
 Every case trains one or two steps and writes to OUT/CASE:
     reference.safetensors   the whole state dict, gathered by torch (full_tensor)
@@ -28,6 +28,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.real import leave
 
 SIZES = dict(
     hidden_size=24,
@@ -205,7 +207,7 @@ def main() -> None:
             run_steps(out / case)
         else:
             run(case, out / case)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
