@@ -1,4 +1,5 @@
-"""What should be among the weights of a model and is not: layers that are counted, and weights that other layers have.
+"""What should be among the weights of a model and is not: layers that are counted, weights that
+other layers have, and weights that a config implies.
 
 Invariant: nothing is missed but what the config, the names or the other layers of the same kind say is there.
 """
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import Any
 
+from ckpt_dist import conditions
 from ckpt_dist import family as families
 from ckpt_dist.family import Family, Rule
 
@@ -52,3 +55,22 @@ def weights(family: Family, rules: Sequence[Rule]) -> str:
                 where = ", ".join(f"{WORDS.get(a, a)} {k}" for a, k in zip(names, gone, strict=True))
                 return f"{where} has no {weight!r} of {family.name}, which others have"
     return ""
+
+
+def implied(family: Family, rules: Sequence[Rule], config: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    """Which weight that a model of this config has is not there at all. A head may be left out by who has no use for it
+    (config.json then names no causal model), and where a config says nothing of the kind of model, so may what is optional."""
+    there = {weight for rule in rules for weight in rule.weights}
+    kind = config.get("model_type")
+    complete = {**family.defaults.get(str(kind), {}), **config}
+    try:
+        needed = [
+            w for w in conditions.weights(family, complete) if kind in family.model_types or w not in family.optional
+        ]
+        needed = [w for w in needed if conditions.layers(family, w, complete, sizes["l"])] if "l" in sizes else needed
+    except ValueError:  # a config that is no help
+        return ""
+    untied = complete.get("tie_word_embeddings") is False
+    headed = untied and any("CausalLM" in str(name) for name in complete.get("architectures") or ())
+    gone = [w for w in needed if w not in there and (headed or w not in family.ties)]
+    return f"no tensor is the {gone[0]!r} of {family.name}, which such a model has" if gone else ""

@@ -8,21 +8,19 @@ Invariant: a value depends on the seed, its tensor's Hugging Face name and its p
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ckpt_dist import draw, model, sources
+from ckpt_dist import conditions, draw, model, sources
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Catalog, whole
@@ -32,22 +30,9 @@ from ckpt_dist.model import Bound, Model
 from ckpt_dist.sources import Source
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 DTYPE, ITEM = "float32", 4
 HOW = re.compile(r"(?P<kind>ones|zeros|normal (?P<std>.+?))(, zero row (?P<row>\w+))?")
-OPERATORS: dict[type[ast.operator | ast.cmpop], Any] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.GtE: operator.ge,
-    ast.Gt: operator.gt,
-    ast.Mod: operator.mod,
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,8 @@ def checkpoint(cfg: Config) -> Model:
     family = _family(settings.get("family", "auto"), config, path)
     complete = {**family.defaults.get(config["model_type"], {}), **config}
     _possible(family, complete, path)
-    weights = _weights(family, complete, path)
+    ties = family.ties if complete.get("tie_word_embeddings") else {}
+    weights = [w for w in _told(path, conditions.weights, family, complete) if w not in ties]
     sizes = _sizes(family, weights, complete, path)
     corners = {w: _corners(family, w, sizes, complete, path) for w in weights}
     present = {w: found for w, found in corners.items() if len(found)}
@@ -160,13 +146,6 @@ def _possible(family: Family, config: Config, path: Path) -> None:
             raise CheckpointError(f"{path}: {key} is {config[key]!r}, and {family.name} is known with {value!r} only.")
 
 
-def _weights(family: Family, config: Config, path: Path) -> list[str]:
-    """Which weights such a model has, without the copies that the config ties and what is zeros anyway."""
-    ties = family.ties if config.get("tie_word_embeddings") else {}
-    absent = {*ties, *family.zeros}
-    return [w for w in family.weights if w not in absent and _computed(family.optional.get(w, "True"), config, path)]
-
-
 def _corners(family: Family, weight: str, sizes: Mapping[str, int], config: Config, path: Path) -> Ints:
     """The lower corner of each stored box: one for each layer (and expert) that has a name of its own and the weight."""
     named = {a for name in family.dialects[CANONICAL] for a in families.axes_in(name)}
@@ -174,7 +153,7 @@ def _corners(family: Family, weight: str, sizes: Mapping[str, int], config: Conf
     corners: Ints = np.indices(counts).reshape(len(counts), -1).T
     if weight not in family.layers:
         return corners
-    having = [i for i in range(sizes["l"]) if _computed(family.layers[weight], {**config, "l": i}, path)]
+    having = _told(path, conditions.layers, family, weight, config, sizes["l"])
     return corners[np.isin(corners[:, family.axes(weight).index("l")], having)]
 
 
@@ -221,37 +200,15 @@ def _row(key: str | None, rows: int, config: Config, path: Path) -> int | None:
 
 
 def _deviation(text: str, config: Config, path: Path) -> float:
-    std = _computed(text, config, path)
+    std = _told(path, conditions.computed, text, config)
     if not isinstance(std, (int, float)) or not isfinite(std) or std < 0:
         raise CheckpointError(f"{path}: the deviation {text!r} is {std!r}; it is a number, 0 or more.")
     return float(std)
 
 
-def _computed(text: str, config: Config, path: Path) -> Any:
-    """What an expression of a table is for this config: `l < first_k_dense_replace`"""
+def _told(path: Path, what: Callable[..., T], *args: Any) -> T:
+    """What a condition says, or whose config it cannot be told of."""
     try:
-        return _value(ast.parse(text, mode="eval").body, config)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: {text!r} cannot be computed: {error}.") from None
-
-
-def _value(node: ast.expr, config: Config) -> Any:
-    """A number, a text, a key of the config (None where it lacks it); arithmetic, comparisons, `or`, `and`, `not`."""
-    match node:
-        case ast.Constant(value=number):
-            return number
-        case ast.Name(id=key):
-            return config.get(key)
-        case ast.BoolOp(op=ast.Or(), values=values):
-            return next((v for v in (_value(n, config) for n in values) if v), None)
-        case ast.BoolOp(op=ast.And(), values=values):
-            return all(_value(n, config) for n in values)
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return not _value(operand, config)
-        case ast.Compare(left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[right]):
-            return (_value(left, config) in (_value(right, config) or ())) == isinstance(op, ast.In)
-        case ast.Compare(left=left, ops=[op], comparators=[right]):
-            return OPERATORS[type(op)](_value(left, config), _value(right, config))
-        case ast.BinOp(left=left, op=op, right=right):
-            return OPERATORS[type(op)](_value(left, config), _value(right, config))
-    raise ValueError(f"{ast.unparse(node)} is no number, key or arithmetic")
+        return what(*args)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}.") from None

@@ -31,7 +31,7 @@ NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "
 class Model:
     """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected.
 
-    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs. `lacks`: which layers
+    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs. `lacks`: which layers or weights
     are not there, in words, or nothing.
     """
 
@@ -241,6 +241,7 @@ def _sizes(
     told = f"its {source.config_path.name} has" if source.config_path else "its own settings have"
     told = "the model that model.config names has" if _preset(source) else told if "l" in known else "its names count"
     lacks = absent.layers(rules, lost, {a: sizes[a] for a in counted}, told) or absent.weights(family, rules)
+    lacks = lacks or ("" if lost else absent.implied(family, rules, source.config, sizes))
     return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
 
 

@@ -342,6 +342,23 @@ def test_a_weight_that_other_layers_have_is_missed(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_weight_that_no_layer_has_is_missed(
+    case: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """Every kind of tensor that transformers saves, one after the other: what the config implies is not there."""
+    hf = made(case)[1] / "hf"
+    tensors = load_file(hf / "model.safetensors")
+    shutil.copytree(hf, tmp_path / "in")
+    kinds = {re.sub(r"\.\d+(?=\.)", ".*", n) for n in tensors}
+    for kind in sorted(kinds):
+        held = {n: t for n, t in tensors.items() if re.sub(r"\.\d+(?=\.)", ".*", n) != kind}
+        save_file(held, tmp_path / "in/model.safetensors")
+        with pytest.raises(CheckpointError, match=r"no tensor is the '\w+' of \w+, which such a model has"):
+            ckpt_dist.convert(tmp_path / "in", tmp_path / "out", dry_run=True, quiet=True)
+    ckpt_dist.convert(hf, tmp_path / "out", dry_run=True, quiet=True)
+
+
 def test_a_layer_that_predicts_further_tokens_is_missed(
     made: Callable[[str], tuple[Any, Path]], tmp_path: Path
 ) -> None:
