@@ -6,6 +6,7 @@ booleans are never summed and never cast to floating types.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,23 @@ torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must
 
 
 DEVICE = torch.device("cpu")
+
+
+class Room(threading.local):
+    """What a thread keeps for sums and results: fresh memory would cost more than the sums."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def of(self, use: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """Memory on DEVICE with anything in it, the same for the same use."""
+        kept = self.kept.get((use, dtype))
+        if kept is None or len(kept) < numel or kept.device != DEVICE:
+            kept = self.kept[use, dtype] = torch.empty(numel, dtype=dtype, device=DEVICE)
+        return kept[:numel]
+
+
+ROOM = Room()
 
 
 def use(device: str, local_rank: int) -> str:
@@ -68,6 +86,7 @@ def mean(
     values: Iterable[NDArray[Any]], dtypes: Sequence[str], coefficients: Sequence[float], want: str
 ) -> NDArray[Any]:
     """The weighted mean of tiles; coefficients sum to 1. Equal ones are one sum and one division, others are applied before the sum.
+    It is valid until this thread's next.
 
     >>> import numpy as np
     >>> mean([np.float32([1, 2]).view(np.uint32), np.float32([3, 4]).view(np.uint32)], ["float32"] * 2, [.5, .5], "float32").view(np.float32)
@@ -90,7 +109,7 @@ def mean(
     for value, dtype, c in zip(values, dtypes, coefficients, strict=True):
         part = tensor(value, dtype).to(DEVICE)
         if total is None:
-            total = part.to(wide, copy=True)
+            total = ROOM.of("sum", wide, len(part)).copy_(part)
             if target == wide:
                 first, constant = total.clone(), torch.ones_like(total, dtype=torch.bool)
             if not uniform:
@@ -98,16 +117,15 @@ def mean(
             continue
         if constant is not None:
             constant &= first == part
-        if part.dtype in (wide, torch.bfloat16, torch.float16, torch.float32):
-            total.add_(part, alpha=1 if uniform else c)
-        else:
-            total.add_(part.to(wide), alpha=1 if uniform else c)
+        if part.dtype != wide:  # else torch would, each time in fresh memory
+            part = ROOM.of("part", wide, len(part)).copy_(part)
+        total.add_(part, alpha=1 if uniform else c)
     assert total is not None
     if uniform:
         total.div_(len(coefficients))
     if constant is not None and first is not None:
         total = torch.where(constant, first, total)
-    return words(total.to(target), target.itemsize)
+    return words(total if target == wide else ROOM.of("result", target, len(total)).copy_(total), target.itemsize)
 
 
 def last(values: Iterable[NDArray[Any]]) -> NDArray[Any]:

@@ -29,7 +29,7 @@ BATCH = 32  # tiles a thread takes at a time; also the longest run that is copie
 Combine: TypeAlias = "Callable[[int, Iterator[Array], Sequence[str], str], Array | None]"
 """(tile, its values from each source in turn, their dtypes, the dtype wanted) -> the result, or None for no result.
 
-A value is valid until the next one is asked for."""
+A value is valid until the next one is asked for, a result until the thread's next tile."""
 
 
 @dataclass(frozen=True)
