@@ -439,6 +439,26 @@ def test_an_old_target_survives_a_failed_run(tmp_path: Path, refused: Refused) -
     assert contents(target) == before
 
 
+def test_what_was_there_and_cannot_be_cleared_away_fails_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = make("hf", tmp_path / "source"), make("hf", tmp_path / "target")
+    busy, left = target / "busy", tmp_path / ".target.ckpt_dist-old"
+    busy.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", busy], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount")
+    words = [f"source.path={source}", f"target.path={target}", "target.format=dcp", "overwrite=true"]
+    try:
+        assert main("convert", words) == 0
+        assert {*contents(target)} >= {".metadata"} and left.exists()
+        assert main("convert", words) == 3
+        assert "Nothing was published; what was there is as it was" in capsys.readouterr().err
+        assert {*contents(target)} >= {".metadata"}
+    finally:
+        subprocess.run(["umount", left / "busy"], check=True)
+    assert main("convert", words) == 0 and not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("limit", ["rtol", "atol"])
 def test_infinities_are_equal_to_themselves_alone(tmp_path: Path, limit: str) -> None:
     for one, two in ((1.0, math.inf), (math.inf, -math.inf), (math.inf, math.inf)):

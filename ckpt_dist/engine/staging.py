@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from os.path import lexists  # of a link, wherever it leads: a relative one leads nowhere from the staging folder
@@ -272,19 +273,26 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
             _sync_tree(folder)
         if staging.single:
             os.replace(next(p for p in folder.iterdir()), target)
-            folder.rmdir()
         else:
             if overwrite and (target.exists() or target.is_symlink()):
                 _remove(staging.old)
                 os.rename(target, staging.old)
             os.rename(folder, target)
-            if staging.node is None:
-                _remove(staging.old)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot publish {target}: {error.strerror}. Nothing was published; what was there is as it was."
+        ) from None
+    if staging.single:
+        _litter(folder)
+    elif staging.node is None:
+        _litter(staging.old)
+    try:
         if fsync:
             _sync(target.parent)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot publish {target}: {error.strerror}. Nothing was published; what was there is as it was."
+            f"{target.parent} could not be flushed to its disk: {error.strerror}. {target} is whole, if it is there after a "
+            "power failure."
         ) from None
 
 
@@ -302,13 +310,13 @@ def _join(staging: Staging, fsync: bool) -> None:
     for place in {(target / name).parent for name in names} if fsync else ():
         _sync(place)
     (folder / journal.FOLDER).rename(folder / "done")  # no list and no journal: nothing to take back or to go on with
-    shutil.rmtree(folder)
+    _litter(folder)
 
 
 def settle(staging: Staging) -> None:
     """All nodes have published."""
     shutil.rmtree(staging.target / journal.FOLDER)
-    _remove(staging.old)
+    _litter(staging.old)
 
 
 def discard(staging: Staging) -> None:
@@ -324,6 +332,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
         path.unlink()
+
+
+def _litter(path: Path) -> None:
+    """Remove what nobody needs any more; what cannot be removed stays, hidden, and the next job tries again."""
+    with suppress(OSError):
+        _remove(path)
 
 
 def _sync_tree(folder: Path) -> None:
