@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import formats, part, plan, task
+from ckpt_dist import design, formats, part, plan, task
 from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry
 from ckpt_dist.engine.group import Group
@@ -82,7 +82,7 @@ def as_first(m: Model, world: int, laps: dict[str, Any]) -> None:
     """What rank 0 does: its own plan, and what the others ask for."""
     group = Alone(world)
     t = time.process_time()
-    d = task.design([m], {"format": "hf"})
+    d = design.of([m], {"format": "hf"})
     options = {"max_shard_size": 5 << 30, "safetensors": True}
     layout = formats.load("hf").lay_out(Spec(d.target.entries, (), m.catalog, options))
     t = lap(laps, "design and layout", t)

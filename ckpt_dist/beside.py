@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import __version__, configs, formats, megatron, sources, task
+from ckpt_dist import __version__, configs, design, formats, megatron, sources
 from ckpt_dist.catalog import Extra
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout
@@ -57,7 +57,7 @@ def account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence
         report.notes.append(f"dropped, {rule}: {some}")
 
 
-def small_files(m: Model, d: task.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
+def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
     """Config, tokenizer and processor files of a target that is a model's folder."""
     found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
     small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
@@ -78,7 +78,7 @@ def _text(config: Config) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _config_json(m: Model, d: task.Design, report: Report) -> dict[str, Any]:
+def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
     config = dict(m.source.config)
     floats = [e.dtype for e in d.target.entries if "float" in e.dtype]
     main = max(sorted(set(floats)), key=floats.count) if floats else None
@@ -119,7 +119,7 @@ def _params_json(m: Model, report: Report) -> dict[str, Any]:
     return config
 
 
-def args(d: task.Design, m: Model) -> configs.Translation:
+def args(d: design.Design, m: Model) -> configs.Translation:
     """What Megatron calls args, for a model of a known family."""
     weights = {w for rule in d.target.rules if rule for w in rule.weights}
     if m.unresolved:

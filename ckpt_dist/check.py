@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import model, replicas, task
+from ckpt_dist import design, model, replicas, task, ties
+from ckpt_dist.design import Design
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
 from ckpt_dist.files.dtypes import is_floating
@@ -22,7 +23,6 @@ from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report
 from ckpt_dist.run import job
 from ckpt_dist.sums import own_design, read, statistics, tile_names
-from ckpt_dist.task import Design
 from ckpt_dist.writing import drain
 
 Config = Mapping[str, Any]
@@ -46,8 +46,8 @@ def _open(group: Group, report: Report, keys: Config, cfg: Config, verb: str) ->
     engine = task.engine_of(cfg)
     with report.phase("scan"):
         settings = {**cfg, "source": keys, "keep": ["weights"], "unmatched": "error"}
-        m = scanned(group, lambda more: task.open_model({**keys, **more}, settings))
-        m = task.settle_ties(group, report, m, engine)
+        m = scanned(group, lambda more: design.open_model({**keys, **more}, settings))
+        m = ties.settle(group, report, m, engine)
         copies = replicas.others(group, m, settings)
     if copies:
         replicas.settle(group, report, [m, *copies], engine, average=False)
@@ -111,14 +111,14 @@ def _gap(one: Any, two: Any, rtol: float, atol: float) -> Gap:
 def _pair(a: Model, b: Model) -> Design:
     """Both checkpoints over the same weights: by name where the spelling is the same, else by family."""
     if a.dialect == b.dialect and (a.family is None) == (b.family is None):
-        bounds, canon = (model.bind_plain(a), model.bind_plain(b)), task._plain_entries(a)
+        bounds, canon = (model.bind_plain(a), model.bind_plain(b)), design.plain_entries(a)
         return Design(bounds, canon, canon, a.dialect)
     for m in (a, b):
         if m.family is None:
             raise CheckpointError(
                 f"{m.source.folder} is of no known family; its names cannot be compared with those of {(b if m is a else a).source.folder}."
             )
-    d, other = task._family_design([a], "hf", {}), task._family_design([b], "hf", {})
+    d, other = design.of_family([a], "hf", {}), design.of_family([b], "hf", {})
     return Design((d.sources[0], other.sources[0]), d.canon, d.canon, "hf")
 
 
@@ -215,7 +215,7 @@ def fingerprint(cfg: Config) -> str:
         for text in report.warnings if group.rank == 0 else ():
             warnings.warn(f"{m.source.folder}: {text}", stacklevel=3)
         bare = model.canonical(m.dialect)
-        d = task.design([m], {"format": "hf"}) if not bare else None
+        d = design.of([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else own_design(m)
         done = read(group, report, "fingerprint", canon, [(m, bound)], drain, cfg, digests=True)
         return task.fingerprint_of(task.weight_digests(canon, done, 0))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import formats, quantised, task
+from ckpt_dist import design, formats, quantised
 from ckpt_dist.box import distinct, volume
 from ckpt_dist.catalog import Entry
 from ckpt_dist.engine.group import Group
@@ -32,7 +32,7 @@ def inspect(cfg: Config) -> dict[str, Any]:
     """What a checkpoint is, from its headers."""
     with job("inspect", {**cfg, "quiet": True}) as (group, report):
         m = group.on_first(
-            lambda: task.open_model(
+            lambda: design.open_model(
                 cfg["source"],
                 {**cfg, "keep": ["weights", "optimizer", "state"], "unmatched": "drop", "partial": True},
             )

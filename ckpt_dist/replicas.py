@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_dist import design, plan, task
 from ckpt_dist import family as families
-from ckpt_dist import plan, task
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import UsageError
 from ckpt_dist.model import Bound, Model
@@ -36,7 +36,7 @@ def others(group: Group, m: Model, cfg: Mapping[str, Any]) -> list[Model]:
     ranks = range(1, int(m.catalog.about["tp"])) if m.catalog.about.get("replicated") else range(0)
 
     def opened(rank: int) -> Model:
-        return scanned(group, lambda more: task.open_model({**cfg["source"], **more, "replica": rank}, cfg))
+        return scanned(group, lambda more: design.open_model({**cfg["source"], **more, "replica": rank}, cfg))
 
     return [opened(rank) for rank in ranks]
 

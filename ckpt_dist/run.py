@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import formats, initial, part, plan, replicas, sources, task, writing
+from ckpt_dist import design, formats, initial, part, plan, replicas, sources, task, writing
 from ckpt_dist.engine.fill import Combine, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import UsageError
@@ -58,7 +58,7 @@ def convert(cfg: Config) -> dict[str, Any]:
     cfg = _universal(cfg)
     with job("convert", cfg) as (group, report):
         with report.phase("scan"):
-            m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            m = part.scanned(group, lambda more: design.open_model({**cfg["source"], **more}, cfg))
             if "replicated" not in m.catalog.about:
                 replicas.first_only(cfg["source"], m.catalog.format)
             copies = replicas.others(group, m, cfg)
@@ -107,7 +107,7 @@ def merge(cfg: Config) -> dict[str, Any]:
     replicas.first_only(cfg["source"], "merge")
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
-            m = part.scanned(group, lambda more: task.open_model({**cfg["source"], **more}, cfg))
+            m = part.scanned(group, lambda more: design.open_model({**cfg["source"], **more}, cfg))
         given = cfg["target"].get("path")
         into = None if given else _checkpoint_of(m)
         return writing.write(
@@ -189,7 +189,7 @@ def _open_all(cfg: Config, more: Mapping[str, Any]) -> list[Model]:
     if len(found) < 2:
         raise UsageError(f"An average needs at least two checkpoints; {paths[0]} gives {len(found)}.")
     as_is = cfg["target"]["format"] in ("same", "nemo")  # each rank's tensors for themselves, under their own names
-    return [task.open_model({**cfg["source"], **more, "path": str(p), "as_is": as_is}, cfg) for p in found]
+    return [design.open_model({**cfg["source"], **more, "path": str(p), "as_is": as_is}, cfg) for p in found]
 
 
 def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report: Report) -> tuple[list[float], bool]:
@@ -238,7 +238,7 @@ def _among(cfg: Config, m: Model) -> Path:
     return Path(m.catalog.root) if m.catalog.format == "nemo" else m.source.asked.parent
 
 
-def _mean(d: task.Design, coefficients: Sequence[float]) -> Combine:
+def _mean(d: design.Design, coefficients: Sequence[float]) -> Combine:
     """The combination of an average: the mean, except where training sets a value without gradients."""
     from ckpt_dist.averages.tensors import COPIED, last, mean
 

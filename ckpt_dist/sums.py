@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import model, plan, task
+from ckpt_dist import design, model, plan, task
 from ckpt_dist.engine.group import Group
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.report import Report
@@ -52,7 +52,7 @@ class Sums:
 def own_design(m: Model) -> tuple[Bound, Bound]:
     """A checkpoint read as it is: every selected name a tensor of its own."""
     bound = model.bind_plain(m)
-    canon = task._plain_entries(m)
+    canon = design.plain_entries(m)
     return bound, canon
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import __version__, beside, configs, cost, formats, part, plan, quantised, sources, task
+from ckpt_dist import __version__, beside, configs, cost, design, formats, part, plan, quantised, sources, task, ties
 from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -36,7 +36,7 @@ class Prepared:
     """Everything that is known before the first byte is written: proven, laid out, checked against the target's place."""
 
     models: Sequence[Model]
-    design: task.Design
+    design: design.Design
     combine: Combine
     layout: Layout
     proof: task.Proof
@@ -70,7 +70,7 @@ def write(
     models: list[Model],
     cfg: Config,
     path: Path,
-    combination: Callable[[task.Design], Combine],
+    combination: Callable[[design.Design], Combine],
     about: Mapping[str, Any],
     *,
     into: bool = False,
@@ -155,7 +155,7 @@ def prepare(
     models: list[Model],
     cfg: Config,
     path: Path,
-    combination: Callable[[task.Design], Combine],
+    combination: Callable[[design.Design], Combine],
     into: bool,
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
@@ -164,13 +164,13 @@ def prepare(
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
-    models = [task.settle_ties(group, report, m, task.engine_of(cfg)) for m in task.spoken(models, target)]
+    models = [ties.settle(group, report, m, task.engine_of(cfg)) for m in design.spoken(models, target)]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
-    d = task.design(models, target)
+    d = design.of(models, target)
     _same_tensors(models, d.sources)
     extras, lost = beside.extras(models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
@@ -194,7 +194,7 @@ def prepare(
     if node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else f.read_bytes() for n, f in small.items()})
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
-    beside.account(report, models, lost | task.unsaid(models[0], d))
+    beside.account(report, models, lost | design.unsaid(models[0], d))
     combine = combination(d)
     if combine is keep and any(quantised.computed(m.catalog) for m in models):
         combine = made
@@ -334,7 +334,7 @@ def finish(
         once(lambda: stage.settle(p.staging))
 
 
-def _casts(d: task.Design) -> bool:
+def _casts(d: design.Design) -> bool:
     """Whether any weight changes its dtype on the way."""
     stored = {
         key: e.dtype for e, r in zip(d.sources[0].entries, d.sources[0].rules, strict=True) if r for key in r.weights
@@ -348,7 +348,7 @@ def _casts(d: task.Design) -> bool:
 
 
 def _lay_out(
-    d: task.Design,
+    d: design.Design,
     m: Model,
     extras: Sequence[Extra],
     args: Config,
@@ -392,7 +392,7 @@ def _single(layout: Layout, path: Path, cfg: Config) -> bool:
     return is_file_name(path, cfg["target"]["format"]) and len(layout.catalog.files) == 1
 
 
-def _fingerprints(d: task.Design, done: Any, models: Sequence[Model], report: Report) -> dict[str, Any]:
+def _fingerprints(d: design.Design, done: Any, models: Sequence[Model], report: Report) -> dict[str, Any]:
     """The result's fingerprint, and each source's, taken in passing."""
     if not canonical(d.dialect) and not d.canon.axes:
         report.warnings.append(

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import ckpt_dist
-from ckpt_dist import task, zero
+from ckpt_dist import design, zero
 from ckpt_dist.cli import main
 from ckpt_dist.errors import CheckpointError, UsageError
 from tests.conftest import ROOT, torchrun
@@ -668,7 +668,7 @@ def test_a_real_engine_starts_from_weights_alone(stage: int, saved: Path, tmp_pa
 def test_what_is_no_tensor_goes_from_rank_to_rank() -> None:
     """Ranks get the scan of the first one, with objects of DeepSpeed's in it."""
     for case in ("three-2", "two-3"):
-        catalog = task.open_model({"path": str(DATA / case), "weights": "master"}, {}).catalog
+        catalog = design.open_model({"path": str(DATA / case), "weights": "master"}, {}).catalog
         again = pickle.loads(pickle.dumps(catalog.extras))
         assert again == catalog.extras
         records = [(a.value, b.value) for a, b in zip(again, catalog.extras) if hasattr(b.value, "path")]

@@ -16,11 +16,11 @@ import pytest
 
 from ckpt_dist import part, plan
 from ckpt_dist.catalog import Catalog, Chunks, Entry
+from ckpt_dist.design import plain_entries
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.model import Model, bind_plain, recognise
 from ckpt_dist.sources import Source
-from ckpt_dist.task import _plain_entries
 from tests.conftest import ROOT
 
 
@@ -53,7 +53,7 @@ def model(seed: int, rows: int = 37) -> Model:
 @pytest.mark.parametrize("world", [1, 3, 7])
 def test_the_parts_of_all_ranks_are_the_whole(seed: int, world: int) -> None:
     m = model(seed)
-    bound, canon = bind_plain(m), _plain_entries(m)
+    bound, canon = bind_plain(m), plain_entries(m)
     everything = plan.tiles(canon.entries)
     assert plan.tile_numel(canon.entries).tolist() == np.prod(everything.stop - everything.start, axis=1).tolist()
     assert plan.tile_counts(canon.entries).sum() == len(everything)
@@ -82,7 +82,7 @@ def test_a_hole_is_seen_by_the_rank_whose_tiles_it_is_in() -> None:
     lost = np.flatnonzero((chunks.entry == 1) & (chunks.start[:, 0] == 0))
     catalog = part.pick(m.catalog, np.setdiff1d(np.arange(len(chunks)), lost))
     holed = replace(m, source=replace(m.source, catalog=catalog))
-    canon = _plain_entries(m)
+    canon = plain_entries(m)
     refused = []
     for rank, (first, last) in enumerate(plan.share(part.tile_bytes(canon), 3)):
         mine = canon.views(plan.tiles(canon.entries, first=first, last=last))

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from ckpt_dist import design, model, part, slots, task
 from ckpt_dist import family as families
-from ckpt_dist import model, part, slots, task
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.config import fill
 from ckpt_dist.dcp.shards import Shards, run, shards
@@ -94,20 +94,20 @@ class Shown:
 def show(settings: Mapping[str, Any], dialect: str, key: str) -> Shown:
     """Scan a checkpoint and spell it in the dialects that are wanted."""
     settings = {**settings, "unmatched": "drop", "partial": True}  # still there under stored names
-    m = task.open_model(settings["source"], settings)
+    m = design.open_model(settings["source"], settings)
     wanted = _dialects(m, dialect)
     bound = _bind(m)
     offers = _as_stored(m, bound, key, weights=dialect == "auto" or not wanted)
     if wanted:
         assert m.family is not None
-        ties = m.family.ties if task.tied(m) else {}
+        ties = m.family.ties if design.tied(m) else {}
         known = tuple(r if r and r.weights[0] in bound.axes else None for r in bound.rules)
         present = model.corners(m.family, bound, part.wholly(replace(bound, rules=known)))
         held = set(present)
         present |= {copy: present[of] for copy, of in ties.items() if copy not in held and of in held}
         for copy, (of, corners) in model.copied(m.family, present).items():
             present[copy], ties = corners, {**ties, copy: ties.get(of, of)}
-        dtype_of = task.dtype_of_tied(task.stored_dtypes(bound), {c: o for c, o in ties.items() if c not in held})
+        dtype_of = design.dtype_of_tied(design.stored_dtypes(bound), {c: o for c, o in ties.items() if c not in held})
         for spoken in wanted:
             for name, rule, shape in families.spell(m.family, spoken, present, m.sizes):
                 real = replace(rule, weights=tuple(w if w in held else ties[w] for w in rule.weights))

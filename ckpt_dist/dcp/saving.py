@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckpt_dist import beside, plan, sources, task, writing
+from ckpt_dist import beside, design, plan, sources, task, writing
 from ckpt_dist.api import TARGET
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.config import fill
@@ -203,7 +203,7 @@ def _model(catalog: Catalog, settings: Mapping[str, Any]) -> Model:
     given = settings["model"]["config"]
     found, where = sources.find_config(PROGRAM, PROGRAM, PROGRAM, given) if given is not None else ({}, None)
     source = Source(catalog, PROGRAM, PROGRAM, None, found, where, (), Memory([]))
-    return task.understand(source, settings["source"], {**settings, "partial": True})  # a program knows what it saves
+    return design.understand(source, settings["source"], {**settings, "partial": True})  # a program knows what it saves
 
 
 def _errands(p: writing.Prepared, catalog: Catalog, plans: Sequence[SavePlan]) -> list[Errand]:
