@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,23 +37,11 @@ from ckpt_dist.model import Bound, Model
 from ckpt_dist.part import Part, item_bytes, located, part, readers, share, stored, tile_bytes, wanted, wholly
 from ckpt_dist.report import Progress, Report, parse_size, size
 
-T = TypeVar("T")
 OWN = "own"  # a transport by which ranks read what they see, and exchange only what somebody does not
 KEPT = 1 << 30  # of compressed chunks, by a reader without an engine
 WORKER_BYTES = (
     24 << 20
 )  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one rank needs to make its tiles."""
-
-    tiles: Chunks
-    first: int
-    last: int
-    job: Job
-    names: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -149,18 +137,8 @@ def run_tiles(
                 journal.note if journal else lambda lo, hi, done: None,
             )
             total = int((nbytes * ~finished)[first:last].sum()) * len(sources)
-            with Progress(what, total * group.world, quiet) as progress, group.busy() as moved, Crew(workers) as crew:
-
-                def advance(nbytes: int) -> None:
-                    moved()
-                    progress.advance(nbytes * group.world)
-
-                if collective:
-                    memory = int(engine["memory"])
-                    with group.carrier(str(engine["device"])) as wire:
-                        done = exchange.run(group, job, needs, files_of, crew, memory, advance, wire)
-                else:
-                    done = fill(job, crew, advance)
+            with Progress(what, total * group.world, quiet) as progress, Crew(workers) as crew:
+                done = _made(group, engine, job, crew, progress, (needs, files_of) if collective else None)
             flush()
             done.bytes_read = sum(files.bytes_read for files in files_of)
             return done
@@ -169,6 +147,33 @@ def run_tiles(
     if staged and (group.rank == 0 or (here is not None and group.local_rank == 0)):  # who has read the journal
         done.digests = staged.done.digests | done.digests
         done.runs += staged.done.runs
+    _share_out(group, report, done)
+    return done
+
+
+def _made(
+    group: Group,
+    engine: Mapping[str, Any],
+    job: Job,
+    crew: Crew,
+    progress: Progress,
+    exchanged: tuple[Sequence[exchange.Wanted], Sequence[Files]] | None,
+) -> Done:
+    """The tiles of a job, from files, or from what the ranks exchange."""
+    with group.busy() as moved:
+
+        def advance(nbytes: int) -> None:
+            moved()
+            progress.advance(nbytes * group.world)
+
+        if exchanged is None:
+            return fill(job, crew, advance)
+        with group.carrier(str(engine["device"])) as wire:
+            return exchange.run(group, job, *exchanged, crew, int(engine["memory"]), advance, wire)
+
+
+def _share_out(group: Group, report: Report, done: Done) -> None:
+    """Everyone's byte counts into the report, and everyone's digests to all."""
     all_done = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent))
     report.bytes_read += sum(p[0] for p in all_done)
     report.bytes_written += sum(p[1] for p in all_done)
@@ -177,7 +182,6 @@ def run_tiles(
     for key, d in ((key, d) for one in all_done for key, d in one[2].items()):
         if done.digests.setdefault(key, d) != d:  # two nodes have made one tile, and one of them wrongly
             done.digests[key] = b""
-    return done
 
 
 def opened(m: Model, memory: int = KEPT) -> Any:
