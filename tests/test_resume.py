@@ -134,7 +134,7 @@ def test_another_job_does_not_go_on_with_it(tmp_path: Path, change: str) -> None
 def test_two_jobs_cannot_make_one_target(tmp_path: Path) -> None:
     run = checkpoints(tmp_path / "run", 1)
     words = ["convert", f"source.path={run / 'step-1'}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
-    job = start(1, 1, *words)  # longer than three others need to start
+    job = start(1, 0.1, *words)  # longer than three others need to start
     wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
     for more in ([], ["resume=false"], ["target.format=dcp"]):
         other = start(1, 0, *words, *more)
