@@ -71,6 +71,7 @@ def implied(family: Family, rules: Sequence[Rule], config: Mapping[str, Any], si
     except ValueError:  # a config that is no help
         return ""
     untied = complete.get("tie_word_embeddings") is False
-    headed = untied and any("CausalLM" in str(name) for name in complete.get("architectures") or ())
+    classes = complete.get("architectures")
+    headed = untied and any("CausalLM" in str(name) for name in (classes if isinstance(classes, list) else ()))
     gone = [w for w in needed if w not in there and (headed or w not in family.ties)]
     return f"no tensor is the {gone[0]!r} of {family.name}, which such a model has" if gone else ""
