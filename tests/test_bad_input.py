@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_dist
 from ckpt_dist.cli import main
+from ckpt_dist.engine import staging as stage
 from ckpt_dist.errors import Difference
 from tests.conftest import ROOT
 
@@ -443,19 +444,20 @@ def test_what_was_there_and_cannot_be_cleared_away_fails_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, target = make("hf", tmp_path / "source"), make("hf", tmp_path / "target")
-    busy, left = target / "busy", tmp_path / ".target.ckpt_dist-old"
+    busy = target / "busy"
     busy.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "none", busy], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount")
     words = [f"source.path={source}", f"target.path={target}", "target.format=dcp", "overwrite=true"]
     try:
-        assert main("convert", words) == 0
-        assert {*contents(target)} >= {".metadata"} and left.exists()
-        assert main("convert", words) == 3
-        assert "Nothing was published; what was there is as it was" in capsys.readouterr().err
-        assert {*contents(target)} >= {".metadata"}
+        for _ in range(2):  # nor is it in the way of the next job
+            assert main("convert", words) == 0 and {*contents(target)} >= {".metadata"}
+            assert len([*tmp_path.glob(".target.ckpt_dist-old*")]) == 1
+        shutil.rmtree(target)
+        stage.discard(stage.Staging(target))
+        assert not target.exists()  # half of what was there once is not put back
     finally:
-        subprocess.run(["umount", left / "busy"], check=True)
+        subprocess.run(["umount", *tmp_path.glob(".target*/busy")], check=True)
     assert main("convert", words) == 0 and not list(tmp_path.glob(".*"))
 
 

@@ -22,8 +22,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from os.path import lexists  # of a link, wherever it leads: a relative one leads nowhere from the staging folder
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -275,7 +277,7 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
             os.replace(next(p for p in folder.iterdir()), target)
         else:
             if overwrite and (target.exists() or target.is_symlink()):
-                _remove(staging.old)
+                _litter(staging.old)
                 os.rename(target, staging.old)
             os.rename(folder, target)
     except OSError as error:
@@ -335,9 +337,14 @@ def _remove(path: Path) -> None:
 
 
 def _litter(path: Path) -> None:
-    """Remove what nobody needs any more; what cannot be removed stays, hidden, and the next job tries again."""
+    """Remove what nobody needs any more. What cannot be removed stays, hidden, and the next job tries again: under a name
+    of its own, for what is left of it must be in nobody's way, and never be put back."""
+    gone = f"{path.name}-gone-"
     with suppress(OSError):
-        _remove(path)
+        path.rename(path.with_name(gone + uuid4().hex[:8]))
+    for rest in (path, *path.parent.glob(escape(gone) + "*")):
+        with suppress(OSError):
+            _remove(rest)
 
 
 def _sync_tree(folder: Path) -> None:
