@@ -67,7 +67,8 @@ def implied(family: Family, rules: Sequence[Rule], config: Mapping[str, Any], si
         needed = [
             w for w in conditions.weights(family, complete) if kind in family.model_types or w not in family.optional
         ]
-        needed = [w for w in needed if conditions.layers(family, w, complete, sizes["l"])] if "l" in sizes else needed
+        some = {w for w in family.layers if "l" not in sizes or conditions.layers(family, w, complete, sizes["l"])}
+        needed = [w for w in needed if w in some or w not in family.layers]
     except ValueError:  # a config that is no help
         return ""
     untied = complete.get("tie_word_embeddings") is False
