@@ -461,6 +461,31 @@ def test_what_was_there_and_cannot_be_cleared_away_fails_nothing(
     assert main("convert", words) == 0 and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("more", [[], ["target.format=torch"], ["target.shared=false"], ["overwrite=true"]])
+def test_files_that_are_open_stay_on_a_disk_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """As NFS: one that is removed while it is open is there under another name till it is closed."""
+    source, target = make("hf", tmp_path / "source"), tmp_path / "target"
+    unlink, kept = os.unlink, list[str]()
+
+    def removed(path: Any, *, dir_fd: int | None = None) -> None:
+        place = Path(os.path.realpath(path if dir_fd is None else f"/proc/self/fd/{dir_fd}/{path}"))
+        if any(os.path.realpath(f"/proc/self/fd/{fd}") == str(place) for fd in os.listdir("/proc/self/fd")):
+            kept.append(str(place))
+            os.rename(place, place.with_name(f".nfs{len(kept):08}"))
+        else:
+            unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", removed)
+    if "overwrite=true" in more:  # and an attempt at something else that was killed
+        (tmp_path / ".target.ckpt_dist/.ckpt_dist").mkdir(parents=True)
+        (tmp_path / ".target.ckpt_dist/.ckpt_dist/plan").write_text("another")
+    words = [f"source.path={source}", f"target.path={target}", "target.format=dcp", *more]
+    assert main("convert", words) == 0, capsys.readouterr().err
+    assert target.exists() and (more == ["overwrite=true"] or not kept)
+
+
 @pytest.mark.parametrize("limit", ["rtol", "atol"])
 def test_infinities_are_equal_to_themselves_alone(tmp_path: Path, limit: str) -> None:
     for one, two in ((1.0, math.inf), (math.inf, -math.inf), (math.inf, math.inf)):

@@ -137,7 +137,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
         return True
     try:
         staging.target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        _litter(folder)
         folder.mkdir()
         for name, size, here in zip(layout.catalog.files, layout.sizes, held(layout, staging.node), strict=True):
             if not here:
@@ -270,7 +270,7 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
             _join(staging, fsync)
             return
         if staging.node is None:
-            shutil.rmtree(folder / journal.FOLDER)
+            _end_journal(staging, folder)
         if fsync:
             _sync_tree(folder)
         if staging.single:
@@ -312,12 +312,13 @@ def _join(staging: Staging, fsync: bool) -> None:
     for place in {(target / name).parent for name in names} if fsync else ():
         _sync(place)
     (folder / journal.FOLDER).rename(folder / "done")  # no list and no journal: nothing to take back or to go on with
+    release()
     _litter(folder)
 
 
 def settle(staging: Staging) -> None:
     """All nodes have published."""
-    shutil.rmtree(staging.target / journal.FOLDER)
+    _end_journal(staging, staging.target)
     _litter(staging.old)
 
 
@@ -339,12 +340,26 @@ def _remove(path: Path) -> None:
 def _litter(path: Path) -> None:
     """Remove what nobody needs any more. What cannot be removed stays, hidden, and the next job tries again: under a name
     of its own, for what is left of it must be in nobody's way, and never be put back."""
-    gone = f"{path.name}-gone-"
     with suppress(OSError):
-        path.rename(path.with_name(gone + uuid4().hex[:8]))
-    for rest in (path, *path.parent.glob(escape(gone) + "*")):
+        if lexists(path):
+            os.rename(path, _gone(path))
+    for rest in (path, *path.parent.glob(escape(f"{path.name}-gone-") + "*")):
         with suppress(OSError):
             _remove(rest)
+
+
+def _gone(path: Path) -> Path:
+    return path.with_name(f"{path.name}-gone-{uuid4().hex[:8]}")
+
+
+def _end_journal(staging: Staging, folder: Path) -> None:
+    """From now on there is nothing to go on with. What is claimed is closed before it is removed: NFS keeps a file that is
+    open, under another name, and then its folder is not empty."""
+    gone = _gone(staging.folder)
+    os.rename(folder / journal.FOLDER, gone)
+    release()
+    with suppress(OSError):
+        _remove(gone)
 
 
 def _sync_tree(folder: Path) -> None:
