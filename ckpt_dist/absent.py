@@ -67,10 +67,12 @@ def implied(family: Family, rules: Sequence[Rule], config: Mapping[str, Any], si
         needed = [
             w for w in conditions.weights(family, complete) if kind in family.model_types or w not in family.optional
         ]
-        needed = [w for w in needed if conditions.layers(family, w, complete, sizes["l"])] if "l" in sizes else needed
+        some = {w for w in family.layers if "l" not in sizes or conditions.layers(family, w, complete, sizes["l"])}
+        needed = [w for w in needed if w in some or w not in family.layers]
     except ValueError:  # a config that is no help
         return ""
     untied = complete.get("tie_word_embeddings") is False
-    headed = untied and any("CausalLM" in str(name) for name in complete.get("architectures") or ())
+    classes = complete.get("architectures")
+    headed = untied and any("CausalLM" in str(name) for name in (classes if isinstance(classes, list) else ()))
     gone = [w for w in needed if w not in there and (headed or w not in family.ties)]
     return f"no tensor is the {gone[0]!r} of {family.name}, which such a model has" if gone else ""

@@ -109,11 +109,16 @@ def recognise(
     ]
     _unambiguous(names, source)
     sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
+    only = _originals(names, catalog, chosen, spoken, source.config) if lacks else None
+    if only and not _sizes(source, chosen, spoken, only, lost)[2]:
+        names, lacks = only, ""
     guesses = [
         f"model family {chosen.name} in the names of {spoken}"
         if chosen
         else "unknown model: names are kept as they are"
     ]
+    if only and not lacks:
+        guesses.append("of tied weights only the copy is stored; it is taken for both")
     if _preset(source):
         guesses.append("config.json as such models were published; tokenizer files have to be brought")
     return Model(
@@ -128,6 +133,24 @@ def recognise(
         tuple(guesses),
         lacks=lacks,
     )
+
+
+def _originals(
+    names: Sequence[str | None], catalog: Catalog, family: Family | None, dialect: str, config: Mapping[str, Any]
+) -> list[str | None] | None:
+    """Of tied weights safetensors' `save_model` keeps the first by name, a copy: it has the name of what it is a copy of."""
+    said = {**family.defaults.get(str(config.get("model_type")), {}), **config} if family else {}
+    weights = {n for e, n in enumerate(names) if n is not None and catalog.entries[e].role == "weight"}
+    if family is None or not said.get("tie_word_embeddings") or len(weights) < sum(n is not None for n in names):
+        return None
+    stored = {text: name for name, text in family.dialects[dialect].items()}
+    other = {
+        name: stored.get(text.replace(copy, of, 1))
+        for copy, of in family.ties.items()
+        for text, name in stored.items()
+        if text.startswith(f"{copy}:")
+    }
+    return [of if n and (of := other.get(n)) and of not in weights else n for n in names]
 
 
 def _own(name: str, family: Family | None, dialect: str, prefix: str) -> str:
@@ -227,6 +250,7 @@ def _sizes(
     known = {a: n for a, n in known.items() if n is not None}
     if wrong := next((f"{n!r:.40} for the length {a}" for a, n in known.items() if not _length(n)), ""):
         raise CheckpointError(f"{source.folder}: its config says {wrong}. Give the right one with model.config=PATH.")
+    known = {a: int(n) for a, n in known.items()}  # JSON may say 32.0
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
     sizes = families.resolve(family, dialect, shapes, known)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 import ckpt_dist
 from ckpt_dist import families, family, formats
@@ -357,6 +357,30 @@ def test_a_weight_that_no_layer_has_is_missed(
         with pytest.raises(CheckpointError, match=r"no tensor is the '\w+' of \w+, which such a model has"):
             ckpt_dist.convert(tmp_path / "in", tmp_path / "out", dry_run=True, quiet=True)
     ckpt_dist.convert(hf, tmp_path / "out", dry_run=True, quiet=True)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bloom", "gemma2"])
+def test_of_tied_weights_either_may_be_the_one_that_is_stored(
+    case: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """What safetensors' own `save_model` leaves of them: the head, which comes first by name."""
+    model, folder = made(case)
+    shutil.copytree(folder / "hf", tmp_path / "in")
+    save_model(model, str(tmp_path / "in/model.safetensors"))
+    assert "lm_head.weight" in load_file(tmp_path / "in/model.safetensors")
+    for format, start in (("torch_dist", "in"), ("hf", "torch_dist")) if case != "gemma2" else (("hf", "in"),):
+        ckpt_dist.convert(tmp_path / start, tmp_path / format, format=format, quiet=True)
+    assert equal(tmp_path / "hf", folder / "hf")
+
+
+@pytest.mark.parametrize("said", [dict(num_hidden_layers=3.0), dict(architectures=5), dict(architectures=[None])])
+def test_a_config_may_say_things_in_odd_ways(
+    said: dict[str, Any], made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    shutil.copytree(made("llama")[1] / "hf", tmp_path / "in")
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    (tmp_path / "in/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False, **said}))
+    ckpt_dist.convert(tmp_path / "in", tmp_path / "out", format="torch_dist", dry_run=True, quiet=True)
 
 
 def test_a_layer_that_predicts_further_tokens_is_missed(

@@ -517,7 +517,7 @@ def test_in_a_new_folder_all_of_it_appears_at_once(tmp_path: Path, monkeypatch: 
     rename = os.rename
     monkeypatch.setattr(staging.os, "rename", lambda *paths: (renamed.append(paths), rename(*paths)))
     average(run, **{"target.path": str(tmp_path / "new")})
-    assert len(renamed) == 1 and renamed[0][1] == tmp_path / "new"
+    assert [to for _, to in renamed if not to.name.startswith(".")] == [tmp_path / "new"]
     made, new = ({n: b for n, b in contents(p).items() if n.endswith("averaged.ckpt")} for p in (run, tmp_path / "new"))
     assert new == made and len(made) == 2
 

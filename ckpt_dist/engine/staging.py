@@ -22,8 +22,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from os.path import lexists  # of a link, wherever it leads: a relative one leads nowhere from the staging folder
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -135,7 +137,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
         return True
     try:
         staging.target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        _litter(folder)
         folder.mkdir()
         for name, size, here in zip(layout.catalog.files, layout.sizes, held(layout, staging.node), strict=True):
             if not here:
@@ -268,14 +270,14 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
             _join(staging, fsync)
             return
         if staging.node is None:
-            shutil.rmtree(folder / journal.FOLDER)
+            _end_journal(staging, folder)
         if fsync:
             _sync_tree(folder)
         if staging.single:
             os.replace(next(p for p in folder.iterdir()), target)
         else:
             if overwrite and (target.exists() or target.is_symlink()):
-                _remove(staging.old)
+                _litter(staging.old)
                 os.rename(target, staging.old)
             os.rename(folder, target)
     except OSError as error:
@@ -310,12 +312,13 @@ def _join(staging: Staging, fsync: bool) -> None:
     for place in {(target / name).parent for name in names} if fsync else ():
         _sync(place)
     (folder / journal.FOLDER).rename(folder / "done")  # no list and no journal: nothing to take back or to go on with
+    release()
     _litter(folder)
 
 
 def settle(staging: Staging) -> None:
     """All nodes have published."""
-    shutil.rmtree(staging.target / journal.FOLDER)
+    _end_journal(staging, staging.target)
     _litter(staging.old)
 
 
@@ -335,9 +338,28 @@ def _remove(path: Path) -> None:
 
 
 def _litter(path: Path) -> None:
-    """Remove what nobody needs any more; what cannot be removed stays, hidden, and the next job tries again."""
+    """Remove what nobody needs any more. What cannot be removed stays, hidden, and the next job tries again: under a name
+    of its own, for what is left of it must be in nobody's way, and never be put back."""
     with suppress(OSError):
-        _remove(path)
+        if lexists(path):
+            os.rename(path, _gone(path))
+    for rest in (path, *path.parent.glob(escape(f"{path.name}-gone-") + "*")):
+        with suppress(OSError):
+            _remove(rest)
+
+
+def _gone(path: Path) -> Path:
+    return path.with_name(f"{path.name}-gone-{uuid4().hex[:8]}")
+
+
+def _end_journal(staging: Staging, folder: Path) -> None:
+    """From now on there is nothing to go on with. What is claimed is closed before it is removed: NFS keeps a file that is
+    open, under another name, and then its folder is not empty."""
+    gone = _gone(staging.folder)
+    os.rename(folder / journal.FOLDER, gone)
+    release()
+    with suppress(OSError):
+        _remove(gone)
 
 
 def _sync_tree(folder: Path) -> None:
