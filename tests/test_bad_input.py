@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist.cli import main
 from ckpt_dist.engine import staging as stage
-from ckpt_dist.errors import Difference
+from ckpt_dist.errors import CheckpointError, Difference
 from tests.conftest import ROOT
 
 
@@ -461,6 +461,10 @@ def test_what_was_there_and_cannot_be_cleared_away_fails_nothing(
     assert main("convert", words) == 0 and not list(tmp_path.glob(".*"))
 
 
+def failing(*args: object) -> None:
+    raise CheckpointError("no space")
+
+
 @pytest.mark.parametrize("more", [[], ["target.format=torch"], ["target.shared=false"], ["overwrite=true"]])
 def test_files_that_are_open_stay_on_a_disk_of_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
@@ -484,6 +488,9 @@ def test_files_that_are_open_stay_on_a_disk_of_the_network(
     words = [f"source.path={source}", f"target.path={target}", "target.format=dcp", *more]
     assert main("convert", words) == 0, capsys.readouterr().err
     assert target.exists() and (more == ["overwrite=true"] or not kept)
+    monkeypatch.setattr("ckpt_dist.engine.staging.finish", failing)
+    assert main("convert", [*words, f"target.path={tmp_path / 'other'}", "engine.fsync=false"]) == 3
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".other*"))
 
 
 @pytest.mark.parametrize("limit", ["rtol", "atol"])

@@ -270,7 +270,7 @@ def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
             _join(staging, fsync)
             return
         if staging.node is None:
-            _end_journal(staging, folder)
+            _end(folder / journal.FOLDER, _gone(folder))
         if fsync:
             _sync_tree(folder)
         if staging.single:
@@ -318,14 +318,15 @@ def _join(staging: Staging, fsync: bool) -> None:
 
 def settle(staging: Staging) -> None:
     """All nodes have published."""
-    _end_journal(staging, staging.target)
+    _end(staging.target / journal.FOLDER, _gone(staging.folder))
     _litter(staging.old)
 
 
 def discard(staging: Staging) -> None:
     """No trace of an attempt, and what was there before it is there again."""
     _take_back(staging)
-    shutil.rmtree(staging.folder, ignore_errors=True)
+    with suppress(OSError):
+        _end(staging.folder, _gone(staging.folder))
     if staging.old.exists() and not staging.target.exists():  # an end between the two renames of `publish`
         os.rename(staging.old, staging.target)
 
@@ -352,11 +353,10 @@ def _gone(path: Path) -> Path:
     return path.with_name(f"{path.name}-gone-{uuid4().hex[:8]}")
 
 
-def _end_journal(staging: Staging, folder: Path) -> None:
-    """From now on there is nothing to go on with. What is claimed is closed before it is removed: NFS keeps a file that is
-    open, under another name, and then its folder is not empty."""
-    gone = _gone(staging.folder)
-    os.rename(folder / journal.FOLDER, gone)
+def _end(path: Path, gone: Path) -> None:
+    """Remove what may hold the journal: from now on there is nothing to go on with. What is claimed is closed before: NFS
+    keeps a file that is open, under another name, and then its folder is not empty."""
+    os.rename(path, gone)
     release()
     with suppress(OSError):
         _remove(gone)
