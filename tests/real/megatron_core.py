@@ -11,7 +11,9 @@ code lays it out.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -270,6 +272,16 @@ def legacy(chunks: list[Any], job: dict[str, Any]) -> None:
     (Path(job["legacy"]) / "latest_checkpointed_iteration.txt").write_text("7")
 
 
+def meet(place: str) -> None:
+    """The ranks meet anew: megatron-core makes dozens of groups for a layout and ends none, and gloo's threads never sleep."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=world)
+
+
 def run(job: dict[str, Any]) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as ps
@@ -298,9 +310,9 @@ def run(job: dict[str, Any]) -> None:
 
 
 def main(path: str) -> None:
-    dist.init_process_group("gloo")
     on_cpu()
-    for job in json.loads(Path(path).read_text()):
+    for number, job in enumerate(json.loads(Path(path).read_text())):
+        meet(f"{path}.{number}")
         run(job)
         if dist.get_rank() == 0:
             print("done", job.get("name"), flush=True)

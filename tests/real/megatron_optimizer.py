@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from tests.real import leave
-from tests.real.megatron_core import build, on_cpu, sharded
+from tests.real.megatron_core import build, meet, on_cpu, sharded
 
 STEP = 7
 LEARNS = 0.01
@@ -274,11 +274,11 @@ def converted(jobs: list[tuple[str, str, dict[str, Any]]]) -> None:
 
 
 def main(path: str) -> None:
-    dist.init_process_group("gloo")
     on_cpu()
     named_as_cuda()
     with OnCpu():
-        for job in json.loads(Path(path).read_text()):
+        for number, job in enumerate(json.loads(Path(path).read_text())):
+            meet(f"{path}.{number}")
             run(job)
             if dist.get_rank() == 0:
                 print("done", job.get("name"), flush=True)
