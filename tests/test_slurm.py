@@ -122,6 +122,14 @@ def ended(env: dict[str, str], job: str, folder: Path, seconds: float = 120) -> 
     return now, "".join(p.read_text() for p in sorted(folder.glob("log-*")))
 
 
+def again(env: dict[str, str], job: str) -> None:
+    """Start a job that is queued again, which slurm itself would do in two minutes. It counts in seconds: within one of
+    the requeue it takes the new start for the old one, and refuses it."""
+    until(lambda: state(env, job)["JobState"] == "PENDING")
+    time.sleep(3)
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], env=env, check=True)
+
+
 SCRIPT = str(ROOT / "launch/slurm/convert.sbatch")
 SWEEP = str(ROOT / "launch/slurm/sweep.sbatch")
 
@@ -213,7 +221,7 @@ def test_one_task_of_an_array_stops_alone(slurm: dict[str, str], tmp_path: Path)
     until(lambda: state(slurm, f"{job}_2")["JobState"] == "PENDING")
     assert state(slurm, f"{job}_1")["JobState"] == "RUNNING"
     (tmp_path / "end").touch()
-    subprocess.run(["scontrol", "update", f"jobid={job}_2", "starttime=now"], env=slurm, check=True)
+    again(slurm, f"{job}_2")
     for task, restarts in ((f"{job}_1", "0"), (f"{job}_2", "1")):
         assert ended(slurm, task, tmp_path)[0] == "COMPLETED"
         assert state(slurm, task)["Restarts"] == restarts
@@ -249,15 +257,7 @@ def test_a_job_stops_before_its_limit_and_goes_on_when_queued_again(slurm: dict[
         assert time.monotonic() < end, "".join(p.read_text() for p in tmp_path.glob("log-*"))
         time.sleep(0.05)
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=slurm, check=True)
-    while state(slurm, job)["JobState"] != "PENDING":
-        assert time.monotonic() < end, "".join(p.read_text() for p in tmp_path.glob("log-*"))
-        time.sleep(0.2)
-    time.sleep(
-        3
-    )  # slurm counts in seconds: within one of the requeue it takes the new start for the old, and refuses it
-    subprocess.run(
-        ["scontrol", "update", f"jobid={job}", "starttime=now"], env=slurm, check=True
-    )  # else in two minutes
+    again(slurm, job)
     found, log = ended(slurm, job, tmp_path)
     assert found == "COMPLETED", log
     assert state(slurm, job)["Restarts"] == "1" and "is queued again" in log and "tiles were there already" in log
