@@ -1,5 +1,5 @@
-"""What should be among the weights of a model and is not: layers that are counted, weights that
-other layers have, and weights that a config implies.
+"""What should be among the weights of a model and is not: layers that are counted, weights that other
+layers have, and weights that a config implies.
 
 Invariant: nothing is missed but what the config, the names or the other layers of the same kind say is there.
 """

@@ -37,8 +37,8 @@ class Family:
     A pattern may end with a condition, for a weight with two names: `mlp_norm: e if router` is its name where the
     layer has that weight too. It is read under both.
 
-    What a config alone implies (`initial.py`, `absent.py`): `init`: weight -> its first values; `optional`: weight -> when a model
-    has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
+    What a config alone implies (`initial.py`, `absent.py`): `init`: weight -> its first values; `optional`: weight ->
+    when a model has it; `layers`: weight -> the layers that have it; `fixed`: what no config may say otherwise; `defaults`: model
     type -> what transformers takes where a config does not say it.
     `further`: the axis of layers that predict further tokens -> the key of a config.json with their number; a dialect
     without such layers leaves them out.

@@ -31,8 +31,8 @@ NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "
 class Model:
     """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected.
 
-    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs. `lacks`: which layers or weights
-    are not there, in words, or nothing.
+    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs. `lacks`: which layers
+    or weights are not there, in words, or nothing.
     """
 
     source: Source
