@@ -380,7 +380,11 @@ def test_a_config_may_say_things_in_odd_ways(
     shutil.copytree(made("llama")[1] / "hf", tmp_path / "in")
     config = json.loads((tmp_path / "in/config.json").read_text())
     (tmp_path / "in/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False, **said}))
-    ckpt_dist.convert(tmp_path / "in", tmp_path / "out", format="torch_dist", dry_run=True, quiet=True)
+    ckpt_dist.convert(tmp_path / "in", tmp_path / "there", format="dcp", quiet=True)
+    ckpt_dist.convert(
+        tmp_path / "there", tmp_path / "back", **{"model.config": str(made("llama")[1] / "hf")}, quiet=True
+    )
+    assert equal(tmp_path / "back", tmp_path / "in")
 
 
 def test_a_layer_that_predicts_further_tokens_is_missed(
