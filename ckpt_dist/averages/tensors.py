@@ -32,7 +32,7 @@ class Room(threading.local):
     def of(self, use: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
         """Memory on DEVICE with anything in it, the same for the same use."""
         kept = self.kept.get((use, dtype))
-        if kept is None or len(kept) < numel or kept.device != DEVICE:
+        if kept is None or kept.numel() < numel or kept.device != DEVICE:
             kept = self.kept[use, dtype] = torch.empty(numel, dtype=dtype, device=DEVICE)
         return kept[:numel]
 
@@ -52,7 +52,7 @@ def use(device: str, local_rank: int) -> str:
 
 def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
     """The words of a tile as a tensor that shares their memory."""
-    return torch.from_numpy(words.view(np.uint8)).view(getattr(torch, dtype))
+    return torch.from_numpy(words).view(getattr(torch, dtype))
 
 
 def words(value: torch.Tensor, like: int) -> NDArray[Any]:
@@ -103,13 +103,14 @@ def mean(
     uniform = len(set(coefficients)) == 1
     total: torch.Tensor | None = None
     first: torch.Tensor | None = None
+    widened: torch.Tensor | None = None
     constant: torch.Tensor | None = (
         None  # which elements are equal in all sources: 16-bit rounding finds them again, fp32 does not
     )
     for value, dtype, c in zip(values, dtypes, coefficients, strict=True):
         part = tensor(value, dtype).to(DEVICE)
         if total is None:
-            total = ROOM.of("sum", wide, len(part)).copy_(part)
+            total = ROOM.of("sum", wide, value.size).copy_(part)
             if target == wide:
                 first, constant = total.clone(), torch.ones_like(total, dtype=torch.bool)
             if not uniform:
@@ -118,14 +119,16 @@ def mean(
         if constant is not None:
             constant &= first == part
         if part.dtype != wide:  # else torch would, each time in fresh memory
-            part = ROOM.of("part", wide, len(part)).copy_(part)
+            if widened is None:
+                widened = ROOM.of("part", wide, value.size)
+            part = widened.copy_(part)
         total.add_(part, alpha=1 if uniform else c)
     assert total is not None
     if uniform:
         total.div_(len(coefficients))
     if constant is not None and first is not None:
         total = torch.where(constant, first, total)
-    return words(total if target == wide else ROOM.of("result", target, len(total)).copy_(total), target.itemsize)
+    return words(total if target == wide else ROOM.of("result", target, total.numel()).copy_(total), target.itemsize)
 
 
 def last(values: Iterable[NDArray[Any]]) -> NDArray[Any]:

@@ -10,14 +10,14 @@ memory stays below SPAN bytes plus one tile. An exact gather leaves out smaller 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckpt_dist.box import row_major
 from ckpt_dist.plan import Moves
 
 SPAN = 4 << 20  # bytes of a file read at once to pick strided elements out of
@@ -29,8 +29,7 @@ Array = NDArray[Any]
 Dim = tuple[int, int, int]  # extent, stride in the file, stride in the tile; elements
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """A box: `dims` outermost first as the tile sees it, `at` in bytes of a file, `tile_at` in elements."""
 
     file: int
@@ -63,17 +62,18 @@ def simplify(extent: list[int], stride: list[int], tile_stride: list[int]) -> tu
 def by_tile(moves: Moves, file_of_chunk: NDArray[np.int64], first: int, last: int) -> Iterator[list[Move]]:
     """The moves of each tile from first to last, in order; a tile that nothing touches gives an empty list."""
     cuts = np.searchsorted(moves.tile, np.arange(first, last + 1)).tolist()
-    for lo, hi in pairwise(cuts):
-        columns = (
-            moves.extent[lo:hi],
-            moves.stride[lo:hi],
-            moves.tile_stride[lo:hi],
-            moves.at[lo:hi],
-            moves.tile_at[lo:hi],
-        )
-        files = file_of_chunk[moves.chunk[lo:hi]].tolist()
-        rows = zip(files, *(c.tolist() for c in columns), strict=True)
-        yield [Move(f, at, tile_at, simplify(n, s, t)) for f, n, s, t, at, tile_at in rows]
+    part = slice(cuts[0], cuts[-1])
+    extent, stride, tile_stride = moves.extent[part], moves.stride[part], moves.tile_stride[part]
+    dense = row_major(extent)
+    alike = (extent == 1) | ((stride == dense) & (tile_stride == dense))
+    run = np.where(alike.all(axis=1), extent.prod(axis=1), 0).tolist()  # most are one, and simplify takes its time
+    file, at, tile_at = file_of_chunk[moves.chunk[part]].tolist(), moves.at[part].tolist(), moves.tile_at[part].tolist()
+
+    def dims(row: int) -> tuple[Dim, ...]:
+        return simplify(extent[row].tolist(), stride[row].tolist(), tile_stride[row].tolist())
+
+    for lo, hi in pairwise(cut - cuts[0] for cut in cuts):
+        yield [Move(file[i], at[i], tile_at[i], ((run[i], 1, 1),) if run[i] else dims(i)) for i in range(lo, hi)]
 
 
 def gather(
