@@ -22,13 +22,17 @@ import torch.distributed.checkpoint  # noqa: F401  a job that writes DCP needs i
 import ckpt_dist.averages.tensors
 import ckpt_dist.run
 from benchmarks.measure import clear, timed, together
-from ckpt_dist import config
+from ckpt_dist import config, family, formats
 
 
 def main() -> None:
     verb, words = sys.argv[1], sys.argv[2:]
     ckpt_dist.run.COMMAND.set()
     cfg = config.load(verb, words)
+    for name in formats.FORMATS:
+        formats.load(name)
+    for name in family.available():
+        family.load(name)
     rank = int(os.environ.get("RANK", "0"))
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")

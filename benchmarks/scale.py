@@ -88,7 +88,8 @@ def as_first(m: Model, world: int, laps: dict[str, Any]) -> None:
     t = lap(laps, "design and layout", t)
     bounds = plan.share(part.tile_bytes(d.canon), world)
     entry = np.repeat(np.arange(len(d.canon.entries)), plan.tile_counts(d.canon.entries))
-    asked = [np.unique(entry[lo:hi]) for lo, hi in bounds]  # names are the same on both sides, so this is what they ask
+    # names are the same on both sides, so this is what they ask
+    asked = [[np.unique(entry[lo:hi])] for lo, hi in bounds]
     t = time.process_time()
     group.gather = lambda value: asked  # type: ignore[assignment,method-assign]
     group.world, group.together = world, lambda work: work()  # type: ignore[method-assign,assignment]

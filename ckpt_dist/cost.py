@@ -101,7 +101,7 @@ class Work:
 def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path) -> tuple[dict[str, Any], list[str]]:
     """The cost as data and as lines; `target` is where a calibration may write, `report` has what planning took."""
     world = _world(group, engine)
-    readers = [_readers(group, m, world, engine) for m, _ in job.sources]
+    readers = _readers(group, [m for m, _ in job.sources], world, engine)
     everywhere = all(r.everywhere for r in readers)
     work = _counted(group, job, world, readers)
     speed, origin = _speed(group, job, engine, target)
@@ -180,14 +180,14 @@ def _world(group: Group, engine: Given) -> World:
     return World(ranks, nodes, True)
 
 
-def _readers(group: Group, m: Model, world: World, engine: Given) -> exchange.Readers:
+def _readers(group: Group, models: Sequence[Model], world: World, engine: Given) -> list[exchange.Readers]:
     """Who reads in a collective job: everyone evenly, unless that was not asked for and some files are not seen."""
-    if world.imagined or "saved" in m.catalog.about:
-        length = part.ends(group, m)
+    if world.imagined or any("saved" in m.catalog.about for m in models):
         nodes = node_of(world.ranks, world.nodes)
-        return exchange.Readers(np.ones((world.ranks, len(length)), bool), length, nodes, True)
-    found = part.readers(group, m, engine.get("transport") == "collective")
-    return found.evenly() if found.everywhere else found
+        lengths = part.ends(group, models)
+        return [exchange.Readers(np.ones((world.ranks, len(n)), bool), n, nodes, True) for n in lengths]
+    found = part.readers(group, models, engine.get("transport") == "collective")
+    return [one.evenly() if one.everywhere else one for one in found]
 
 
 def _counted(group: Group, job: Job, world: World, readers: Sequence[exchange.Readers]) -> Work:
@@ -224,12 +224,8 @@ def _block(
     items = np.array([itemsize(d) for d in out.dtypes], np.int64)[out.moves.tile]
     np.add.at(found.written, owner[out.moves.tile], np.prod(out.moves.extent, axis=1, dtype=np.int64) * items)
 
-    def wanted(m: Model, bound: Bound, who: exchange.Readers) -> exchange.Wanted:
-        needed = part.part(group, m, bound, mine)
-        return part.wanted(who, needed, mine, owner < 0)
-
-    for (m, bound), who in zip(job.sources, readers, strict=True):
-        w = wanted(m, bound, who)
+    for (m, _), who, needed in zip(job.sources, readers, part.parts(group, job.sources, mine), strict=True):
+        w = part.wanted(who, needed, mine, owner < 0)
         of, tile = owner[w.moves.tile], w.moves.tile
         changed = np.array([a != b for a, b in zip(w.dtypes, out.dtypes, strict=True)], bool) | job.all_worked
         np.add.at(found.wanted, of, w.nbytes)
@@ -240,8 +236,9 @@ def _block(
         m, bound = job.checked(disk.node)
         nodes = node_of(world.ranks, world.nodes)
         table = np.stack([held(layout, None if disk.node is None else n) for n in nodes.tolist()])
-        seen = exchange.Readers(table, part.ends(group, m), nodes, disk.node is None)
-        w = wanted(m, bound, seen)
+        (length,), (needed,) = part.ends(group, [m]), part.parts(group, [(m, bound)], mine)
+        seen = exchange.Readers(table, length, nodes, disk.node is None)
+        w = part.wanted(seen, needed, mine, owner < 0)
         one, two = _both(m, w, owner[w.moves.tile], world)
         if disk.node is not None:  # its own files, whatever the transport of the job
             one = two = one if seen.everywhere else two

@@ -76,11 +76,16 @@ def load(name: str) -> Family:
 
 
 def available() -> list[str]:
-    from pkgutil import iter_modules
-
     from ckpt_dist import families
 
-    return sorted(m.name for m in iter_modules(families.__path__))
+    return list(_modules(tuple(families.__path__)))
+
+
+@cache
+def _modules(folders: tuple[str, ...]) -> tuple[str, ...]:
+    from pkgutil import iter_modules
+
+    return tuple(sorted(m.name for m in iter_modules(folders)))
 
 
 @dataclass(frozen=True)

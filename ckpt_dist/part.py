@@ -5,7 +5,7 @@ and shapes); by whole entries a rank finds which of them its tiles touch, and is
 
     scanned   rank 0 scans, every rank gets the models, without their chunks
     share     the tiles of this rank
-    part      the chunks these tiles touch; each element of a tile has exactly one source, or all ranks refuse
+    parts     the chunks these tiles touch; each element of a tile has exactly one source, or all ranks refuse
     wanted    the copies from these chunks to the tiles, at exact addresses
 
 Invariant: what a rank does and holds grows with its own tiles and with the number of entries, not with the chunks.
@@ -97,16 +97,21 @@ def _rows(chunks: Chunks, num_entries: int) -> Callable[[Ints], Ints]:
     return rows
 
 
-def fetch(group: Group, m: Model, entries: Ints) -> Catalog:
-    """The catalog of a source with only the chunks of some entries; all ranks call this together."""
-    catalog = m.catalog
-    if not m.apart or group.world == 1:
-        rows = _rows(catalog.chunks, len(catalog.entries))(entries)
+def fetch(group: Group, models: Sequence[Model], entries: Sequence[Ints]) -> list[Catalog]:
+    """The catalogs of sources with only the chunks of some entries of each; all ranks call this together."""
+    apart = group.world > 1 and any(m.apart for m in models)
+    asked = group.gather(entries) if apart else [entries]
+
+    def cut(catalog: Catalog, wanted: Ints) -> Catalog:
+        rows = _rows(catalog.chunks, len(catalog.entries))(wanted)
         return catalog if len(rows) == len(catalog.chunks) else pick(catalog, rows)
-    asked = group.gather(entries)
-    find = _rows(catalog.chunks, len(catalog.entries)) if group.rank == 0 else None
-    flat = group.deal(lambda rank: _flat(pick(catalog, find(asked[rank]))) if find else entries)
-    return _unflat(catalog, flat)
+
+    def dealt(k: int, m: Model) -> Catalog:
+        find = _rows(m.catalog.chunks, len(m.catalog.entries)) if group.rank == 0 else None
+        flat = group.deal(lambda rank: _flat(pick(m.catalog, find(asked[rank][k]))) if find else entries[k])
+        return _unflat(m.catalog, flat)
+
+    return [dealt(k, m) if apart and m.apart else cut(m.catalog, entries[k]) for k, m in enumerate(models)]
 
 
 def _columns(catalog: Catalog) -> list[str]:
@@ -173,16 +178,17 @@ def wholly(bound: Bound) -> Views:
     return bound.views(whole(bound.entries, none, none))
 
 
-def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
-    """The chunks of a source that the tiles `mine` touch. Raises Uncovered if they do not hold all of a tile."""
+def parts(group: Group, sources: Sequence[tuple[Model, Bound]], mine: Views) -> list[Part]:
+    """The chunks of each source that the tiles `mine` touch. Raises Uncovered if they do not hold all of a tile."""
 
-    def touched() -> Ints:
+    def touched(bound: Bound) -> Ints:
         entries, tiled = plan.align(wholly(bound), mine)
         return distinct(entries.chunk[plan.join(entries, tiled).a])
 
-    catalog = fetch(group, m, group.together(touched))
+    asked = group.together(lambda: [touched(bound) for _, bound in sources])
+    catalogs = fetch(group, [m for m, _ in sources], asked)
 
-    def proven() -> Part:
+    def proven(m: Model, bound: Bound, catalog: Catalog) -> Part:
         views = bound.views(catalog.chunks)
         try:
             plan.prove(views, mine)
@@ -190,28 +196,34 @@ def part(group: Group, m: Model, bound: Bound, mine: Views) -> Part:
             raise type(error)(f"{m.source.folder}: {error}") from None
         return Part(catalog, views, np.zeros(len(catalog.chunks), np.int64))
 
-    return group.together(proven)
+    return group.together(lambda: [proven(m, b, c) for (m, b), c in zip(sources, catalogs, strict=True)])
 
 
-def readers(group: Group, m: Model, balanced: bool) -> exchange.Readers:
-    """Who reads what of a source: every node looks which of its files it sees; one that nobody sees is refused."""
-    catalog, length = m.catalog, ends(group, m)
-    looks = group.world > 1 and not m.source.reader and group.local_rank == 0
-    looked = group.gather((group.node, _visible(catalog) if looks else []))
+def readers(group: Group, models: Sequence[Model], balanced: bool) -> list[exchange.Readers]:
+    """Who reads what of each source: every node looks which of its files it sees; one that nobody sees is refused."""
+    first = group.world > 1 and group.local_rank == 0  # ranks of a node see what its first one sees
+    looked = group.gather((group.node, [_visible(m.catalog) if first and not m.source.reader else [] for m in models]))
     nodes = ints([node for node, _ in looked])
-    if group.world == 1 or m.source.reader:
-        return exchange.Readers(np.ones((group.world, len(length)), bool), length, nodes, balanced)
-    seen = {node: row for node, row in looked if row}  # ranks of a node see what its first one sees
-    table = np.array([seen.get(node, []) for node in nodes.tolist()], bool)
-    for q in quantised.of(catalog):  # its scales may lie in another file
-        table[:, q.file] &= table[:, q.scales.file]
-    exchange.missing(table, catalog.files, catalog.root)
-    return exchange.Readers(table, length, nodes, balanced)
+    found = []
+    for k, (m, length) in enumerate(zip(models, ends(group, models), strict=True)):
+        table = np.ones((group.world, len(length)), bool)
+        if group.world > 1 and not m.source.reader:
+            seen = {node: rows[k] for node, rows in looked if rows[k]}
+            table = np.array([seen.get(node, []) for node in nodes.tolist()], bool)
+            for q in quantised.of(m.catalog):  # its scales may lie in another file
+                table[:, q.file] &= table[:, q.scales.file]
+            exchange.missing(table, m.catalog.files, m.catalog.root)
+        found.append(exchange.Readers(table, length, nodes, balanced))
+    return found
 
 
-def ends(group: Group, m: Model) -> Ints:
-    """The last byte of each file that some chunk needs."""
-    return group.on_first(lambda: _ends(m.catalog)) if m.apart else _ends(m.catalog)
+def ends(group: Group, models: Sequence[Model]) -> list[Ints]:
+    """The last byte of each file of each source that some chunk needs."""
+
+    def work() -> list[Ints]:
+        return [_ends(m.catalog) for m in models]
+
+    return group.on_first(work) if any(m.apart for m in models) else work()
 
 
 def _ends(catalog: Catalog) -> Ints:

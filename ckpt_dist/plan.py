@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_dist.box import Ints, expand, ints, row_major, volume
+from ckpt_dist.box import Ints, distinct, expand, ints, row_major, volume
 from ckpt_dist.catalog import Chunks, Entry, Views, padded
 from ckpt_dist.errors import CheckpointError
 
@@ -119,7 +119,7 @@ def join(a: Views, b: Views) -> Hits:
 def _batches(counts: Ints) -> Iterator[Ints]:
     """Rows in runs of at most CANDIDATES pairs."""
     total = np.cumsum(counts)
-    cuts = np.unique(np.searchsorted(total, np.arange(0, int(total[-1]) if len(total) else 0, CANDIDATES)[1:], "right"))
+    cuts = distinct(np.searchsorted(total, np.arange(0, int(total[-1]) if len(total) else 0, CANDIDATES)[1:], "right"))
     for rows in np.split(np.arange(len(counts)), cuts):
         if len(rows):
             yield rows

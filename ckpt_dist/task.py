@@ -34,7 +34,7 @@ from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats import Layout
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Bound, Model
-from ckpt_dist.part import Part, item_bytes, located, part, readers, share, stored, tile_bytes, wanted, wholly
+from ckpt_dist.part import Part, item_bytes, located, parts, readers, share, stored, tile_bytes, wanted, wholly
 from ckpt_dist.report import Progress, Report, parse_size, size
 
 OWN = "own"  # a transport by which ranks read what they see, and exchange only what somebody does not
@@ -84,17 +84,15 @@ def run_tiles(
         finished |= ~here
     first, last = share(canon, finished, group, local=here is not None)
     mine = canon.views(plan.tiles(canon.entries, first=first, last=last))
-    parts = (
-        [part(group, m, b, mine) for m, b in sources]
-        if proof is None or here is not None or finished.any()
-        else proof.parts
+    needed = (
+        parts(group, sources, mine) if proof is None or here is not None or finished.any() else proof.parts
     )  # another share, other parts
     kept = int(engine["memory"]) // 2 if any(m.catalog.about.get("packed") for m, _ in sources) else 0
     engine = {**engine, "memory": int(engine["memory"]) - kept}
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
-    plans = [readers(group, m, transport == "collective") for m, _ in sources]
+    plans = readers(group, [m for m, _ in sources], transport == "collective")
     exchanging, said = group.together(lambda: _collective(transport, group, plans))
     report.notes += [said] if said and target else []
 
@@ -111,7 +109,7 @@ def run_tiles(
                 closing.callback(files.close)
             if journal:
                 closing.callback(journal.close)
-            there = [located(group, r, b, p, mine) for r, (_, b), p in zip(plans, sources, parts, strict=True)]
+            there = [located(group, r, b, p, mine) for r, (_, b), p in zip(plans, sources, needed, strict=True)]
             needs = group.together(
                 lambda: [wanted(r, p, mine, finished[first:last]) for r, p in zip(plans, there, strict=True)]
             )
@@ -298,7 +296,7 @@ def prove_all(group: Group, d: Design, models: Sequence[Model], target_chunks: C
     group.together(lambda: plan.prove(wholly(d.canon), target))
     first, last = share(d.canon, np.zeros(len(tile_bytes(d.canon)), bool), group)
     mine = d.canon.views(plan.tiles(d.canon.entries, first=first, last=last))
-    return Proof([part(group, m, b, mine) for m, b in zip(models, d.sources, strict=True)], target)
+    return Proof(parts(group, list(zip(models, d.sources, strict=True)), mine), target)
 
 
 def engine_of(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_the_parts_of_all_ranks_are_the_whole(seed: int, world: int) -> None:
         tiles = plan.tiles(canon.entries, first=first, last=last)
         assert all((getattr(tiles, c) == getattr(everything, c)[first:last]).all() for c in ("entry", "start", "stop"))
         mine = canon.views(tiles)
-        found = part.part(Group(), m, bound, mine)
+        (found,) = part.parts(Group(), [(m, bound)], mine)
         chunks = found.catalog.chunks
         assert (found.catalog.about["length"] == chunks.offset // (37 * 200_000) + 100).all()  # travels with its chunk
         moves = plan.moves(found.views, chunks, four[: len(chunks)], mine)
@@ -87,7 +87,7 @@ def test_a_hole_is_seen_by_the_rank_whose_tiles_it_is_in() -> None:
     for rank, (first, last) in enumerate(plan.share(part.tile_bytes(canon), 3)):
         mine = canon.views(plan.tiles(canon.entries, first=first, last=last))
         try:
-            part.part(Group(), holed, bind_plain(holed), mine)
+            part.parts(Group(), [(holed, bind_plain(holed))], mine)
         except CheckpointError as error:
             assert "have no source" in str(error) and "b[" in str(error)
             refused.append(rank)

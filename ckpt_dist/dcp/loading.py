@@ -292,8 +292,8 @@ def _fill(shown: Shown, items: Sequence[ReadItem], places: Sequence[torch.Tensor
 def _out_of(files: Any, shown: Shown, mine: Shards) -> Side:
     """The side of the checkpoint: proven to hold all that is wanted, with the exact addresses of what is touched."""
     alone, m = Group(alone=True), shown.model
-    found = part.part(alone, m, shown.bound, mine.tiles)
-    who = part.readers(alone, m, False)
+    (found,) = part.parts(alone, [(m, shown.bound)], mine.tiles)
+    (who,) = part.readers(alone, [m], False)
     found = part.located(alone, who, shown.bound, found, mine.tiles)
     w = part.wanted(who, found, mine.tiles, np.zeros(len(mine.numel), bool))
     return Side(files, w.moves, w.file, w.dtypes, exact=True)

@@ -269,7 +269,7 @@ def _safetensors_files(path: Path, files: Sequence[str], offsets: Ints) -> bool:
 
 def _in_safetensors(path: Path, files: Sequence[str], entries: Sequence[Entry], chunks: Chunks) -> Chunks:
     offset = chunks.offset.copy()
-    for number in np.unique(chunks.file).tolist():
+    for number in distinct(chunks.file).tolist():
         stored = {t.name: t for t in safetensors.read_header(path / files[number])[0]}
         for row in np.flatnonzero(chunks.file == number).tolist():
             entry = entries[chunks.entry[row]]
