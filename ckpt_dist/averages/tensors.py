@@ -62,11 +62,11 @@ def words(value: torch.Tensor, like: int) -> NDArray[Any]:
 
 
 def cast(value: NDArray[Any], dtype: str, want: str) -> NDArray[Any]:
-    """One rounding from one floating dtype to another; anything else is refused."""
+    """One rounding from one floating dtype to another; anything else is refused. It is valid until this thread's next."""
     if not (is_floating(dtype) and is_floating(want)):
         raise CheckpointError(f"A {dtype} tensor cannot become {want}: only floating types are cast.")
     target = getattr(torch, want)
-    return words(tensor(value, dtype).to(DEVICE).to(target), target.itemsize)
+    return words(ROOM.of("result", target, value.size).copy_(tensor(value, dtype).to(DEVICE)), target.itemsize)
 
 
 COPIED = (

@@ -85,7 +85,7 @@ def rates(
             while time.perf_counter() - start < ENOUGH_S:
                 if first >= number:
                     first = 0
-                    _make_anew(place)
+                    _make_anew(place, number * max(made, block))
                 now = range(first, min(first + (goal // made or 1), number))
                 first = now.stop
                 begin = time.perf_counter()
@@ -112,11 +112,11 @@ def rates(
     return {kind: rate * spent / clock for kind, rate in found.items()}
 
 
-def _make_anew(place: Path) -> None:
+def _make_anew(place: Path, nbytes: int) -> None:
     """An empty file with space for what is written, as a job makes its targets: pages of an old one would be faster."""
     with open(place, "wb") as file:
-        file.truncate(MOST)
-        reserve(file.fileno(), MOST)
+        file.truncate(nbytes)
+        reserve(file.fileno(), nbytes)
 
 
 def _work(
@@ -134,7 +134,7 @@ def _work(
         begin = time.perf_counter()
         if kernel is None:
             timed = _Timed(sources[0])
-            out.copy(timed, *samples[0].places[k], 0, k * block % MOST, block, piece)
+            out.copy(timed, *samples[0].places[k], 0, k * block, block, piece)
             spent.read_s += timed.seconds
             spent.write_s += time.perf_counter() - begin - timed.seconds
             spent.read += block
@@ -145,7 +145,7 @@ def _work(
         read = time.perf_counter()
         result = memoryview(kernel(values).view(np.uint8))
         combined = time.perf_counter()
-        out.write(0, k * len(result) % MOST, result)
+        out.write(0, k * len(result), result)
         spent.read_s, spent.sum_s = spent.read_s + read - begin, spent.sum_s + combined - read
         spent.write_s += time.perf_counter() - combined
         spent.read, spent.sum = spent.read + block * len(samples), spent.sum + block * len(samples)
