@@ -181,13 +181,19 @@ def _world(group: Group, engine: Given) -> World:
 
 
 def _readers(group: Group, models: Sequence[Model], world: World, engine: Given) -> list[exchange.Readers]:
-    """Who reads in a collective job: everyone evenly, unless that was not asked for and some files are not seen."""
-    if world.imagined or any("saved" in m.catalog.about for m in models):
-        nodes = node_of(world.ranks, world.nodes)
-        lengths = part.ends(group, models)
-        return [exchange.Readers(np.ones((world.ranks, len(n)), bool), n, nodes, True) for n in lengths]
-    found = part.readers(group, models, engine.get("transport") == "collective")
-    return [one.evenly() if one.everywhere else one for one in found]
+    """Who reads in a collective job: everyone evenly, unless that was not asked for and some file of any source is not seen.
+
+    Saved catalogs and imagined ranks have no files to look at; of other sources beside them the ranks look all the same.
+    """
+    unseen = [world.imagined or "saved" in m.catalog.about for m in models]
+    asked = engine.get("transport") == "collective"
+    found = part.readers(group, [m for m, u in zip(models, unseen, strict=True) if not u], asked)
+    evenly = asked or all(one.everywhere for one in found)
+    nodes = node_of(world.ranks, world.nodes)
+    lengths = part.ends(group, [m for m, u in zip(models, unseen, strict=True) if u])
+    believed = (exchange.Readers(np.ones((world.ranks, len(n)), bool), n, nodes, evenly) for n in lengths)
+    looked = (one.evenly() if evenly else one for one in found)
+    return [next(believed if u else looked) for u in unseen]
 
 
 def _counted(group: Group, job: Job, world: World, readers: Sequence[exchange.Readers]) -> Work:

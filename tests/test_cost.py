@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
-from ckpt_dist import config, run
+from ckpt_dist import config, cost, run
 from ckpt_dist.catalog import Catalog, Entry, whole
+from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats.catalog import save
+from ckpt_dist.model import Model
 from tests.conftest import ROOT, torchrun
+from tests.test_scale import model
 
 Real = Callable[[str], Path]
 CONFIG = dict(
@@ -183,6 +187,28 @@ def test_hardly_a_byte_of_a_large_model_is_read_twice(tmp_path: Path) -> None:
     plan = ckpt_dist.convert(tmp_path / "catalog", tmp_path / "out", **keys)["transports"]
     for how in HOW:
         assert nbytes.sum() <= plan[how]["bytes_read"] <= 1.02 * nbytes.sum()
+
+
+def test_files_beside_a_saved_catalog_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sources one is a saved catalog; the file of the other is on the first of two nodes, or on none."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    group, there = Group(), model(0)
+    group.world = group.nodes = 2
+    group.gather = lambda value: [value, (1, [[False] * len(row) for row in value[1]])]  # type: ignore[assignment,index,method-assign,list-item]
+
+    def at(root: Path, **about: Any) -> Model:
+        return replace(there, source=replace(there.source, catalog=replace(there.catalog, root=str(root), about=about)))
+
+    sources = [at(tmp_path, saved="catalog"), at(tmp_path), at(tmp_path, saved="catalog")]
+    (tmp_path / "x").touch()
+    found = cost._readers(group, sources, cost.World(2, 2, False), {})
+    assert [one.everywhere for one in found] == [True, False, True]
+    assert not any(one.balanced for one in found)  # so each rank of a run reads for itself what it sees, of all sources
+    asked = cost._readers(group, sources, cost.World(2, 2, False), {"transport": "collective"})
+    assert all(one.balanced for one in (*asked, *cost._readers(group, sources[::2], cost.World(2, 2, False), {})))
+    (tmp_path / "x").unlink()
+    with pytest.raises(CheckpointError, match="no node sees x"):
+        cost._readers(group, sources, cost.World(2, 2, False), {})
 
 
 def test_a_saved_catalog_is_for_plans_only(tmp_path: Path, saved: Path) -> None:
