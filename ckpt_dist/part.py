@@ -102,16 +102,16 @@ def fetch(group: Group, models: Sequence[Model], entries: Sequence[Ints]) -> lis
     apart = group.world > 1 and any(m.apart for m in models)
     asked = group.gather(entries) if apart else [entries]
 
-    def cut(catalog: Catalog, wanted: Ints) -> Catalog:
-        rows = _rows(catalog.chunks, len(catalog.entries))(wanted)
+    def cut(k: int, catalog: Catalog) -> Catalog:
+        rows = _rows(catalog.chunks, len(catalog.entries))(entries[k])
         return catalog if len(rows) == len(catalog.chunks) else pick(catalog, rows)
 
-    def dealt(k: int, m: Model) -> Catalog:
-        find = _rows(m.catalog.chunks, len(m.catalog.entries)) if group.rank == 0 else None
-        flat = group.deal(lambda rank: _flat(pick(m.catalog, find(asked[rank][k]))) if find else entries[k])
-        return _unflat(m.catalog, flat)
+    def dealt(k: int, catalog: Catalog) -> Catalog:
+        find = _rows(catalog.chunks, len(catalog.entries)) if group.rank == 0 else None
+        flat = group.deal(lambda rank: _flat(pick(catalog, find(asked[rank][k]))) if find else entries[k])
+        return _unflat(catalog, flat)
 
-    return [dealt(k, m) if apart and m.apart else cut(m.catalog, entries[k]) for k, m in enumerate(models)]
+    return [(dealt if apart else cut)(k, m.catalog) for k, m in enumerate(models)]
 
 
 def _columns(catalog: Catalog) -> list[str]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ckpt_dist import plan
 from ckpt_dist.box import expand, intersect, ints, row_major, split_interval, volume
 from ckpt_dist.catalog import Chunks, Entry, Views
+from ckpt_dist.engine.moves import by_tile
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.family import Rule, bind, plain
 from ckpt_dist.parallel import bounds, chunked, even, placed
@@ -236,6 +237,35 @@ def test_the_threads_of_a_rank_fit_into_its_memory(memory: int, local_world: int
             worker_count(engine, local_world)
     else:
         assert 1 <= worker_count(engine, local_world) * WORKER_BYTES <= memory
+
+
+def pairs(extent: list[int], stride: list[int], tile_stride: list[int]) -> list[tuple[int, int]]:
+    """Where each element of a box lies: (in the file, in the tile)."""
+    index = np.indices(extent).reshape(len(extent), -1)
+    return sorted(zip((ints(stride) @ index).tolist(), (ints(tile_stride) @ index).tolist(), strict=True))
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=3, max_size=3), max_size=6), st.data())
+@SLOW
+def test_the_moves_of_a_tile_touch_the_elements_of_its_boxes(extents: list[list[int]], data: st.DataObject) -> None:
+    """Of boxes that are one run on both sides, of strided ones, and of several in one tile or none."""
+    count, strides = len(extents), st.lists(st.integers(1, 40), min_size=3, max_size=3)
+    dense = [row_major(e).tolist() for e in extents]
+    file, tile = ([data.draw(st.one_of(st.just(d), strides)) for d in dense] for _ in range(2))
+    owner = sorted(data.draw(st.lists(st.integers(0, 4), min_size=count, max_size=count)))
+    flat = [np.reshape(ints(x), (count, 3)) for x in (extents, file, tile)]
+    rows = ints(range(count))
+    moves = plan.Moves(ints(owner), rows, flat[0], rows * 100, flat[1], rows * 10, flat[2])
+    first, last = sorted(data.draw(st.lists(st.integers(0, 5), min_size=2, max_size=2)))
+    found = list(by_tile(moves, rows + 7, first, last))
+    assert len(found) == last - first
+    for number, own in zip(range(first, last), found, strict=True):
+        wanted = [k for k in range(count) if owner[k] == number]
+        assert [(m.file, m.at, m.tile_at) for m in own] == [(k + 7, k * 100, k * 10) for k in wanted]
+        for k, move in zip(wanted, own, strict=True):
+            assert pairs(*map(list, zip(*move.dims, strict=True))) == pairs(extents[k], file[k], tile[k])
+            if file[k] == tile[k] == dense[k]:
+                assert move.run == np.prod(extents[k])
 
 
 def test_parsing_says_what_is_wrong_with_a_caret() -> None:

@@ -21,7 +21,7 @@ from ckpt_dist.errors import CheckpointError, UsageError
 from tests.conftest import torchrun
 
 Real = Callable[[str], Path]
-SHAPE = (300, 701)  # more than one tile of nothing round
+SHAPE = (300, 701)  # nothing round, less than a tile
 
 
 def trajectory(count: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -173,3 +173,23 @@ def test_what_an_average_is_named_after(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(UsageError, match="names no folder of its own"):
             ckpt_dist.average(tmp_path / "run", name=name, quiet=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "here", "run"]
+
+
+def test_many_tiles_by_several_threads(tmp_path: Path) -> None:
+    """What a thread keeps for its sums and casts is used again by its next tile; no tile may see another's."""
+    generator = torch.Generator().manual_seed(1)
+    states = [
+        {f"w{n}": torch.randn(3, 700_001 + n, generator=generator).bfloat16() for n in range(3)} for _ in range(2)
+    ]
+    for k, state in enumerate(states):
+        (tmp_path / f"step-{k}").mkdir()
+        save_file(state, tmp_path / f"step-{k}/model.safetensors")
+    paths = [tmp_path / "step-0", tmp_path / "step-1"]
+    ckpt_dist.average(paths, tmp_path / "mean", quiet=True, **{"engine.workers": 4})
+    mean = load_file(tmp_path / "mean/model.safetensors")
+    for name, value in mean.items():
+        assert torch.equal(value, ((states[0][name].float() + states[1][name].float()) / 2).bfloat16()), name
+    for word, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        ckpt_dist.convert(paths[0], tmp_path / word, quiet=True, **{"engine.workers": 4, "target.dtype": word})
+        cast = load_file(tmp_path / word / "model.safetensors")
+        assert all(torch.equal(cast[name], value.to(dtype)) for name, value in states[0].items())

@@ -103,7 +103,6 @@ def mean(
     uniform = len(set(coefficients)) == 1
     total: torch.Tensor | None = None
     first: torch.Tensor | None = None
-    widened: torch.Tensor | None = None
     constant: torch.Tensor | None = (
         None  # which elements are equal in all sources: 16-bit rounding finds them again, fp32 does not
     )
@@ -119,9 +118,7 @@ def mean(
         if constant is not None:
             constant &= first == part
         if part.dtype != wide:  # else torch would, each time in fresh memory
-            if widened is None:
-                widened = ROOM.of("part", wide, value.size)
-            part = widened.copy_(part)
+            part = ROOM.of("part", wide, value.size).copy_(part)
         total.add_(part, alpha=1 if uniform else c)
     assert total is not None
     if uniform:
