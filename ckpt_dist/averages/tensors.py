@@ -34,7 +34,7 @@ class Room(threading.local):
         kept = self.kept.get((use, dtype))
         if kept is None or kept.numel() < numel or kept.device != DEVICE:
             kept = self.kept[use, dtype] = torch.empty(numel, dtype=dtype, device=DEVICE)
-        return kept[:numel]
+        return kept if kept.numel() == numel else kept[:numel]
 
 
 ROOM = Room()
@@ -100,7 +100,7 @@ def mean(
         )
     wide = torch.float64 if want == "float64" or "float64" in dtypes else torch.float32
     target = getattr(torch, want)
-    uniform = len(set(coefficients)) == 1
+    uniform, count = len(set(coefficients)) == 1, len(coefficients)
     total: torch.Tensor | None = None
     first: torch.Tensor | None = None
     constant: torch.Tensor | None = (
@@ -119,10 +119,15 @@ def mean(
             constant &= first == part
         if part.dtype != wide:  # else torch would, each time in fresh memory
             part = ROOM.of("part", wide, value.size).copy_(part)
-        total.add_(part, alpha=1 if uniform else c)
+        if uniform:
+            total.add_(part)
+        else:
+            total.add_(part, alpha=c)
     assert total is not None
-    if uniform:
-        total.div_(len(coefficients))
+    if uniform and count & (count - 1) == 0:
+        total.mul_(1 / count)  # the same bits as the quotient for a power of two, in half the time
+    elif uniform:
+        total.div_(count)
     if constant is not None and first is not None:
         total = torch.where(constant, first, total)
     return words(total if target == wide else ROOM.of("result", target, total.numel()).copy_(total), target.itemsize)
