@@ -87,8 +87,8 @@ def run_tiles(
     needed = (
         parts(group, sources, mine) if proof is None or here is not None or finished.any() else proof.parts
     )  # another share, other parts
-    kept = int(engine["memory"]) // 2 if any(m.catalog.about.get("packed") for m, _ in sources) else 0
-    engine = {**engine, "memory": int(engine["memory"]) - kept}
+    kept = for_chunks(engine, [m for m, _ in sources])
+    engine = {**engine, "memory": int(engine["memory"]) - kept * len(sources)}
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
@@ -97,7 +97,7 @@ def run_tiles(
     report.notes += [said] if said and target else []
 
     def work() -> Done:
-        files_of = [opened(m, kept // len(sources)) for m, _ in sources]
+        files_of = [opened(m, kept) for m, _ in sources]
         sync = target[2].sync if target and fsync else lambda: None
 
         def flush() -> None:  # a disk may have much to write down
@@ -180,6 +180,18 @@ def _share_out(group: Group, report: Report, done: Done) -> None:
     for key, d in ((key, d) for one in all_done for key, d in one[2].items()):
         if done.digests.setdefault(key, d) != d:  # two nodes have made one tile, and one of them wrongly
             done.digests[key] = b""
+
+
+def for_chunks(engine: Mapping[str, Any], models: Sequence[Model]) -> int:
+    """The part of `engine.memory` that compressed chunks of each source may take once they are opened; 0 if there are none.
+
+    Raises TooBig if one of them needs more.
+    """
+    packed = [m for m in models if m.catalog.about.get("packed")]
+    memory = int(engine["memory"]) // 2 // len(models) if packed else 0
+    for m in packed:
+        opened(m, memory).close()
+    return memory
 
 
 def opened(m: Model, memory: int = KEPT) -> Any:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
+from ckpt_dist.averages.tensors import mean
 from ckpt_dist.cli import main
 from ckpt_dist.errors import CheckpointError, UsageError
 from tests.conftest import torchrun
@@ -79,6 +81,26 @@ def test_fp32_means_are_within_the_bound_and_constants_stay_exact(tmp_path: Path
     bound = (count + 1) * 2.0**-24 * torch.stack([v.double().abs() for v in values]).mean(0)
     assert ((got.double() - exact).abs() <= bound).all()
     assert torch.equal(got[3], values[0][3])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 8])
+def test_a_mean_is_the_sum_in_order_divided_and_rounded_once(dtype: str, count: int) -> None:
+    """Bit for bit as numpy has it, also where values are tiny, huge, infinite or -0; a power of two is not divided by."""
+    kind = getattr(torch, dtype)
+    words = np.random.default_rng(count).integers(0, 1 << 16, (count, 1 << 16), dtype=np.uint16)
+    words[:, :4] = [0, 0x8000, 1, 0x8001]
+    wide = [torch.from_numpy(w).view(kind).float().numpy() for w in words]
+    with np.errstate(all="ignore"):
+        total = wide[0].copy()
+        for value in wide[1:]:
+            total += value
+        total /= np.float32(count)
+    wanted = torch.from_numpy(total).to(kind)
+    found = torch.from_numpy(mean(iter(words), [dtype] * count, [1 / count] * count, dtype).copy()).view(kind)
+    numbers = ~wanted.isnan()
+    assert torch.equal(found.isnan(), ~numbers) and numbers.sum() > 1 << 14
+    assert torch.equal(found[numbers].view(torch.int16), wanted[numbers].view(torch.int16))
 
 
 def test_bf16_sources_can_become_an_fp32_mean_and_weights_are_used(tmp_path: Path) -> None:

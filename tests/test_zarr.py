@@ -248,15 +248,27 @@ def test_a_codec_that_is_not_installed(tmp_path: Path, codec: str, monkeypatch: 
         ckpt_dist.convert(folder, tmp_path / "no.pt", format="torch", model="identity", quiet=True)
 
 
+def test_a_frame_of_zstd_that_does_not_say_its_length(tmp_path: Path) -> None:
+    """Its 64 bytes are all there, in one block that is stored as it is."""
+    folder = checkpoint(tmp_path / "z")
+    write(folder / "w", np.ones((4, 4), np.float32), (4, 4))
+    header(lambda h: h.update(compressor={"id": "zstd"}))(folder)
+    block = (64 << 3 | 1).to_bytes(3, "little") + np.ones(16, np.float32).tobytes()
+    (folder / "w/0.0").write_bytes(bytes.fromhex("28b52ffd0000") + block)
+    with pytest.raises(CheckpointError, match=r"w/0.0: a frame of zstd that does not say how long its content is"):
+        ckpt_dist.convert(folder, tmp_path / "no.pt", format="torch", model="identity", quiet=True)
+
+
 def test_a_compressed_chunk_that_is_larger_than_the_memory(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "z")
     write(folder / "w", np.zeros((1 << 11, 1 << 12), np.float32), (1 << 11, 1 << 12))
     compress(folder, "zlib")
     given = {"model": "identity", "quiet": True, "format": "torch"}
-    with pytest.raises(
-        CheckpointError, match=r"opened whole, which takes 32\.\d+ MiB; of engine.memory 24\.0 MiB are for that"
-    ):
-        ckpt_dist.convert(folder, tmp_path / "no.pt", **given, **{"engine.memory": "48MiB"})
+    for dry_run in (True, False):
+        with pytest.raises(
+            CheckpointError, match=r"opened whole, which takes 32\.\d+ MiB; of engine.memory 24\.0 MiB are for that"
+        ):
+            ckpt_dist.convert(folder, tmp_path / "no.pt", dry_run=dry_run, **given, **{"engine.memory": "48MiB"})
     ckpt_dist.convert(folder, tmp_path / "out.pt", **given, **{"engine.memory": "96MiB"})
     assert torch.equal(torch.load(tmp_path / "out.pt")["w"], torch.zeros(1 << 11, 1 << 12))
 

@@ -42,6 +42,11 @@ def decoder(codec: str) -> Any:
 def unpacked(packed: Packed, data: bytearray, where: str) -> bytes | bytearray:
     """The chunk, exactly as long as it is said to be."""
     said = _length(packed, data)
+    if said < 0 and packed.codec == "zstd" and len(data) > 8:
+        raise CheckpointError(
+            f"{where}: a frame of zstd that does not say how long its content is; only those that do are read. Write the "
+            "array anew without compression (compressor=None)."
+        )
     try:
         if said != packed.nbytes:
             raise ValueError(f"{said} bytes inside, {packed.nbytes} by .zarray")
