@@ -18,7 +18,7 @@ from typing import Protocol
 from ckpt_dist.errors import CheckpointError
 
 OPEN_FILES = 32  # for each thread
-PIECE = 1 << 16  # bytes written by one call, up to a multiple of it: see docs/design/05-skeleton-fill-publish.md
+PIECE = 1 << 17  # bytes written by one call, up to a multiple of it: see docs/design/05-skeleton-fill-publish.md
 
 
 def reserve(file: int, nbytes: int) -> None:
