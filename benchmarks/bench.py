@@ -100,6 +100,7 @@ def averages(work: Path, mergekit: str | None) -> list[Row]:
     for n, ranks in RANKS.items():
         keys = [f"source.path=[{paths}]", f"target.path={out}", "engine.fsync=false"]
         rows.append(Row(f"mean of 4 HF -> HF, {ranks}", ours("average", n, *keys), models))
+    rows.append(Row("mean of 4 HF -> HF, 1 rank of 1 thread", ours("average", 1, *keys, "engine.workers=1"), models))
     rows.append(Row("two-thread floor, 4 HF -> HF", peer("plain_mean", *models, out), models))
     if mergekit:
         rows.append(Row("mergekit linear, 4 HF -> HF", peer("mergekit", *models, out, python=mergekit), models))
@@ -178,6 +179,8 @@ def limits(work: Path) -> list[Limit]:
             found += [Limit("seconds", tool, fsdp, 4, least=True), Limit("peak", fsdp, tool, 0.5)]
         tool = "mergekit linear, 4 HF -> HF"
         found += [Limit("seconds", tool, average, 3, least=True), Limit("peak", average, tool, 0.5)]
+    single, two = (f"mean of 4 HF -> HF, {which}" for which in ("1 rank of 1 thread", RANKS[2]))
+    found.append(Limit("seconds", single, two, beside.BY_TWO_RANKS, least=True))
     for name, bound in (("TP4 PP2 -> TP2 PP4", 1.2), ("TP4 PP2 -> HF", 1.3), ("torch_dist -> HF", 1.2)):
         found.append(Limit("seconds", f"{name}, {RANKS[2]}", "cp -r hf", bound))
     found.append(Limit("cpu", "open and plan 512,000 chunks", None, 2.0))
