@@ -1,12 +1,12 @@
-"""What should be in a checkpoint and is not: layers that are counted, weights that other layers have, weights that a
-config implies, and moments that an optimizer has of other weights.
+"""What should be among the weights of a model and is not: layers that are counted, weights that other
+layers have, and weights that a config implies.
 
 Invariant: nothing is missed but what the config, the names or the other layers of the same kind say is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -16,10 +16,6 @@ from ckpt_dist.family import Family, Rule
 
 WORDS = {"l": "layer", "x": "expert", "n": "further layer"}
 FURTHER = "layers that predict further tokens"
-MOMENTS = {
-    "exp_avg",
-    "exp_avg_sq",
-}  # Adam has both or none of a weight; other optimizers have values of some weights only
 
 
 def layers(rules: Sequence[Rule], lost: Sequence[str], counts: Mapping[str, int], told: str) -> str:
@@ -80,29 +76,3 @@ def implied(family: Family, rules: Sequence[Rule], config: Mapping[str, Any], si
     headed = untied and any("CausalLM" in str(name) for name in (classes if isinstance(classes, list) else ()))
     gone = [w for w in needed if w not in there and (headed or w not in family.ties)]
     return f"no tensor is the {gone[0]!r} of {family.name}, which such a model has" if gone else ""
-
-
-def moments(weights: Collection[str], states: Iterable[str]) -> str:
-    """Which moment of Adam's some weight has not, whose other values all are there as they are of another weight.
-
-    Weights that are not trained have none. A state is named after its weight, in Megatron's way
-    (`optimizer.state.exp_avg.NAME`) or torch's (`optimizer.state.NAME.exp_avg`).
-    """
-    held: dict[str, set[tuple[str, ...]]] = {}
-    around = (0, 0)  # parts before and after the weight's name: mostly those of the state before
-    for parts in (state.split(".") for state in states):
-        places = [around, *((lo, hi) for lo in range(min(len(parts), 6)) for hi in range(3))]
-        for lo, hi in places:
-            if (own := ".".join(parts[lo : len(parts) - hi])) in weights:
-                around = lo, hi
-                held.setdefault(own, set()).add((*parts[:lo], "", *parts[len(parts) - hi :]))
-                break
-    kinds: dict[frozenset[tuple[str, ...]], str] = {}
-    for own, kind in held.items():
-        kinds.setdefault(frozenset(kind), own)
-    for some, own in kinds.items():
-        for every, other in kinds.items():
-            gone = sorted(kind for kind in every - some if MOMENTS & {*kind})
-            if some < every and gone:
-                return f"there is no {'.'.join(part or own for part in gone[0])!r}, and {other!r} has such a moment"
-    return ""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckpt_dist import absent, formats, model, slots
 from ckpt_dist import family as families
+from ckpt_dist import formats, model, slots
 from ckpt_dist.catalog import Entry
 from ckpt_dist.configs import is_hf
 from ckpt_dist.errors import CheckpointError, UsageError
@@ -60,14 +60,6 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
             f"{source.folder}: {m.lacks}. Fetch the rest, give the model's own config with model.config=PATH, or keep what is "
             "there, in the same names, with model=identity."
         )
-    entries = [(e, n) for e, n in zip(m.catalog.entries, m.names, strict=True) if n is not None]
-    states = [e.name for e, _ in entries if e.role == "optimizer"]
-    if states and not cfg.get("partial"):
-        weights = {name for e, own in entries if e.role == "weight" for name in (e.name, own)}
-        if gone := absent.moments(weights, states):
-            raise CheckpointError(
-                f"{source.folder}: {gone}. Fetch the rest, or leave the optimizer out with keep=[weights]."
-            )
     return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
 
 

@@ -185,10 +185,16 @@ def _share_out(group: Group, report: Report, done: Done) -> None:
 def for_chunks(engine: Mapping[str, Any], models: Sequence[Model]) -> int:
     """The part of `engine.memory` that compressed chunks of each source may take once they are opened; 0 if there are none.
 
-    Raises TooBig if one of them needs more.
+    Raises TooBig if one of them needs more, or if too little is left.
     """
     packed = [m for m in models if m.catalog.about.get("packed")]
-    memory = int(engine["memory"]) // 2 // len(models) if packed else 0
+    half = int(engine["memory"]) // 2 if packed else 0
+    memory = half // len(models)
+    if packed and half < WORKER_BYTES:
+        raise plan.TooBig(
+            f"engine.memory={size(2 * half)} is too little: half of it is for compressed chunks, and one thread needs "
+            f"{size(WORKER_BYTES)}. Give at least {size(2 * WORKER_BYTES)}."
+        )
     for m in packed:
         opened(m, memory).close()
     return memory

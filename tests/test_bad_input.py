@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
-from ckpt_dist import absent
 from ckpt_dist.cli import main
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.errors import CheckpointError, Difference
@@ -506,50 +505,3 @@ def test_infinities_are_equal_to_themselves_alone(tmp_path: Path, limit: str) ->
         else:
             with pytest.raises(Difference, match="1 elements differ"):
                 ckpt_dist.verify(*paths, **{limit: 1e-3})
-
-
-ADAM = ("exp_avg", "exp_avg_sq", "step")
-
-
-def trained(held: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """A model and the state that an optimizer has of some of its weights, as torch saves them."""
-    model = tensors()
-    state = {
-        f"model.{n}": {k: torch.ones(()) if k == "step" else torch.ones_like(model[f"model.{n}"]) for k in kinds}
-        for n, kinds in held.items()
-    }
-    return {"model": model, "optimizer": {"state": state}}
-
-
-def test_a_moment_that_only_one_weight_lacks(tmp_path: Path) -> None:
-    """Not refused: weights without any state (nobody trains them), and what an optimizer has of matrices only."""
-    names = [n.removeprefix("model.") for n in tensors()]
-    whole = dict.fromkeys(names, ADAM)
-    good = {
-        "all": whole,
-        "frozen": {n: ADAM for n in names[:2]},
-        "soap": whole | {names[0]: (*ADAM, "GG")},
-        "adafactor": {names[0]: ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"), names[2]: ("exp_avg", "exp_avg_sq")},
-    }
-    for name, held in good.items():
-        dcp.save(trained(held), checkpoint_id=tmp_path / name, no_dist=True)
-        given = {"keep": ["weights", "optimizer"], "format": "dcp", "model": "identity", "quiet": True}
-        ckpt_dist.convert(tmp_path / name, tmp_path / f"{name} again", **given)
-    for lost in ADAM[:2]:
-        bad, target = tmp_path / f"no {lost}", tmp_path / f"no {lost} again"
-        dcp.save(trained(whole | {names[1]: tuple(k for k in ADAM if k != lost)}), checkpoint_id=bad, no_dist=True)
-        wanted = rf"there is no 'optimizer.state.model.{names[1]}.{lost}', and .* has such a moment. Fetch the rest, or"
-        with pytest.raises(CheckpointError, match=wanted):
-            ckpt_dist.convert(bad, target, **given)
-        assert not target.exists()
-        ckpt_dist.convert(bad, target, **{**given, "keep": ["weights"]})
-
-
-def test_a_moment_that_only_one_weight_lacks_in_megatrons_names() -> None:
-    weights = {"decoder.final_layernorm.weight", "output_layer.weight"}
-    for prefix in ("optimizer.state.", "chained_0.optimizer.state."):
-        states = [f"{prefix}{k}.{n}" for n in sorted(weights) for k in ("exp_avg", "exp_avg_sq", "fp32_param")]
-        assert absent.moments(weights, states) == ""
-        said = absent.moments(weights, [s for s in states if s != f"{prefix}exp_avg.output_layer.weight"])
-        assert said.startswith(f"there is no '{prefix}exp_avg.output_layer.weight', and 'decoder.final")
-        assert absent.moments(weights, states[:-1]) == ""  # a weight in fp32 has no copy
