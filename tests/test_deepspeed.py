@@ -130,7 +130,9 @@ def test_a_model_of_transformers_computes_the_same(case: str, tmp_path: Path) ->
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         logits = model.eval()(IDS).logits[0, -1]
-    assert torch.equal(logits, torch.tensor(GIVEN[case]["logits"]))
+    assert {n: digest(model.state_dict()[n]) for n in GIVEN[case]["fp32"]} == GIVEN[case]["fp32"]
+    kept = torch.tensor(GIVEN[case]["logits"])  # of another machine, whose CPU may round a product differently
+    torch.testing.assert_close(logits, kept, rtol=1e-5, atol=1e-6)
     assert ckpt_dist.fingerprint(run, **{"a.weights": "master"}) == ckpt_dist.fingerprint(tmp_path / "hf")
 
 
