@@ -100,8 +100,9 @@ class Work:
 
 def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path) -> tuple[dict[str, Any], list[str]]:
     """The cost as data and as lines; `target` is where a calibration may write, `report` has what planning took."""
-    world = _world(group, engine)
-    readers = _readers(group, [m for m, _ in job.sources], world, engine)
+    world, models = _world(group, engine), [m for m, _ in job.sources]
+    kept, engine = task.divided(engine, models)
+    readers = _readers(group, models, world, engine)
     everywhere = all(r.everywhere for r in readers)
     work = _counted(group, job, world, readers)
     speed, origin = _speed(group, job, engine, target)
@@ -117,7 +118,7 @@ def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path
             "amplification": float(f"{moved.read.sum() / max(work.wanted.sum(), 1):.4g}"),
             "bytes_exchanged": int((moved.sent + again.sent).sum()),
             "bytes_written": int(work.written.sum()),
-            "memory": _memory(how, threads, int(engine["memory"])),
+            "memory": _memory(how, threads, int(engine["memory"])) + kept * len(models),
             "seconds": float(f"{seconds:.3g}"),
         }
     chosen, why = _choice(str(engine.get("transport", "auto")), everywhere, work, world)

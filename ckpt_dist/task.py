@@ -87,8 +87,7 @@ def run_tiles(
     needed = (
         parts(group, sources, mine) if proof is None or here is not None or finished.any() else proof.parts
     )  # another share, other parts
-    kept = for_chunks(engine, [m for m, _ in sources])
-    engine = {**engine, "memory": int(engine["memory"]) - kept * len(sources)}
+    kept, engine = divided(engine, [m for m, _ in sources])
     workers = worker_count(engine, group.local_world)
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
@@ -182,8 +181,9 @@ def _share_out(group: Group, report: Report, done: Done) -> None:
             done.digests[key] = b""
 
 
-def for_chunks(engine: Mapping[str, Any], models: Sequence[Model]) -> int:
-    """The part of `engine.memory` that compressed chunks of each source may take once they are opened; 0 if there are none.
+def divided(engine: Mapping[str, Any], models: Sequence[Model]) -> tuple[int, dict[str, Any]]:
+    """What compressed chunks of each source may take of `engine.memory` once they are opened, in bytes, 0 if there are
+    none; and the engine with the rest of it.
 
     Raises TooBig if one of them needs more, or if too little is left.
     """
@@ -197,7 +197,7 @@ def for_chunks(engine: Mapping[str, Any], models: Sequence[Model]) -> int:
         )
     for m in packed:
         opened(m, memory).close()
-    return memory
+    return memory, {**engine, "memory": int(engine["memory"]) - memory * len(models)}
 
 
 def opened(m: Model, memory: int = KEPT) -> Any:

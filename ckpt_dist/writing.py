@@ -182,7 +182,7 @@ def prepare(
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
-    task.for_chunks(task.engine_of(cfg), models)
+    task.divided(task.engine_of(cfg), models)  # also a run says here what is too big
     node = None if target["shared"] else group.node
     place = path.resolve() if into else path.absolute()  # a link may lead to another disk
     staging = stage.Staging(place, _single(layout, path, cfg), into, node)

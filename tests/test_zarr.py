@@ -257,9 +257,10 @@ def test_a_frame_of_zstd_that_does_not_say_its_length(tmp_path: Path) -> None:
     (folder / "w/0.0").write_bytes(bytes.fromhex("28b52ffd0000") + block)
     with pytest.raises(CheckpointError, match=r"w/0.0: a frame of zstd that does not say how long its content is"):
         ckpt_dist.convert(folder, tmp_path / "no.pt", format="torch", model="identity", quiet=True)
-    (folder / "w/0.0").write_bytes(bytes(100))
-    with pytest.raises(CheckpointError, match=r"w/0.0 is damaged: zstd"):
-        ckpt_dist.convert(folder, tmp_path / "no.pt", format="torch", model="identity", quiet=True)
+    for bad in (bytes(100), bytes.fromhex("28b52ffd0000")):
+        (folder / "w/0.0").write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"w/0.0 is damaged: zstd"):
+            ckpt_dist.convert(folder, tmp_path / "no.pt", format="torch", model="identity", quiet=True)
 
 
 def test_a_compressed_chunk_that_is_larger_than_the_memory(tmp_path: Path) -> None:
@@ -274,7 +275,12 @@ def test_a_compressed_chunk_that_is_larger_than_the_memory(tmp_path: Path) -> No
             ckpt_dist.convert(folder, tmp_path / "no.pt", dry_run=dry_run, **given, **{"engine.memory": "48MiB"})
         with pytest.raises(CheckpointError, match=r"engine.memory=40\.0 MiB is too little: half .* at least 48\.0 MiB"):
             ckpt_dist.convert(folder, tmp_path / "no.pt", dry_run=dry_run, **given, **{"engine.memory": "40MiB"})
-    ckpt_dist.convert(folder, tmp_path / "out.pt", **given, **{"engine.memory": "96MiB"})
+    given |= {"engine.memory": "96MiB", "engine.workers": 4}
+    plan = ckpt_dist.convert(folder, tmp_path / "out.pt", dry_run=True, **given)
+    assert (
+        plan["threads"] == 2 and plan["transports"]["direct"]["memory"] == (48 + 2 * 24) << 20
+    )  # as many as a run has
+    ckpt_dist.convert(folder, tmp_path / "out.pt", **given)
     assert torch.equal(torch.load(tmp_path / "out.pt")["w"], torch.zeros(1 << 11, 1 << 12))
 
 

@@ -42,7 +42,7 @@ def decoder(codec: str) -> Any:
 def unpacked(packed: Packed, data: bytearray, where: str) -> bytes | bytearray:
     """The chunk, exactly as long as it is said to be."""
     said = _length(packed, data)
-    if said < 0 and packed.codec == "zstd" and data.startswith(b"\x28\xb5\x2f\xfd"):
+    if said < 0 and packed.codec == "zstd" and len(data) > 8 and data.startswith(b"\x28\xb5\x2f\xfd"):
         raise CheckpointError(
             f"{where}: a frame of zstd that does not say how long its content is; only those that do are read. Write the "
             "array anew without compression (compressor=None)."
