@@ -130,7 +130,11 @@ def test_a_model_of_transformers_computes_the_same(case: str, tmp_path: Path) ->
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         logits = model.eval()(IDS).logits[0, -1]
-    assert {n: digest(model.state_dict()[n]) for n in GIVEN[case]["fp32"]} == GIVEN[case]["fp32"]
+        weights = to_torch(DATA / case, tmp_path / "t", **{"source.weights": "master"})
+        assert {n: digest(weights[n]) for n in GIVEN[case]["fp32"]} == GIVEN[case]["fp32"]  # those of zero_to_fp32
+        same = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA), attn_implementation="eager", dtype=torch.float32)
+        same.load_state_dict(weights)
+        assert torch.equal(logits, same.eval()(IDS).logits[0, -1])
     kept = torch.tensor(GIVEN[case]["logits"])  # of another machine, whose CPU may round a product differently
     torch.testing.assert_close(logits, kept, rtol=1e-5, atol=1e-6)
     assert ckpt_dist.fingerprint(run, **{"a.weights": "master"}) == ckpt_dist.fingerprint(tmp_path / "hf")
