@@ -97,8 +97,8 @@ def averages(work: Path, mergekit: str | None) -> list[Row]:
         keys = [f"source.path={run}", f"target.path={out}"]
         rows.append(Row(f"mean of 4 DCP -> HF, {ranks}", ours("average", n, "engine.fsync=false", *keys), (run,)))
         rows.append(Row(f"mean of 4 DCP -> HF, {ranks}, flushed", ours("average", n, *keys), (run,)))
+    keys = [f"source.path=[{paths}]", f"target.path={out}", "engine.fsync=false"]
     for n, ranks in RANKS.items():
-        keys = [f"source.path=[{paths}]", f"target.path={out}", "engine.fsync=false"]
         rows.append(Row(f"mean of 4 HF -> HF, {ranks}", ours("average", n, *keys), models))
     rows.append(Row("mean of 4 HF -> HF, 1 rank of 1 thread", ours("average", 1, *keys, "engine.workers=1"), models))
     rows.append(Row("two-thread floor, 4 HF -> HF", peer("plain_mean", *models, out), models))
