@@ -21,6 +21,7 @@ from ckpt_dist.catalog import Chunks, Entry, Views, padded
 from ckpt_dist.errors import CheckpointError
 
 TILE = 1 << 19  # elements: 1 MiB of bf16; part of the definition of a fingerprint
+HELD = 4  # tiles of as many sources are in a thread's memory at a time, to be summed at once
 CANDIDATES = 1 << 22  # pairs examined at a time, to bound the memory of a join
 
 

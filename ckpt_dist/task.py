@@ -41,7 +41,7 @@ OWN = "own"  # a transport by which ranks read what they see, and exchange only 
 KEPT = 1 << 30  # of compressed chunks, by a reader without an engine
 WORKER_BYTES = (
     24 << 20
-)  # what one thread may hold: a tile of each width, a sum, a result and the scratch of a strided copy
+)  # what one thread may hold: HELD tiles, one of the widest kind, a sum, a result and the scratch of a strided copy
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Lint, types and tests: `bash launch/test.sh`; arguments go to pytest: `bash launch/test.sh -k report -x`.
+# Lint, types and all tests, two files at a time: `bash launch/test.sh`. Arguments go to pytest, which then runs one test
+# after the other: `bash launch/test.sh -k report -x`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/env.sh
 PATH=$PWD/.venv/bin:$PATH
 python -m ruff check .
 python -m mypy
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile  # ranks wait for each other's imports; a file's tests share what they train
 python -m pytest "$@"

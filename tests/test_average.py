@@ -6,6 +6,7 @@ sources; and what must not be averaged is not. Not checked here: speed (benchmar
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
+from ckpt_dist.averages import fused, tensors
 from ckpt_dist.averages.tensors import mean
 from ckpt_dist.cli import main
 from ckpt_dist.errors import CheckpointError, UsageError
@@ -83,9 +87,19 @@ def test_fp32_means_are_within_the_bound_and_constants_stay_exact(tmp_path: Path
     assert torch.equal(got[3], values[0][3])
 
 
+@pytest.fixture(params=["llvmlite", "torch"])
+def summed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What sums are computed by: machine code in one pass, or torch as without the extra `fast`."""
+    if request.param == "torch":
+        monkeypatch.setattr(tensors, "one_pass", lambda *key: None)
+    elif fused.one_pass("bfloat16", "bfloat16", False) is None:
+        pytest.skip("llvmlite is not installed")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 8])
-def test_a_mean_is_the_sum_in_order_divided_and_rounded_once(dtype: str, count: int) -> None:
+def test_a_mean_is_the_sum_in_order_divided_and_rounded_once(summed_by: str, dtype: str, count: int) -> None:
     """Bit for bit as numpy has it, also where values are tiny, huge, infinite or -0; a power of two is not divided by."""
     kind = getattr(torch, dtype)
     words = np.random.default_rng(count).integers(0, 1 << 16, (count, 1 << 16), dtype=np.uint16)
@@ -101,6 +115,64 @@ def test_a_mean_is_the_sum_in_order_divided_and_rounded_once(dtype: str, count: 
     numbers = ~wanted.isnan()
     assert torch.equal(found.isnan(), ~numbers) and numbers.sum() > 1 << 14
     assert torch.equal(found[numbers].view(torch.int16), wanted[numbers].view(torch.int16))
+
+
+WORDS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    dtype=st.sampled_from(sorted(WORDS)),
+    want=st.sampled_from(sorted(WORDS)),
+    count=st.integers(1, 13),
+    numel=st.sampled_from([1, 63, 64, 65, 200, 1027]),
+    uniform=st.booleans(),
+    kind=st.sampled_from(["any bits", "any size", "alike"]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_one_pass_has_the_bits_of_torch(
+    dtype: str, want: str, count: int, numel: int, uniform: bool, kind: str, seed: int
+) -> None:
+    """Also where sources differ by magnitudes, values are equal in all of them, or the length is no multiple of anything."""
+    if fused.one_pass(dtype, want, False) is None:
+        pytest.skip("llvmlite is not installed")
+    random, word = np.random.default_rng(seed), WORDS[dtype]
+    if kind == "any bits":
+        values = [random.integers(0, 1 << 8 * word().itemsize, numel, np.uint64).astype(word) for _ in range(count)]
+    else:
+        size = [10.0 ** random.integers(-40, 38) if kind == "any size" else 1.0 for _ in range(count)]
+        made = [torch.from_numpy(random.standard_normal(numel) * s).to(getattr(torch, dtype)) for s in size]
+        values = [m.view(torch.uint8).numpy().view(word) for m in made]
+        for value in values[1:] if kind == "alike" else []:
+            value[::3] = values[0][::3]
+    coefficients = [1 / count] * count if uniform else random.dirichlet(np.ones(count)).tolist()
+
+    def computed() -> torch.Tensor:
+        return torch.from_numpy(mean(values, [dtype] * count, coefficients, want).copy()).view(getattr(torch, want))
+
+    one = computed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "one_pass", lambda *key: None)
+        other = computed()
+    number = ~(one.isnan() & other.isnan())
+    assert torch.equal(one[number].view(torch.uint8), other[number].view(torch.uint8))
+
+
+@pytest.mark.parametrize("lack", ["package", "version", "instruction"])
+def test_without_what_one_pass_needs_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
+    binding = pytest.importorskip("llvmlite.binding", reason="llvmlite is not installed")
+    values = [v.view(torch.int16).numpy().view(np.uint16).ravel() for v in trajectory(5, torch.bfloat16)]
+    wanted = mean(values, ["bfloat16"] * 5, [0.2] * 5, "bfloat16").copy()
+    monkeypatch.setattr(fused, "MADE", {})
+    if lack == "package":
+        monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    elif lack == "version":
+        monkeypatch.setattr(binding, "llvm_version_info", (15, 0, 7))
+    else:
+        monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"fma": False})
+        monkeypatch.setattr(fused.platform, "machine", lambda: "x86_64")
+    assert fused.one_pass("bfloat16", "bfloat16", True) is None
+    assert (mean(values, ["bfloat16"] * 5, [0.2] * 5, "bfloat16") == wanted).all()
 
 
 def test_bf16_sources_can_become_an_fp32_mean_and_weights_are_used(tmp_path: Path) -> None:

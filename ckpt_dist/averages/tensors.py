@@ -6,16 +6,19 @@ booleans are never summed and never cast to floating types.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ckpt_dist.averages.fused import Pass, one_pass
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating
+from ckpt_dist.plan import HELD
 
 torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must not depend on how torch splits them
 
@@ -86,7 +89,7 @@ def mean(
     values: Iterable[NDArray[Any]], dtypes: Sequence[str], coefficients: Sequence[float], want: str
 ) -> NDArray[Any]:
     """The weighted mean of tiles; coefficients sum to 1. Equal ones are one sum and one division, others are applied before the sum.
-    It is valid until this thread's next.
+    It is valid until this thread's next. HELD values of at most 4 bytes an element must stay as they are at a time.
 
     >>> import numpy as np
     >>> mean([np.float32([1, 2]).view(np.uint32), np.float32([3, 4]).view(np.uint32)], ["float32"] * 2, [.5, .5], "float32").view(np.float32)
@@ -98,36 +101,62 @@ def mean(
         raise CheckpointError(
             "8-bit floats carry scales of their own and cannot be averaged; de-quantise the checkpoints first."
         )
+    uniform, count = len(set(coefficients)) == 1, len(coefficients)
+    divide = uniform and count & (count - 1) != 0  # a power of two: the same bits by its inverse, in half the time
+    scale = (count if divide else 1 / count) if uniform else 1.0
+    factors = [1.0] * count if uniform else coefficients
+    if DEVICE.type == "cpu" and len(set(dtypes)) == 1 and (run := one_pass(dtypes[0], want, divide)):
+        return _at_once(run, iter(values), factors, scale, want)
+    return _one_by_one(values, dtypes, factors, scale, divide, want)
+
+
+def _at_once(
+    run: Pass, values: Iterator[NDArray[Any]], factors: Sequence[float], scale: float, want: str
+) -> NDArray[Any]:
+    first = next(values)
+    numel, more = first.size, len(factors) > HELD
+    result = ROOM.of("result", getattr(torch, want), numel)
+    total = ROOM.of("sum", torch.float32, numel).data_ptr() if more else 0
+    equal = ROOM.of("equal", torch.bool, numel).data_ptr() if more else 0
+    run(itertools.chain([first], values), factors, scale, numel, total, equal, result.data_ptr())
+    return words(result, result.itemsize)
+
+
+def _one_by_one(
+    values: Iterable[NDArray[Any]],
+    dtypes: Sequence[str],
+    factors: Sequence[float],
+    scale: float,
+    divide: bool,
+    want: str,
+) -> NDArray[Any]:
+    """By torch, on DEVICE: of sources of several dtypes, in fp64, on a GPU, or without the extra `fast`."""
     wide = torch.float64 if want == "float64" or "float64" in dtypes else torch.float32
     target = getattr(torch, want)
-    uniform, count = len(set(coefficients)) == 1, len(coefficients)
     total: torch.Tensor | None = None
     first: torch.Tensor | None = None
     constant: torch.Tensor | None = (
         None  # which elements are equal in all sources: 16-bit rounding finds them again, fp32 does not
     )
-    for value, dtype, c in zip(values, dtypes, coefficients, strict=True):
+    for value, dtype, factor in zip(values, dtypes, factors, strict=True):
         part = tensor(value, dtype).to(DEVICE)
         if total is None:
             total = ROOM.of("sum", wide, value.size).copy_(part)
             if target == wide:
                 first, constant = total.clone(), torch.ones_like(total, dtype=torch.bool)
-            if not uniform:
-                total.mul_(c)
+            if factor != 1:
+                total.mul_(factor)
             continue
         if constant is not None:
             constant &= first == part
         if part.dtype != wide:  # else torch would, each time in fresh memory
             part = ROOM.of("part", wide, value.size).copy_(part)
-        if uniform:
-            total.add_(part)
-        else:
-            total.add_(part, alpha=c)
+        total.add_(part, alpha=factor)
     assert total is not None
-    if uniform and count & (count - 1) == 0:
-        total.mul_(1 / count)  # the same bits as the quotient for a power of two, in half the time
-    elif uniform:
-        total.div_(count)
+    if divide:
+        total.div_(scale)
+    elif scale != 1:
+        total.mul_(scale)
     if constant is not None and first is not None:
         total = torch.where(constant, first, total)
     return words(total if target == wide else ROOM.of("result", target, total.numel()).copy_(total), target.itemsize)

@@ -23,13 +23,14 @@ from ckpt_dist.engine.moves import WORDS, Array, Move, by_tile, gather, scatter
 from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import crc32
-from ckpt_dist.plan import TILE, Moves
+from ckpt_dist.plan import HELD, TILE, Moves
 
 BATCH = 32  # tiles a thread takes at a time; also the longest run that is copied by one call
 Combine: TypeAlias = "Callable[[int, Iterator[Array], Sequence[str], str], Array | None]"
 """(tile, its values from each source in turn, their dtypes, the dtype wanted) -> the result, or None for no result.
 
-A value is valid until the next one is asked for, a result until the thread's next tile."""
+A value is valid until HELD more have been asked for, or just one if its elements take more than 4 bytes; a result
+until the thread's next tile."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ class Crew:
         self.pool = concurrent.futures.ThreadPoolExecutor(size, "tiles")
         self.kept = threading.local()
 
-    def buffers(self) -> dict[int, Array]:
-        """This thread's buffers by bytes of an element; 0 is a piece."""
+    def buffers(self) -> list[Array]:
+        """This thread's buffers in bytes, which grow as needed: of HELD tiles and, last, of a piece."""
         if not hasattr(self.kept, "buffers"):
-            self.kept.buffers = {0: np.empty(PIECE, np.uint8)}
-        found: dict[int, Array] = self.kept.buffers
+            self.kept.buffers = [*(np.empty(0, np.uint8) for _ in range(HELD)), np.empty(PIECE, np.uint8)]
+        found: list[Array] = self.kept.buffers
         return found
 
     def __enter__(self) -> Crew:
@@ -192,15 +193,17 @@ class Run:
 class _Worker:
     """One thread's buffers and counters."""
 
-    def __init__(self, job: Job, advance: Callable[[int], None], buffers: dict[int, Array]) -> None:
+    def __init__(self, job: Job, advance: Callable[[int], None], buffers: list[Array]) -> None:
         self.job, self.advance, self.done, self.buffers = job, advance, Done(), buffers
-        self.piece = memoryview(buffers[0])
+        self.piece = memoryview(buffers[-1])
 
-    def buffer(self, dtype: str, numel: int) -> Array:
+    def buffer(self, k: int, dtype: str, numel: int) -> Array:
+        """For the value of source `k`: those of at most 4 bytes an element take turns, wider ones share one."""
         item = itemsize(dtype)
-        if item not in self.buffers:
-            self.buffers[item] = np.empty(TILE, WORDS[item])
-        return self.buffers[item][:numel]
+        k = k % HELD if item <= 4 else 0
+        if len(self.buffers[k]) < TILE * item:
+            self.buffers[k] = np.empty(TILE * item, np.uint8)
+        return self.buffers[k].view(WORDS[item])[:numel]
 
     def batch(self, first: int, last: int) -> Done:
         """Make the tiles first..last; what that gave."""
@@ -244,7 +247,7 @@ class _Worker:
 
     def values(self, tile: int, numel: int, moves: list[list[Move]], dtypes: list[str]) -> Iterator[Array]:
         for k, side in enumerate(self.job.sources):
-            value = self.buffer(dtypes[k], numel)
+            value = self.buffer(k, dtypes[k], numel)
             gather(value, moves[k], side.files.read, exact=side.exact)
             if self.job.digests:
                 self.done.digests[k, tile] = digest(value)
