@@ -283,7 +283,7 @@ def table(times: dict[str, list[Once]]) -> list[str]:
 def machine(work: Path, layers: int, repeat: int, mergekit: str | None) -> str:
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "accelerate")]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "llvmlite", "accelerate")]
     if mergekit:
         ask = "import importlib.metadata as m; print(m.version('mergekit'))"
         versions.append(f"mergekit {process([mergekit, '-c', ask])[0].strip()}")
