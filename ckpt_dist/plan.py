@@ -207,7 +207,7 @@ def _cuts(entries: Sequence[Entry], elements: int) -> Cuts:
         one = rows * 0 + 1
         return Cuts(shape, inner, depth, one, one, shape, one)
     step = np.maximum(elements // np.maximum(inner[rows, depth], 1), 1)
-    per = -(-shape[rows, depth] // step)
+    per = np.where((shape == 0).any(axis=1), 0, -(-shape[rows, depth] // step))  # no elements, no tiles
     outer = np.where(np.arange(width)[None, :] < depth[:, None], shape, 1)
     return Cuts(shape, inner, depth, step, per, outer, np.prod(outer, axis=1, dtype=np.int64) * per)
 

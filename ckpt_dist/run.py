@@ -200,10 +200,15 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     total = sum(given)
     if not abs(total) > 1e-12:
         raise UsageError(f"weights={list(given)} sum to {total}; they cannot be normalised.")
-    if abs(total - 1) > 1e-9:
+    scaled = abs(total - 1) > 1e-9
+    weights = [w / total if scaled else float(w) for w in given]
+    if not all(abs(w) <= float(np.finfo(np.float32).max) for w in weights):
+        raise UsageError(
+            f"weights={list(given)}: sums are in float32, which {max(weights, key=abs):.3g} does not fit into."
+        )
+    if scaled:
         report.warnings.append(f"weights sum to {total:.6g}; they were divided by it")
-        return [w / total for w in given], True
-    return [float(w) for w in given], True
+    return weights, True
 
 
 def _label(cfg: Config) -> str:

@@ -158,21 +158,60 @@ def test_one_pass_has_the_bits_of_torch(
     assert torch.equal(one[number].view(torch.uint8), other[number].view(torch.uint8))
 
 
-@pytest.mark.parametrize("lack", ["package", "version", "instruction"])
+@pytest.mark.parametrize("lack", ["package", "version", "instruction", "machine", "refused"])
 def test_without_what_one_pass_needs_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
     binding = pytest.importorskip("llvmlite.binding", reason="llvmlite is not installed")
     values = [v.view(torch.int16).numpy().view(np.uint16).ravel() for v in trajectory(5, torch.bfloat16)]
     wanted = mean(values, ["bfloat16"] * 5, [0.2] * 5, "bfloat16").copy()
     monkeypatch.setattr(fused, "MADE", {})
+
+    def refuse(*given: object) -> None:
+        raise RuntimeError("LLVM IR parsing error")
+
     if lack == "package":
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     elif lack == "version":
         monkeypatch.setattr(binding, "llvm_version_info", (15, 0, 7))
+    elif lack == "refused":
+        monkeypatch.setattr(binding, "parse_assembly", refuse)
     else:
-        monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"fma": False})
-        monkeypatch.setattr(fused.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"f16c": True})
+        monkeypatch.setattr(fused.platform, "machine", lambda: "x86_64" if lack == "instruction" else "riscv64")
     assert fused.one_pass("bfloat16", "bfloat16", True) is None
     assert (mean(values, ["bfloat16"] * 5, [0.2] * 5, "bfloat16") == wanted).all()
+
+
+@pytest.mark.parametrize("given", [[8, 8], [8, 8, 4], [8, 8, 8, 8, 9]])
+def test_tiles_that_do_not_fit_are_refused_before_an_address_is_read(summed_by: str, given: list[int]) -> None:
+    values = [np.zeros(numel, np.uint16) for numel in given]
+    count = max(3, len(given))
+    with pytest.raises((ValueError, RuntimeError)):
+        mean(values, ["bfloat16"] * count, [1 / count] * count, "bfloat16")
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (2, 3, 0), (3, 0, 5), (0,)])
+def test_tensors_without_elements(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """They were filled with what a thread's memory held, which differed from source to source."""
+    state = {"a": torch.randn(300), "none": torch.empty(shape), "z": torch.randn(60000, dtype=torch.float64)}
+    for k in range(2):
+        save_file(state, tmp_path / f"{k}.safetensors")
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    sources = [tmp_path / "0.safetensors", tmp_path / "dcp", tmp_path / "1.safetensors"]
+    assert len({ckpt_dist.fingerprint(s) for s in sources}) == 1
+    ckpt_dist.average(sources, tmp_path / "mean")
+    assert ckpt_dist.verify(sources[0], tmp_path / "mean")["equal"]
+    ckpt_dist.convert(sources[0], tmp_path / "out", format="dcp", **{"engine.verify": True, "engine.workers": 1})
+    assert load_file(tmp_path / "mean/model.safetensors")["none"].shape == shape
+
+
+def test_what_sums_cannot_hold_is_refused(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", trajectory(3, torch.bfloat16))
+    with pytest.raises(UsageError, match="float32, which 1e\\+40 does not fit into"):
+        ckpt_dist.average(run, tmp_path / "mean", weights=[1e40, -1e40, 1])
+    assert not (tmp_path / "mean").exists()
+    eight = [np.zeros(8, np.uint8)] * 2
+    with pytest.raises(CheckpointError, match="8-bit floats"):
+        mean(eight, ["float8_e4m3fn"] * 2, [0.5, 0.5], "bfloat16")
 
 
 def test_bf16_sources_can_become_an_fp32_mean_and_weights_are_used(tmp_path: Path) -> None:

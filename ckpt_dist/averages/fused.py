@@ -3,8 +3,9 @@
 torch adds one source after the other, and each time the sum goes through memory; here it stays in registers, which is
 several times as fast. Without the package (extra `fast`), and on a GPU, torch does it.
 
-Invariant: the bits are those of `tensors.mean` by torch: sources are widened to fp32, multiplied and added in the order
-given with one rounding for both, scaled, and rounded once to the nearest, ties to even. Only which NaN a NaN is may differ.
+Invariant: sources are widened to fp32, multiplied and added in the order given with one rounding for both, scaled, and
+rounded once to the nearest, ties to even. These are the bits of torch too, on every CPU that multiplies and adds with
+one rounding (FMA); only which NaN a NaN is may differ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ctypes
 import itertools
 import platform
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Template
 from typing import Any
@@ -164,16 +165,21 @@ class Pass:
         """
         done, whole = 0, numel // WIDTH * WIDTH
         while done < len(factors):
-            group = list(itertools.islice(values, min(HELD, len(factors) - done)))
-            assert group and all(
-                v.size == numel and v.itemsize == self.itemsize and v.flags.c_contiguous for v in group
-            )
+            count = min(HELD, len(factors) - done)
+            group = list(itertools.islice(values, count))
+            if len(group) != count or not all(
+                self.fits(v, numel) for v in group
+            ):  # what is at an address is not checked
+                raise ValueError(f"a mean of {len(factors)} tiles of {numel} elements got {[v.shape for v in group]}")
             of = (ctypes.c_void_p * HELD)(*(v.__array_interface__["data"][0] for v in group))
-            by = (ctypes.c_float * HELD)(*factors[done : done + len(group)])
-            first, done = done == 0, done + len(group)
+            by = (ctypes.c_float * HELD)(*factors[done : done + count])
+            first, done = done == 0, done + count
             for function, begin, end in zip(self.functions, (0, whole), (whole, numel), strict=True):
                 if begin < end:
-                    function(of, by, len(group), first, done == len(factors), scale, begin, end, total, equal, out)
+                    function(of, by, count, first, done == len(factors), scale, begin, end, total, equal, out)
+
+    def fits(self, value: NDArray[Any], numel: int) -> bool:
+        return value.size == numel and value.itemsize == self.itemsize and value.flags.c_contiguous
 
 
 LOCK = threading.Lock()
@@ -183,7 +189,7 @@ MADE: dict[tuple[str, str, str], Pass | None] = {}
 def one_pass(dtype: str, want: str, divide: bool) -> Pass | None:
     """Machine code for sources of `dtype` and a result of `want`, made once; the sum is multiplied by the scale, or divided.
 
-    None if the package is not installed or too old, the CPU lacks an instruction, or a dtype is none of LLVM.
+    None if a dtype is none of LLVM, the package is not installed or too old, or it does not know this CPU.
     """
     key = dtype, want, "fdiv" if divide else "fmul"
     if key not in MADE:
@@ -196,25 +202,37 @@ def one_pass(dtype: str, want: str, divide: bool) -> Pass | None:
 def _compiled(dtype: str, want: str, scaled: str) -> Pass | None:
     try:
         import llvmlite.binding as llvm
-    except (ImportError, OSError):  # not installed, or its library does not load here
+
+        features = llvm.get_host_cpu_features()
+        if llvm.llvm_version_info[0] < 20 or not _capable(
+            platform.machine(), features
+        ):  # 20 knows the language of CODE
+            return None
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        module = llvm.parse_assembly("\n".join(_code(dtype, want, scaled, width) for width in (WIDTH, 1)))
+        module.verify()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3
+        )
+        engine = llvm.create_mcjit_compiler(module, machine)
+        engine.finalize_object()
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ):  # not installed, its library does not load, or LLVM refuses: torch does it
         return None
-    if llvm.llvm_version_info[0] < 20:  # CODE is written in the language of this one
-        return None
-    features = llvm.get_host_cpu_features()
-    if platform.machine() in ("x86_64", "AMD64") and not (features.get("fma") and features.get("f16c")):
-        return None
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly("\n".join(_code(dtype, want, scaled, width) for width in (WIDTH, 1)))
-    module.verify()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3
-    )
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
     p, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     kind = ctypes.CFUNCTYPE(None, p, p, i, i, i, f, i, i, p, p, p)  # lets go of the interpreter while it runs
     return Pass(itemsize(dtype), [kind(engine.get_function_address(f"mean{width}")) for width in (WIDTH, 1)], engine)
+
+
+def _capable(machine: str, features: Mapping[str, bool]) -> bool:
+    """Whether the CPU multiplies and adds with one rounding, and widens fp16; elsewhere LLVM would call a library."""
+    if machine in ("x86_64", "AMD64"):
+        return bool(features.get("fma") and features.get("f16c"))
+    return machine in ("aarch64", "arm64")
 
 
 def _code(dtype: str, want: str, scaled: str, width: int) -> str:

@@ -30,14 +30,14 @@ class Room(threading.local):
     """What a thread keeps for sums and results: fresh memory would cost more than the sums."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self.kept: dict[str, torch.Tensor] = {}
 
     def of(self, use: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
         """Memory on DEVICE with anything in it, the same for the same use."""
-        kept = self.kept.get((use, dtype))
-        if kept is None or kept.numel() < numel or kept.device != DEVICE:
-            kept = self.kept[use, dtype] = torch.empty(numel, dtype=dtype, device=DEVICE)
-        return kept if kept.numel() == numel else kept[:numel]
+        kept, nbytes = self.kept.get(use), numel * dtype.itemsize
+        if kept is None or len(kept) < nbytes or kept.device != DEVICE:
+            kept = self.kept[use] = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+        return kept[:nbytes].view(dtype)
 
 
 ROOM = Room()
@@ -97,7 +97,7 @@ def mean(
     """
     if not is_floating(want):
         return same(values)
-    if want.startswith("float8"):
+    if any(d.startswith("float8") for d in (want, *dtypes)):
         raise CheckpointError(
             "8-bit floats carry scales of their own and cannot be averaged; de-quantise the checkpoints first."
         )
@@ -130,7 +130,7 @@ def _one_by_one(
     divide: bool,
     want: str,
 ) -> NDArray[Any]:
-    """By torch, on DEVICE: of sources of several dtypes, in fp64, on a GPU, or without the extra `fast`."""
+    """By torch, on DEVICE: in fp64, on a GPU, without the extra `fast`, or of values of several dtypes."""
     wide = torch.float64 if want == "float64" or "float64" in dtypes else torch.float32
     target = getattr(torch, want)
     total: torch.Tensor | None = None
@@ -143,7 +143,8 @@ def _one_by_one(
         if total is None:
             total = ROOM.of("sum", wide, value.size).copy_(part)
             if target == wide:
-                first, constant = total.clone(), torch.ones_like(total, dtype=torch.bool)
+                first = ROOM.of("first", wide, value.size).copy_(total)
+                constant = ROOM.of("equal", torch.bool, value.size).fill_(True)
             if factor != 1:
                 total.mul_(factor)
             continue
@@ -158,14 +159,14 @@ def _one_by_one(
     elif scale != 1:
         total.mul_(scale)
     if constant is not None and first is not None:
-        total = torch.where(constant, first, total)
+        torch.where(constant, first, total, out=total)
     return words(total if target == wide else ROOM.of("result", target, total.numel()).copy_(total), target.itemsize)
 
 
 def last(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """The value of the last source: for what training sets, but not by gradients."""
-    *_, value = (v.copy() for v in values)
-    return value
+    *_, value = values
+    return value.copy()
 
 
 def same(values: Iterable[NDArray[Any]]) -> NDArray[Any]:

@@ -29,8 +29,8 @@ BATCH = 32  # tiles a thread takes at a time; also the longest run that is copie
 Combine: TypeAlias = "Callable[[int, Iterator[Array], Sequence[str], str], Array | None]"
 """(tile, its values from each source in turn, their dtypes, the dtype wanted) -> the result, or None for no result.
 
-A value is valid until HELD more have been asked for, or just one if its elements take more than 4 bytes; a result
-until the thread's next tile."""
+A value is valid until the next one is asked for, or, where elements take at most 4 bytes in all sources, until HELD
+more are; a result until the thread's next tile."""
 
 
 @dataclass(frozen=True)
