@@ -167,9 +167,8 @@ class Pass:
         while done < len(factors):
             count = min(HELD, len(factors) - done)
             group = list(itertools.islice(values, count))
-            if len(group) != count or not all(
-                self.fits(v, numel) for v in group
-            ):  # what is at an address is not checked
+            # machine code reads what is at an address, whatever that is
+            if len(group) != count or not all(self.fits(v, numel) for v in group):
                 raise ValueError(f"a mean of {len(factors)} tiles of {numel} elements got {[v.shape for v in group]}")
             of = (ctypes.c_void_p * HELD)(*(v.__array_interface__["data"][0] for v in group))
             by = (ctypes.c_float * HELD)(*factors[done : done + count])
@@ -204,9 +203,8 @@ def _compiled(dtype: str, want: str, scaled: str) -> Pass | None:
         import llvmlite.binding as llvm
 
         features = llvm.get_host_cpu_features()
-        if llvm.llvm_version_info[0] < 20 or not _capable(
-            platform.machine(), features
-        ):  # 20 knows the language of CODE
+        old = llvm.llvm_version_info[0] < 20  # CODE is in the language of this one
+        if old or not _capable(platform.machine(), features):
             return None
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
@@ -217,11 +215,7 @@ def _compiled(dtype: str, want: str, scaled: str) -> Pass | None:
         )
         engine = llvm.create_mcjit_compiler(module, machine)
         engine.finalize_object()
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ):  # not installed, its library does not load, or LLVM refuses: torch does it
+    except (ImportError, OSError, RuntimeError):  # not installed, its library does not load, or LLVM refuses
         return None
     p, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     kind = ctypes.CFUNCTYPE(None, p, p, i, i, i, f, i, i, p, p, p)  # lets go of the interpreter while it runs
