@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def same(one: Path, two: Path) -> bool:
     """Whether two folders hold the same checkpoint files, byte for byte; the records of the job have paths and times in them."""
     names = [{p.name for p in f.iterdir()} - {"ckpt_dist.json", "average.yaml"} for f in (one, two)]
     return names[0] == names[1] and all((one / n).read_bytes() == (two / n).read_bytes() for n in names[0])
+
+
+@pytest.fixture(autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore Ctrl-C, and jobs inherit that from the suite."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 WAYS = {
