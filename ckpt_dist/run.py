@@ -203,9 +203,7 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     scaled = abs(total - 1) > 1e-9
     weights = [w / total if scaled else float(w) for w in given]
     if not all(abs(w) <= float(np.finfo(np.float32).max) for w in weights):
-        raise UsageError(
-            f"weights={list(given)}: sums are in float32, which {max(weights, key=abs):.3g} does not fit into."
-        )
+        raise UsageError(f"weights={list(given)}: {max(weights, key=abs):.3g} does not fit into float32.")
     if scaled:
         report.warnings.append(f"weights sum to {total:.6g}; they were divided by it")
     return weights, True

@@ -39,9 +39,8 @@ from ckpt_dist.report import Progress, Report, parse_size, size
 
 OWN = "own"  # a transport by which ranks read what they see, and exchange only what somebody does not
 KEPT = 1 << 30  # of compressed chunks, by a reader without an engine
-WORKER_BYTES = (
-    24 << 20
-)  # what one thread may hold: HELD tiles, one of the widest kind, a sum, a result and the scratch of a strided copy
+# what one thread may hold: HELD tiles, of which one may be wide, a sum, a result and the scratch of a strided copy
+WORKER_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
