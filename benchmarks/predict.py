@@ -1,9 +1,10 @@
 """How well a plan foretells the seconds of its run: `python -m benchmarks.predict [--work DIR] [--layers N] [--rounds N]`.
 
-For each job: `dry_run=true engine.calibrate=true`, then the job itself. The sources are in the page cache, and a fresh
-copy of the model is deleted before each, as in `bench.py`. Prints the medians of what was predicted and measured (the
-report's own seconds, from the first scan to the publish), their ratio, and the spread. A pair counts only if other
-processes used less than a tenth of the machine meanwhile.
+For each job: `dry_run=true engine.calibrate=true`, then the job itself; a first such pair warms up and does not count.
+The sources are in the page cache, and a fresh copy of the model is deleted before each, as in `bench.py`. Pairs of one
+case follow each other: what a virtual machine's host has taken back of its memory makes the next few jobs slower.
+Prints the medians of what was predicted and measured (the report's own seconds, from the first scan to the publish),
+their ratio, and the spread. A pair counts only if other processes used less than a tenth of the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from typing import Any
 from benchmarks.measure import ROOT, clear, process, warm
 from ckpt_dist.report import table
 
-KEPT = ("engine.fsync=false",)  # left in the page cache: what a shared disk takes differs by more than what is measured
-JOBS = {
-    "convert to hf": ("convert", "dcp_fsdp", KEPT),
-    "convert to torch": ("convert", "dcp_fsdp", (*KEPT, "target.format=torch")),
-    "convert to fp32": ("convert", "dcp_fsdp", (*KEPT, "target.dtype=fp32")),
-    "convert, verified": ("convert", "dcp_fsdp", (*KEPT, "engine.verify=true")),
-    "mean of 4": ("average", "run", KEPT),
-    "convert, flushed": ("convert", "dcp_fsdp", ()),
+JOBS = {  # as they are run by default, which is until everything is on the disk
+    "convert to hf": ("convert", "dcp_fsdp", ()),
+    "convert to torch": ("convert", "dcp_fsdp", ("target.format=torch",)),
+    "convert to fp32": ("convert", "dcp_fsdp", ("target.dtype=fp32",)),
+    "convert, verified": ("convert", "dcp_fsdp", ("engine.verify=true",)),
+    "mean of 4": ("average", "run", ()),
+    "convert, not flushed": ("convert", "dcp_fsdp", ("engine.fsync=false",)),
 }
 SHAPES = ((1, "direct"), (2, "direct"), (2, "collective"))
 BUSY = 0.1  # of the machine, used by others
@@ -106,10 +106,11 @@ def main() -> None:
     fixtures = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, ROOT / "benchmarks/fixtures.py"]
     process([sys.executable, *fixtures, args.work, args.layers])
     found: dict[Any, list[Pair]] = {(n, *s): [] for n in JOBS if fnmatch(n, args.jobs) for s in SHAPES}
-    for _ in range(args.rounds):
-        for case, pairs in found.items():
-            pairs.append(once(args.work, *case))
-            print(*case, "predicted {:.2f} s, measured {:.2f} s, others {:.2f}".format(*pairs[-1]), file=sys.stderr)
+    for case, pairs in found.items():
+        for k in range(args.rounds + 1):
+            pair = once(args.work, *case)
+            pairs += [pair] if k else []
+            print(*case, "predicted {:.2f} s, measured {:.2f} s, others {:.2f}".format(*pair), file=sys.stderr)
     clear(args.work / "predicted")
     head = ("job", "ranks", "transport", "predicted s", "measured s", "ratio", "spread", "quiet pairs")
     print("\n".join(table(head, [row(*case, pairs) for case, pairs in found.items()])))

@@ -103,7 +103,7 @@ def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path
     world, models = _world(group, engine), [m for m, _ in job.sources]
     kept, engine = task.divided(engine, models)
     readers = _readers(group, models, world, engine)
-    everywhere = all(r.everywhere for r in readers)
+    everywhere = not task.blind(str(engine.get("transport", "auto")), readers)
     work = _counted(group, job, world, readers)
     speed, origin = _speed(group, job, engine, target)
     threads = task.worker_count(engine, world.ranks // world.nodes)

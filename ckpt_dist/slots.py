@@ -24,12 +24,36 @@ from ckpt_dist.pattern import shape
 T = TypeVar("T")
 SLOT = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.")
 MASTERS = ("fp32_param", "param")  # of Megatron's optimizers with and without shards
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # Adam's; optimizers that keep one of them for each weight have other values too
+ADAM = {*MOMENTS, "max_exp_avg_sq", "step", *MASTERS}
+SLOT_OF = re.compile(r"(?P<place>.*?\bstate)\.(?P<value>\w+)\.(?P<weight>.+)")  # as Megatron calls them
+STATE_OF = re.compile(r"(?P<place>.*?\bstate)\.(?P<weight>.+)\.(?P<value>\w+)")  # as torch does
 
 
 def parted(name: str) -> tuple[str, str]:
     """`optimizer.state.exp_avg.output_layer.weight` -> `("optimizer.state.exp_avg.", "output_layer.weight")`."""
     found = SLOT.match(name)
     return (found[0], name[found.end() :]) if found else ("", name)
+
+
+def halved(names: Iterable[str]) -> str:
+    """Which weight has only one of Adam's two moments, where the same optimizer has both of other weights.
+
+    Told by one optimizer at a time, and by weights of which it keeps what Adam does: of some weights an Adafactor has
+    `exp_avg_sq` alone, and a Lion beside an AdamW has nothing but `exp_avg`.
+    """
+    held: dict[tuple[str, bool], dict[str, set[str]]] = {}
+    for name in names:
+        for pattern in (SLOT_OF, STATE_OF):  # read the wrong way no weight has both
+            if found := pattern.fullmatch(name):
+                of_place = held.setdefault((found["place"], pattern is SLOT_OF), {})
+                of_place.setdefault(found["weight"], set()).add(found["value"])
+    for (place, _), weights in held.items():
+        whole = next((w for w, values in weights.items() if values >= MOMENTS), None)
+        for weight, values in weights.items():
+            if whole and values <= ADAM and len(gone := MOMENTS - values) == 1 and values & {"step", *MASTERS}:
+                return f"of {weight!r} {place!r} holds {', '.join(sorted(values))} and no {gone.pop()}, which it holds of {whole!r}"
+    return ""
 
 
 def of(slot: str, rule: Rule) -> Rule:

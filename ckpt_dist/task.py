@@ -75,12 +75,7 @@ def run_tiles(
     """
     for m, _ in sources:
         needs_data(m.catalog)
-    nbytes = tile_bytes(canon)
-    finished = np.zeros(len(nbytes), bool)
-    for lo, hi in staged.finished if staged else ():
-        finished[lo:hi] = True
-    if here is not None:
-        finished |= ~here
+    nbytes, finished = tile_bytes(canon), _finished(canon, staged, here)
     first, last = share(canon, finished, group, local=here is not None)
     mine = canon.views(plan.tiles(canon.entries, first=first, last=last))
     needed = (
@@ -91,8 +86,9 @@ def run_tiles(
     fsync = bool(engine.get("fsync", True))
     transport = str(engine.get("transport", "auto"))
     plans = readers(group, [m for m, _ in sources], transport == "collective")
-    exchanging, said = group.together(lambda: _collective(transport, group, plans))
-    report.notes += [said] if said and target else []
+    unseen = group.together(lambda: blind(transport, plans))
+    if unseen and transport == "auto" and target:
+        report.notes.append("transport collective: not every node sees all files")
 
     def work() -> Done:
         files_of = [opened(m, kept) for m, _ in sources]
@@ -111,10 +107,9 @@ def run_tiles(
             needs = group.together(
                 lambda: [wanted(r, p, mine, finished[first:last]) for r, p in zip(plans, there, strict=True)]
             )
-            collective = exchanging
-            if transport == "auto" and group.nodes > 1 and not exchanging:
-                collective, said = _cheaper(group, needs, [stored(m) for m, _ in sources])
-                needs = [replace(w, readers=w.readers.evenly()) for w in needs] if collective else needs
+            collective = unseen or transport == "collective"
+            if transport == "auto" and group.nodes > 1 and not unseen:
+                collective, needs, said = _cheaper(group, needs, [stored(m) for m, _ in sources])
                 report.notes += [said] if target else []
             bound_layout = target and (target[0], target[1].catalog.chunks, *target[2:])
             out = group.together(lambda: target_side(*bound_layout, mine, last - first) if bound_layout else None)
@@ -145,6 +140,14 @@ def run_tiles(
         done.runs += staged.done.runs
     _share_out(group, report, done)
     return done
+
+
+def _finished(canon: Bound, staged: Staged | None, here: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """The tiles that this job need not make: earlier attempts have, or they are for other nodes."""
+    found = np.zeros(len(tile_bytes(canon)), bool) if here is None else ~here
+    for lo, hi in staged.finished if staged else ():
+        found[lo:hi] = True
+    return found
 
 
 def _made(
@@ -243,28 +246,35 @@ def worker_count(engine: Mapping[str, Any], local_world: int) -> int:
     return min(wanted, memory // WORKER_BYTES)
 
 
-def _collective(asked: str, group: Group, plans: Sequence[exchange.Readers]) -> tuple[bool, str]:
-    """Whether ranks exchange what they read: if asked to, or if some rank does not see some file; what to say of it."""
-    blind = not all(readers.everywhere for readers in plans)
-    if asked == "direct" and blind:
+def blind(asked: str, plans: Sequence[exchange.Readers]) -> bool:
+    """Whether some rank does not see some file, so that ranks must exchange what they read. Raises UsageError if
+    engine.transport asks them not to."""
+    unseen = not all(readers.everywhere for readers in plans)
+    if asked == "direct" and unseen:
         raise UsageError(
             "engine.transport=direct, but not every node sees all files of the source. Use engine.transport=auto."
         )
-    said = "transport collective: not every node sees all files" if group.world > 1 and blind else ""
-    return asked == "collective" or blind, said if asked == "auto" else ""
+    return unseen
 
 
-def _cheaper(group: Group, needs: Sequence[exchange.Wanted], held: Sequence[traffic.Part]) -> tuple[bool, str]:
-    """Whether an exchange moves less than reading directly, which all nodes could; and what to say of it."""
+def _cheaper(
+    group: Group, needs: list[exchange.Wanted], held: Sequence[traffic.Part]
+) -> tuple[bool, list[exchange.Wanted], str]:
+    """Whether an exchange moves less than reading directly, which all nodes could; who then reads what, and what to say."""
+    evenly = [replace(w, readers=w.readers.evenly()) for w in needs]
     each, once = (traffic.none(group.world) for _ in range(2))
-    for w, of in zip(needs, held, strict=True):
+    for w, balanced, of in zip(needs, evenly, held, strict=True):
         owner = np.full(len(w.file), group.rank)
         each += traffic.direct(w, owner, group.world, of)
-        once += traffic.exchanged(replace(w, readers=w.readers.evenly()), owner, group.world, group.nodes, of)
+        once += traffic.exchanged(balanced, owner, group.world, group.nodes, of)
     every = group.gather((each, once))
     each, once = (sum((e[k] for e in every), traffic.none(group.world)) for k in range(2))
     collective, numbers = traffic.cheaper(each, once, group.nodes)
-    return collective, f"transport {'collective' if collective else 'direct'}: {numbers}"
+    return (
+        collective,
+        evenly if collective else needs,
+        f"transport {'collective' if collective else 'direct'}: {numbers}",
+    )
 
 
 def target_side(bound: Bound, chunks: Chunks, files: Files, views: Views, mine: Views, count: int) -> Side:

@@ -85,9 +85,10 @@ def write(
     if cfg.get("dry_run"):
         return _dry(group, report, p, engine, path)
     if p.combine is not keep or _casts(p.design):
-        from ckpt_dist.averages.tensors import use
+        from ckpt_dist.averages.tensors import how_summed, use
 
-        report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
+        said = f"computed on {use(str(engine['device']), group.local_rank)}"
+        report.notes.append(f"{said}: {how_summed()}" if len(models) > 1 else said)
     staged = _begun(group, p, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")

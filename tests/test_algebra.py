@@ -5,13 +5,16 @@ number of ranks. Not checked here: files (test_formats) and processes (test_jobs
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_dist import plan
+from ckpt_dist import plan, slots
 from ckpt_dist.box import expand, intersect, ints, row_major, split_interval, volume
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.engine.moves import by_tile
@@ -341,3 +344,54 @@ def test_placements_are_cut_as_torch_cuts_them(
         assert at == (0,) * len(sizes)
         if all(local):
             assert tuple(s for s, _ in box) == tuple(offset)
+
+
+# ---- what optimizers keep
+
+
+def kept_by(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> dict[str, set[str]]:
+    """Of a matrix and a vector, what an optimizer keeps after a step."""
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (3,))]
+    optimizer = make(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return {f"layers.{k}.weight": set(optimizer.state[w]) for k, w in enumerate(weights)}
+
+
+def adafactor(weights: list[torch.nn.Parameter], **more: Any) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(weights, lr=1e-3, relative_step=False, scale_parameter=False, **more)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    **{
+        n: getattr(torch.optim, n)
+        for n in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adafactor", "RMSprop", "Adagrad")
+    },
+    "Adam with amsgrad": lambda w: torch.optim.Adam(w, amsgrad=True),
+    "SGD with momentum": lambda w: torch.optim.SGD(w, lr=0.1, momentum=0.9),
+    "Adafactor of transformers": adafactor,
+    "Adafactor with a moment": lambda w: adafactor(w, beta1=0.9),
+}
+NAMES = {"torch": "optim.state.{weight}.{value}", "megatron": "chained_0.optimizer.state.{value}.{weight}"}
+
+
+@pytest.mark.parametrize("spelled", NAMES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_missing_moment_is_told_from_one_that_an_optimizer_does_not_keep(kind: str, spelled: str) -> None:
+    def names(held: dict[str, set[str]]) -> list[str]:
+        return [NAMES[spelled].format(weight=w, value=v) for w, values in held.items() for v in sorted(values)]
+
+    held = kept_by(OPTIMIZERS[kind])
+    assert not slots.halved(names(held))
+    lion = {"head.weight": {"exp_avg"}, "frozen.weight": set[str]()}
+    assert not slots.halved(names(held | lion))
+    mixed = [*names(held), NAMES[spelled].replace("optim", "second", 1).format(weight="w", value="exp_avg")]
+    assert not slots.halved(mixed)
+    for gone in (
+        ("exp_avg", "exp_avg_sq") if kind.startswith("Adam") and "exp_avg_sq" in held["layers.0.weight"] else ()
+    ):
+        lost = held | {"layers.1.weight": held["layers.1.weight"] - {gone}}
+        assert "of 'layers.1.weight' " in slots.halved(names(lost)) and f" and no {gone}, " in slots.halved(names(lost))

@@ -147,12 +147,14 @@ def test_a_shard_that_no_node_has_is_named(nets: list[str], tmp_path: Path, real
     assert not (tmp_path / "out").exists()
 
 
-def test_direct_is_refused_where_a_node_is_blind(nets: list[str], tmp_path: Path, real: Real) -> None:
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_direct_is_refused_where_a_node_is_blind(nets: list[str], tmp_path: Path, real: Real, dry_run: bool) -> None:
     nodes = halves(real("fsdp2") / "dcp", tmp_path)
     words = [f"source.path={tmp_path / 'local'}", f"target.path={tmp_path / 'out'}", "engine.transport=direct"]
-    ended = on_nodes(nets, tmp_path / "local", nodes, 1, "convert", *words)
+    ended = on_nodes(nets, tmp_path / "local", nodes, 1, "convert", *words, f"dry_run={dry_run}".lower())
     assert all(code for code, _ in ended)
-    assert "not every node sees all files" in "".join(text for _, text in ended)
+    said = "".join(text for _, text in ended)
+    assert said.count("engine.transport=direct, but not every node sees all files") == 1, said
 
 
 LAUNCHER = [

@@ -121,6 +121,17 @@ def test_other_formats_and_other_names(said: Said, named: Path, tmp_path: Path) 
     assert torch.equal(torch.cat([gate, up]), fused) and tree["optimizer"] == optimizer(named / ITER)
 
 
+def test_a_weight_with_one_of_two_moments(named: Path, tmp_path: Path) -> None:
+    state = tensors(named / ITER)
+    del state["optimizer.state.exp_avg.decoder.final_layernorm.weight"]
+    shutil.copytree(named, tmp_path / "lacks", ignore=shutil.ignore_patterns("*.distcp", ".metadata"))
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "lacks" / ITER), no_dist=True)
+    lost = r"of 'decoder\.final_layernorm\.weight' 'optimizer\.state' holds exp_avg_sq, param and no exp_avg"
+    with pytest.raises(CheckpointError, match=lost):
+        ckpt_dist.convert(tmp_path / "lacks", tmp_path / "no", format="torch_dist", **KEEP)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_longer_vocabulary_has_moments_of_zeros(named: Path, tmp_path: Path) -> None:
     ckpt_dist.convert(named, tmp_path / "out", format="torch_dist", **{"target.vocab_size": 40, **KEEP})
     moment = tensors(tmp_path / "out" / ITER)["optimizer.state.exp_avg.output_layer.weight"]

@@ -267,19 +267,19 @@ def test_a_compressed_chunk_that_is_larger_than_the_memory(tmp_path: Path) -> No
     folder = checkpoint(tmp_path / "z")
     write(folder / "w", np.zeros((1 << 11, 1 << 12), np.float32), (1 << 11, 1 << 12))
     compress(folder, "zlib")
+    ckpt_dist.inspect(folder, save_catalog=tmp_path / "saved")
     given = {"model": "identity", "quiet": True, "format": "torch"}
-    for dry_run in (True, False):
+    for source, dry_run in ((folder, True), (tmp_path / "saved", True), (folder, False)):
         with pytest.raises(
             CheckpointError, match=r"opened whole, which takes 32\.\d+ MiB; of engine.memory 24\.0 MiB are for that"
         ):
-            ckpt_dist.convert(folder, tmp_path / "no.pt", dry_run=dry_run, **given, **{"engine.memory": "48MiB"})
+            ckpt_dist.convert(source, tmp_path / "no.pt", dry_run=dry_run, **given, **{"engine.memory": "48MiB"})
         with pytest.raises(CheckpointError, match=r"engine.memory=40\.0 MiB is too little: half .* at least 48\.0 MiB"):
-            ckpt_dist.convert(folder, tmp_path / "no.pt", dry_run=dry_run, **given, **{"engine.memory": "40MiB"})
+            ckpt_dist.convert(source, tmp_path / "no.pt", dry_run=dry_run, **given, **{"engine.memory": "40MiB"})
     given |= {"engine.memory": "96MiB", "engine.workers": 4}
-    plan = ckpt_dist.convert(folder, tmp_path / "out.pt", dry_run=True, **given)
-    assert (
-        plan["threads"] == 2 and plan["transports"]["direct"]["memory"] == (48 + 2 * 24) << 20
-    )  # as many as a run has
+    for source in (folder, tmp_path / "saved"):  # as many threads as a run has
+        plan = ckpt_dist.convert(source, tmp_path / "out.pt", dry_run=True, **given)
+        assert plan["threads"] == 2 and plan["transports"]["direct"]["memory"] == (48 + 2 * 24) << 20
     ckpt_dist.convert(folder, tmp_path / "out.pt", **given)
     assert torch.equal(torch.load(tmp_path / "out.pt")["w"], torch.zeros(1 << 11, 1 << 12))
 

@@ -53,6 +53,15 @@ def use(device: str, local_rank: int) -> str:
     return str(DEVICE)
 
 
+def how_summed() -> str:
+    """How the sources of an average are summed: for the log, since both ways give the same bytes and differ in time."""
+    if DEVICE.type != "cpu":
+        return "one source after the other, by torch"
+    if one_pass("bfloat16", "bfloat16", False):
+        return "all sources in one pass, by llvmlite"
+    return "one source after the other, by torch (the extra `fast` sums in one pass, on CPUs that it knows)"
+
+
 def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
     """The words of a tile as a tensor that shares their memory."""
     return torch.from_numpy(words).view(getattr(torch, dtype))

@@ -22,6 +22,7 @@ from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Key, padded
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import safetensors
+from ckpt_dist.files.codecs import CODECS, Packed
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import FORMATS, inside
 
@@ -74,6 +75,7 @@ def save(path: Path, catalog: Catalog, asked: Path, folder: Path, step: int | No
         "extras": [[x.name, x.role] for x in catalog.extras],
         "config": catalog.config,
         "about": {k: v for k, v in catalog.about.items() if isinstance(v, str)},
+        "packed": [[p.file, p.codec, p.stored_bytes, p.nbytes] for p in catalog.about.get("packed", ())],
     }
     c = catalog.chunks
     columns = [_narrow(v) for v in (c.entry, c.start, c.stop - c.start, c.strides, c.file, c.offset)]
@@ -143,6 +145,10 @@ def _catalog(path: Path, head: Mapping[str, Any], columns: Mapping[str, Ints]) -
         k: _text(head[k]) for k in ("asked", "folder")
     }
     about |= {"saved": str(path), "step": None if head["step"] is None else _count(head["step"], "a step")}
+    if packed := tuple(_packed(row, len(files)) for row in head.get("packed", ())):  # catalogs of old have no such list
+        if len({p.file for p in packed}) != len(packed):
+            raise CheckpointError("it names a compressed file twice")
+        about["packed"] = packed
     extras = tuple(Extra(_text(name), (), _role(role)) for name, role in head["extras"])
     chunks = _chunks(entries, len(files), columns)
     return Catalog(head["format"], root, files, entries, chunks, extras, head["config"], about=about)
@@ -155,6 +161,15 @@ def _entry(name: Any, dtype: Any, shape: Any, role: Any, path: Any, frame: Any) 
         raise CheckpointError(f"{name!r:.100} has {len(lengths)} dims, more than {MOST_DIMS}")
     bounds = tuple((_text(a), _count(s, "a frame"), _count(t, "a frame")) for a, s, t in frame)
     return Entry(_text(name), dtype, lengths, _path(path), _role(role), bounds)
+
+
+def _packed(row: Any, num_files: int) -> Packed:
+    file, codec, stored_bytes, nbytes = row
+    if codec not in CODECS:
+        raise CheckpointError(f"{codec!r:.100} is no codec")
+    if _count(file, "a file") >= num_files:
+        raise CheckpointError(f"a compressed chunk is of file {file}, and there are {num_files}")
+    return Packed(file, codec, _count(stored_bytes, "a length"), _count(nbytes, "a length"))
 
 
 def _chunks(entries: Sequence[Entry], num_files: int, columns: Mapping[str, Ints]) -> Chunks:
