@@ -1,4 +1,4 @@
-"""How well a plan foretells the seconds of its run: `python -m benchmarks.predict [--work DIR] [--layers N] [--rounds N]`.
+"""How well a plan foretells the seconds of its run: `python -m benchmarks.predict [--work DIR] [--rounds N] [--set KEY=VALUE]`.
 
 For each job: `dry_run=true engine.calibrate=true`, then the job itself; a first such pair warms up and does not count.
 The sources are in the page cache, and a fresh copy of the model is deleted before each, as in `bench.py`. Pairs of one
@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,11 @@ def replaced(work: Path, target: Path, copies: int) -> None:
         process(["cp", "-r", work / "dcp_fsdp", target / str(k)])
 
 
-def once(work: Path, name: str, num_ranks: int, transport: str) -> Pair:
+def once(work: Path, name: str, num_ranks: int, transport: str, further: Sequence[str]) -> Pair:
     """(predicted seconds, measured seconds, part of the machine that others used)."""
     verb, source, more = JOBS[name]
     target = work / "predicted"
-    words = (f"source.path={work / source}", f"target.path={target}", f"engine.transport={transport}", *more)
+    words = (f"source.path={work / source}", f"target.path={target}", f"engine.transport={transport}", *more, *further)
     warm([work / source])
     wait_for_quiet(60)
     copies = 2 if "fp32" in name else 1  # twice the bytes of bf16
@@ -102,13 +103,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", default="*", help="a pattern of names, such as 'convert to *'")
+    parser.add_argument("--set", action="append", default=[], help="one more setting of all jobs: engine.fsync=false")
     args = parser.parse_args()
     fixtures = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, ROOT / "benchmarks/fixtures.py"]
     process([sys.executable, *fixtures, args.work, args.layers])
     found: dict[Any, list[Pair]] = {(n, *s): [] for n in JOBS if fnmatch(n, args.jobs) for s in SHAPES}
     for case, pairs in found.items():
         for k in range(args.rounds + 1):
-            pair = once(args.work, *case)
+            pair = once(args.work, *case, args.set)
             pairs += [pair] if k else []
             print(*case, "predicted {:.2f} s, measured {:.2f} s, others {:.2f}".format(*pair), file=sys.stderr)
     clear(args.work / "predicted")
