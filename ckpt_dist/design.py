@@ -60,9 +60,6 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
             f"{source.folder}: {m.lacks}. Fetch the rest, give the model's own config with model.config=PATH, or keep what is "
             "there, in the same names, with model=identity."
         )
-    kept = (n for n, e in zip(m.names, m.catalog.entries, strict=True) if n is not None and e.role == "optimizer")
-    if not cfg.get("partial") and (lacks := slots.halved(kept)):
-        raise CheckpointError(f"{source.folder}: {lacks}. Fetch the rest, or leave optimizers out with keep=[weights].")
     return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
 
 

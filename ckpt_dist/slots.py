@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from ckpt_dist import family as families
-from ckpt_dist.catalog import Catalog
+from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.family import Family, Rule
 from ckpt_dist.pattern import shape
@@ -24,10 +24,7 @@ from ckpt_dist.pattern import shape
 T = TypeVar("T")
 SLOT = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.")
 MASTERS = ("fp32_param", "param")  # of Megatron's optimizers with and without shards
-MOMENTS = {"exp_avg", "exp_avg_sq"}  # Adam's; optimizers that keep one of them for each weight have other values too
-ADAM = {*MOMENTS, "max_exp_avg_sq", "step", *MASTERS}
-SLOT_OF = re.compile(r"(?P<place>.*?\bstate)\.(?P<value>\w+)\.(?P<weight>.+)")  # as Megatron calls them
-STATE_OF = re.compile(r"(?P<place>.*?\bstate)\.(?P<weight>.+)\.(?P<value>\w+)")  # as torch does
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 def parted(name: str) -> tuple[str, str]:
@@ -36,23 +33,37 @@ def parted(name: str) -> tuple[str, str]:
     return (found[0], name[found.end() :]) if found else ("", name)
 
 
-def halved(names: Iterable[str]) -> str:
-    """Which weight has only one of Adam's two moments, where the same optimizer has both of other weights.
+def lacking(catalog: Catalog) -> list[str]:
+    """What to say of an optimizer that seems to have lost something; one line, or none."""
+    every: tuple[Entry | Extra, ...] = (*catalog.entries, *catalog.extras)
+    found = halved(x.name for x in every if x.role == "optimizer")
+    return [f"{catalog.root}: {found}; if its optimizer keeps both, fetch the rest"] if found else []
 
-    Told by one optimizer at a time, and by weights of which it keeps what Adam does: of some weights an Adafactor has
-    `exp_avg_sq` alone, and a Lion beside an AdamW has nothing but `exp_avg`.
+
+def halved(names: Iterable[str]) -> str:
+    """Which weights have only one of Adam's two moments in an optimizer that has both of most, in words, or nothing.
+
+    No more than that can be told: an Adafactor, or a Lion beside an AdamW, keeps one of them of some weights.
+
+    >>> halved(["optim.state.a.exp_avg", "optim.state.b.exp_avg", "optim.state.b.exp_avg_sq", "optim.state.c.exp_avg",
+    ...         "optim.state.c.exp_avg_sq"])
+    "1 of 3 weights, first 'a', has one moment in 'optim.state', and no exp_avg_sq"
     """
-    held: dict[tuple[str, bool], dict[str, set[str]]] = {}
+    held: dict[str, dict[str, int]] = {}
     for name in names:
-        for pattern in (SLOT_OF, STATE_OF):  # read the wrong way no weight has both
-            if found := pattern.fullmatch(name):
-                of_place = held.setdefault((found["place"], pattern is SLOT_OF), {})
-                of_place.setdefault(found["weight"], set()).add(found["value"])
-    for (place, _), weights in held.items():
-        whole = next((w for w, values in weights.items() if values >= MOMENTS), None)
-        for weight, values in weights.items():
-            if whole and values <= ADAM and len(gone := MOMENTS - values) == 1 and values & {"step", *MASTERS}:
-                return f"of {weight!r} {place!r} holds {', '.join(sorted(values))} and no {gone.pop()}, which it holds of {whole!r}"
+        parts = name.split(".")
+        at = next((k for k, part in enumerate(parts) if part in MOMENTS), 0)
+        begin = next((k for k in range(at, 0, -1) if parts[k - 1] == "state"), 0)
+        if begin:  # torch puts the weight before the moment, Megatron after it
+            place, weight = ".".join(parts[:begin]), ".".join(parts[begin:at] or parts[at + 1 :])
+            of_place = held.setdefault(place, {})
+            of_place[weight] = of_place.get(weight, 0) | 1 << MOMENTS.index(parts[at])
+    for place, weights in held.items():
+        halves = [w for w, found in weights.items() if found < 3]
+        if 0 < len(halves) * 2 < len(weights):
+            gone = MOMENTS[2 - weights[halves[0]]]
+            have = "has" if len(halves) == 1 else "have"
+            return f"{len(halves)} of {len(weights)} weights, first {halves[0]!r}, {have} one moment in {place!r}, and no {gone}"
     return ""
 
 

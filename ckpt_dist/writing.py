@@ -13,7 +13,21 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import __version__, beside, configs, cost, design, formats, part, plan, quantised, sources, task, ties
+from ckpt_dist import (
+    __version__,
+    beside,
+    configs,
+    cost,
+    design,
+    formats,
+    part,
+    plan,
+    quantised,
+    slots,
+    sources,
+    task,
+    ties,
+)
 from ckpt_dist.catalog import Extra, Views
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
@@ -88,7 +102,10 @@ def write(
         from ckpt_dist.averages.tensors import how_summed, use
 
         said = f"computed on {use(str(engine['device']), group.local_rank)}"
-        report.notes.append(f"{said}: {how_summed()}" if len(models) > 1 else said)
+        if len(models) > 1:
+            dtypes = [cost.main_dtype(bound) for bound in p.design.sources]
+            said += how_summed(dtypes, cost.main_dtype(p.design.target), given)
+        report.notes.append(said)
     staged = _begun(group, p, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
@@ -168,6 +185,8 @@ def prepare(
     models = [ties.settle(group, report, m, task.engine_of(cfg)) for m in design.spoken(models, target)]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
+    if "optimizer" in (cfg.get("keep") or ()) and group.rank == 0:
+        report.warnings += [text for m in models for text in slots.lacking(m.catalog)]
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]

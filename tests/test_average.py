@@ -188,16 +188,28 @@ def test_without_what_one_pass_needs_torch_computes_the_same(
     else:
         monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: {"f16c": True})
         monkeypatch.setattr(fused.platform, "machine", lambda: "x86_64" if lack == "instruction" else "riscv64")
-    assert fused.one_pass("bfloat16", "bfloat16", True) is None and "by torch (the extra" in tensors.how_summed()
+    assert fused.one_pass("bfloat16", "bfloat16", True) is None
+    assert "bfloat16 is summed by torch (the extra" in tensors.how_summed(["bfloat16"] * 5, "bfloat16", [])
     assert (mean(values, ["bfloat16"] * 5, [0.2] * 5, "bfloat16") == wanted).all()
 
 
-def test_a_job_says_how_it_sums(llvm: Any, tmp_path: Path) -> None:
-    for k in range(2):
-        save_file({"w": torch.ones(3)}, tmp_path / f"{k}.safetensors")
-    paths = [tmp_path / f"{k}.safetensors" for k in range(2)]
-    said = ckpt_dist.average(paths, tmp_path / "mean", format="torch", model="identity", quiet=True)["notes"]
-    assert "computed on cpu: all sources in one pass, by llvmlite" in said
+@pytest.mark.parametrize(
+    ("dtypes", "more", "said"),
+    [
+        (["float32"] * 2, {}, "computed on cpu; float32 is summed in one pass by llvmlite"),
+        (["bfloat16"] * 3, {}, "computed on cpu; bfloat16 is summed in one pass by llvmlite"),
+        (["bfloat16"] * 2, {"target.dtype": "fp32"}, "computed on cpu; float32 is summed in one pass by llvmlite"),
+        (["float32"] * 2, {"target.dtype": "fp64"}, "computed on cpu"),
+        (["float64"] * 2, {}, "computed on cpu"),
+        (["int64"] * 2, {}, "computed on cpu"),
+    ],
+)
+def test_a_job_says_how_it_sums(llvm: Any, tmp_path: Path, dtypes: list[str], more: dict[str, str], said: str) -> None:
+    paths = [tmp_path / f"{k}.safetensors" for k in range(len(dtypes))]
+    for path, dtype in zip(paths, dtypes, strict=True):
+        save_file({"w": torch.ones(3, dtype=getattr(torch, dtype))}, path)
+    keys = {"format": "torch", "model": "identity", "quiet": True, **more}
+    assert said in ckpt_dist.average(paths, tmp_path / "mean", **keys)["notes"]
 
 
 @pytest.mark.parametrize("given", [[8, 8], [8, 8, 4], [8, 8, 8, 8, 9]])

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_dist
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import UsageError
 from tests.conftest import ROOT
 from tests.real.titan import CONFIGS, TOKENS, digest, filled
 
@@ -93,12 +93,13 @@ def test_the_optimizer_comes_along_where_names_stay(tmp_path: Path) -> None:
             ckpt_dist.convert(tmp_path / "full", tmp_path / "no", format="dcp", **keep, **more)
     del full["optimizer"]["state.norm.weight.exp_avg_sq"]
     dcp.save(full, checkpoint_id=tmp_path / "lacks", no_dist=True)
-    with pytest.raises(
-        CheckpointError, match=r"of 'norm\.weight' 'optimizer\.state' holds exp_avg, step and no exp_avg_sq"
-    ):
-        ckpt_dist.convert(tmp_path / "lacks", tmp_path / "no", format="dcp", **keep)
-    assert not (tmp_path / "no").exists() and ckpt_dist.inspect(tmp_path / "lacks")["optimizer"]
-    ckpt_dist.convert(tmp_path / "lacks", tmp_path / "weights", format="dcp", **config)
+    said = "weights, first 'norm.weight', has one moment in 'optimizer.state', and no exp_avg_sq; if its optimizer keeps both"
+    plan = ckpt_dist.convert(tmp_path / "lacks", tmp_path / "no", format="dcp", dry_run=True, **keep)
+    assert any(said in line for line in plan["text"])
+    assert any(said in note for note in ckpt_dist.inspect(tmp_path / "lacks")["notes"])
+    for source, more, count in (("lacks", keep, 1), ("lacks", config, 0), ("full", keep, 0)):
+        report = ckpt_dist.convert(tmp_path / source, tmp_path / f"{source}{count}", format="dcp", **more)
+        assert [said in text for text in report["warnings"]] == [True] * count
 
 
 def test_recipes(tmp_path: Path) -> None:

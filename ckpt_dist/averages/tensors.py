@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ckpt_dist.averages.fused import Pass, one_pass
+from ckpt_dist.averages.fused import LLVM, Pass, one_pass
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating
 from ckpt_dist.plan import HELD
@@ -53,13 +53,13 @@ def use(device: str, local_rank: int) -> str:
     return str(DEVICE)
 
 
-def how_summed() -> str:
-    """How the sources of an average are summed: for the log, since both ways give the same bytes and differ in time."""
-    if DEVICE.type != "cpu":
-        return "one source after the other, by torch"
-    if one_pass("bfloat16", "bfloat16", False):
-        return "all sources in one pass, by llvmlite"
-    return "one source after the other, by torch (the extra `fast` sums in one pass, on CPUs that it knows)"
+def how_summed(dtypes: Sequence[str], want: str, coefficients: Sequence[float]) -> str:
+    """How values of these dtypes are summed, for the log: both ways give the same bytes, and differ in time."""
+    if DEVICE.type != "cpu" or len(set(dtypes)) > 1 or not {*dtypes, want} <= set(LLVM):
+        return ""
+    if one_pass(dtypes[0], want, _scale(coefficients or [1 / len(dtypes)] * len(dtypes))[0]):
+        return f"; {want} is summed in one pass by llvmlite"
+    return f"; {want} is summed by torch (the extra `fast` does it in one pass, on CPUs that it knows)"
 
 
 def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
@@ -110,13 +110,17 @@ def mean(
         raise CheckpointError(
             "8-bit floats carry scales of their own and cannot be averaged; de-quantise the checkpoints first."
         )
-    uniform, count = len(set(coefficients)) == 1, len(coefficients)
-    divide = uniform and count & (count - 1) != 0  # a power of two: the same bits by its inverse, in half the time
-    scale = (count if divide else 1 / count) if uniform else 1.0
-    factors = [1.0] * count if uniform else coefficients
+    divide, scale, factors = _scale(coefficients)
     if DEVICE.type == "cpu" and len(set(dtypes)) == 1 and (run := one_pass(dtypes[0], want, divide)):
         return _at_once(run, iter(values), factors, scale, want)
     return _one_by_one(values, dtypes, factors, scale, divide, want)
+
+
+def _scale(coefficients: Sequence[float]) -> tuple[bool, float, Sequence[float]]:
+    """Whether the sum is divided by a number or multiplied by it, the number, and the factor of each source."""
+    uniform, count = len(set(coefficients)) == 1, len(coefficients)
+    divide = uniform and count & (count - 1) != 0  # a power of two: the same bits by its inverse, in half the time
+    return divide, (count if divide else 1 / count) if uniform else 1.0, [1.0] * count if uniform else coefficients
 
 
 def _at_once(
