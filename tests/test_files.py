@@ -198,6 +198,15 @@ def test_what_is_not_on_the_list_is_refused_by_name(data: bytes) -> None:
         pickles.loads(data, "evil")
 
 
+def test_signals_by_their_names() -> None:
+    """So Python up to 3.11.3 pickles `exit_signal=signal.SIGTERM` of Megatron's args."""
+    found = pickles.loads(b"\x80\x02}X\x0b\x00\x00\x00exit_signalcsignal\nSIGTERM\ns.", "args")
+    assert found["exit_signal"].path == "signal.SIGTERM" and not pickles.writable(found["exit_signal"])
+    for name in ("signal", "raise_signal", "pthread_kill", "default_int_handler", "SIG_DFL", "SIGTERM.numerator"):
+        with pytest.raises(CheckpointError, match=f"asks for signal.{name}"):
+            pickles.loads(b"\x80\x02csignal\n" + name.encode() + b"\n.", "evil")
+
+
 def test_names_of_classes_take_no_more_memory_than_settings_need() -> None:
     def named(count: int, distinct: int) -> bytes:
         return b"\x80\x02(" + b"".join(b"cnemo.a\nb%d\n" % (k % distinct) for k in range(count)) + b"t."

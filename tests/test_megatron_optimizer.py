@@ -35,7 +35,7 @@ STACKED: dict[str, Any] = {"experts": {"target.dialect": "megatron_local_stacked
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kept")
     with tarfile.open(KEPT) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder
 
 

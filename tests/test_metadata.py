@@ -122,6 +122,31 @@ def outcome(read: Callable[[], dcp._Tables]) -> Any:
         return type(error).__name__
 
 
+WRITTEN = b"K\x00\x86\x94\x85\x94R"  # the end of torch.Size((k, 0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"K\x00\x85\x94\x85\x94R",  # a tuple of one, and a number that is left behind
+        b"\x8a\x00\x86\x94\x85\x94R",  # 0 as a number of no bytes
+        b"\x8a\x09" + b"\x01" * 9 + b"\x86\x94\x85\x94R",  # a number of nine bytes
+    ],
+)
+def test_numbers_and_tuples_that_nobody_writes(wrong: bytes) -> None:
+    boxes = [ChunkStorageMetadata(torch.Size([k, 0]), torch.Size([1, 7])) for k in range(12)]
+    described: Any = {"w": TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([12, 7]), boxes)}
+    stored = {MetadataIndex("w", torch.Size([k, 0])): _StorageInfo("__0_0.distcp", k * 28, 28) for k in range(12)}
+    data = pickle.dumps(Metadata(described, storage_data=stored))
+    places = [at for at in range(len(data)) if data.startswith(WRITTEN, at)]
+    assert len(places) == 24 and both(data)[1] > 10
+    for at in places:
+        bad = data[:at] + wrong + data[at + len(WRITTEN) :]
+        bad = bad[:3] + (len(bad) - 11).to_bytes(8, "little") + bad[11:]  # the length of the frame
+        fast = outcome(lambda bad=bad: dcp._tables(bad, "x"))  # type: ignore[misc]
+        assert fast == outcome(lambda bad=bad: dcp._arrays(*metadata.whole(bad, "x"), "x"))  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_damaged_file_is_read_as_the_general_way_reads_it_or_refused(seed: int) -> None:
     rng = random.Random(seed)

@@ -9,6 +9,7 @@ Invariant: what is called here are functions of this file, which look at plain v
 from __future__ import annotations
 
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from math import prod
@@ -132,6 +133,7 @@ FOREIGN = (  # whose classes and functions are settings: never run
     "torch.nn.init.",
     "torch._C._nn.",
 )
+SIGNAL = re.compile(r"SIG[A-Z0-9]{2,12}")
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 
@@ -352,6 +354,8 @@ def lookup(module: str, name: str) -> Any:
         return Dtype(name)
     if module in ("pathlib", "pathlib._local") and name in _PATHS:
         return _join
+    if module == "signal" and SIGNAL.fullmatch(name):  # until Python 3.11.3 signals are pickled by their names
+        return named(path)
     return None
 
 

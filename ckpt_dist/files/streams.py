@@ -51,7 +51,7 @@ LENGTH = _table(np.int64, dict.fromkeys(OPS, 1) | {op: 1 + n for op, n in ARGUME
 MASK = _table(np.uint64, {op: (1 << 8 * n) - 1 for op, n in ARGUMENT.items()})
 COUNTED = _table(np.bool_, {"\x8a": 1, "\x8c": 1})  # the argument says how many bytes follow
 
-SIZE = re.compile(r"g(?:\(?(i*)[123T]|\))m1mRm")  # torch.Size((...))
+SIZE = re.compile(r"g(?:i1|ii2|iii3|\(i*T|\))m1mRm")  # torch.Size((...)); a tuple of fewer would leave the rest behind
 PLAIN = re.compile(r"tm|i|N|g")
 
 
@@ -143,8 +143,11 @@ class Stream:
         if COUNTED[kind].any():
             counted = np.flatnonzero(COUNTED[op])
             count, text = value[counted], op[counted] == 0x8C
-            shift = np.where(text | (count > 8) | (count < 1), 0, 64 - 8 * count)
+            if (~text & (count > 8)).any():
+                raise Unknown
+            shift = np.where(text | (count < 1), 0, 64 - 8 * count)
             number = (self.words[np.minimum(at[counted] + 2, self.last)].view(np.int64) << shift) >> shift
+            number[count < 1] = 0  # of no bytes
             value[counted] = np.where(text, (at[counted] + 2) * 256 + count, number)
             after[counted] += count
         return code, value, np.minimum(after, self.last)
