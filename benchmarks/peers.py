@@ -6,7 +6,6 @@ they are what its own documentation or launcher uses.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -201,37 +200,25 @@ def naive_mean(*paths: str) -> Callable[[], object]:
 
 
 def plain_mean(*paths: str) -> Callable[[], object]:
-    """The floor of a mean: two threads that read, add in fp32, divide, round and write the bytes of up to four files of one
-    layout, and know nothing of checkpoints (the header comes out as numbers too). Sums are ours where they are in one pass."""
+    """The floor of a mean: two threads that read, average as we do, and write the bytes of files of one layout, and know
+    nothing of checkpoints (the header comes out as numbers too)."""
     import threading
 
     import numpy as np
-    import torch
 
-    from ckpt_dist.averages.fused import one_pass
-    from ckpt_dist.plan import HELD
+    from ckpt_dist.averages.tensors import mean
 
-    torch.set_num_threads(1)
     names = [n for n in os.listdir(paths[0]) if n.endswith(".safetensors")]
     piece, count = 1 << 20, len(paths) - 1
-    run = one_pass("bfloat16", "bfloat16", True)
-    assert count <= HELD  # machine code would keep its sum between groups of so many
 
     def part(name: str, first: int, last: int) -> None:
         files = [os.open(f"{folder}/{name}", os.O_RDONLY) for folder in paths[:-1]]
-        out, buffers = os.open(f"{paths[-1]}/{name}", os.O_RDWR), [np.empty(piece, np.uint8) for _ in files]
-        result = torch.empty(piece // 2, dtype=torch.bfloat16)
+        out, buffers = os.open(f"{paths[-1]}/{name}", os.O_RDWR), np.empty((count, piece // 2), np.uint16)
         for at in range(first, last, piece):
-            numel = min(piece, last - at) // 2
-            values = [buffer[: numel * 2].view(np.uint16) for buffer in buffers]
+            values = [buffer[: min(piece, last - at) // 2] for buffer in buffers]
             for file, value in zip(files, values, strict=True):
                 os.preadv(file, [memoryview(value).cast("B")], at)
-            if run:
-                run(iter(values), [1.0] * count, count, numel, 0, 0, result.data_ptr())
-            else:
-                wide = [torch.from_numpy(value).view(torch.bfloat16).float() for value in values]
-                result[:numel] = functools.reduce(torch.Tensor.add_, wide).div_(count)
-            rounded = memoryview(result[:numel].view(torch.uint8).numpy())
+            rounded = memoryview(mean(values, ["bfloat16"] * count, [1 / count] * count, "bfloat16")).cast("B")
             for k in range(0, len(rounded), 2 * BUFFER):
                 os.pwrite(out, rounded[k : k + 2 * BUFFER], at + k)
 

@@ -294,7 +294,7 @@ def _measured(group: Group, job: Job, engine: Given, target: Path) -> dict[str, 
         if m.source.reader:
             raise UsageError("engine.calibrate=true reads a part of the source, and a seed is computed. Leave it out.")
     workers = task.worker_count(engine, group.local_world) * group.local_world
-    dtypes, want = [main_dtype(bound) for _, bound in job.sources], main_dtype(job.target[0])
+    dtypes, want = [_main_dtype(bound) for _, bound in job.sources], _main_dtype(job.target[0])
     kernel = _kernel(job, dtypes, want)
     block, made = (plan.TILE * item for item in (max(map(itemsize, dtypes)), itemsize(want)))
 
@@ -309,7 +309,7 @@ def _measured(group: Group, job: Job, engine: Given, target: Path) -> dict[str, 
     return found | ({"exchange": calibrate.exchange(group, str(engine["device"]))} if group.world > 1 else {})
 
 
-def main_dtype(bound: Bound) -> str:
+def _main_dtype(bound: Bound) -> str:
     """The dtype of most bytes."""
     held: dict[str, int] = {}
     for entry, rule in zip(bound.entries, bound.rules, strict=True):

@@ -47,7 +47,7 @@ def halved(names: Iterable[str]) -> str:
 
     >>> halved(["optim.state.a.exp_avg", "optim.state.b.exp_avg", "optim.state.b.exp_avg_sq", "optim.state.c.exp_avg",
     ...         "optim.state.c.exp_avg_sq"])
-    "1 of 3 weights, first 'a', has one moment in 'optim.state', and no exp_avg_sq"
+    "of 1 of 3 weights, first 'a', 'optim.state' has exp_avg or exp_avg_sq only"
     """
     held: dict[str, dict[str, int]] = {}
     for name in names:
@@ -61,9 +61,8 @@ def halved(names: Iterable[str]) -> str:
     for place, weights in held.items():
         halves = [w for w, found in weights.items() if found < 3]
         if 0 < len(halves) * 2 < len(weights):
-            gone = MOMENTS[2 - weights[halves[0]]]
-            have = "has" if len(halves) == 1 else "have"
-            return f"{len(halves)} of {len(weights)} weights, first {halves[0]!r}, {have} one moment in {place!r}, and no {gone}"
+            only = " or ".join(MOMENTS)
+            return f"of {len(halves)} of {len(weights)} weights, first {halves[0]!r}, {place!r} has {only} only"
     return ""
 
 

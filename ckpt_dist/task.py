@@ -75,7 +75,8 @@ def run_tiles(
     """
     for m, _ in sources:
         needs_data(m.catalog)
-    nbytes, finished = tile_bytes(canon), _finished(canon, staged, here)
+    nbytes = tile_bytes(canon)
+    finished = _finished(len(nbytes), staged, here)
     first, last = share(canon, finished, group, local=here is not None)
     mine = canon.views(plan.tiles(canon.entries, first=first, last=last))
     needed = (
@@ -142,9 +143,9 @@ def run_tiles(
     return done
 
 
-def _finished(canon: Bound, staged: Staged | None, here: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """The tiles that this job need not make: earlier attempts have, or they are for other nodes."""
-    found = np.zeros(len(tile_bytes(canon)), bool) if here is None else ~here
+def _finished(count: int, staged: Staged | None, here: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Which of so many tiles this job need not make: earlier attempts have, or they are for other nodes."""
+    found = np.zeros(count, bool) if here is None else ~here
     for lo, hi in staged.finished if staged else ():
         found[lo:hi] = True
     return found

@@ -99,13 +99,9 @@ def write(
     if cfg.get("dry_run"):
         return _dry(group, report, p, engine, path)
     if p.combine is not keep or _casts(p.design):
-        from ckpt_dist.averages.tensors import how_summed, use
+        from ckpt_dist.averages.tensors import use
 
-        said = f"computed on {use(str(engine['device']), group.local_rank)}"
-        if len(models) > 1:
-            dtypes = [cost.main_dtype(bound) for bound in p.design.sources]
-            said += how_summed(dtypes, cost.main_dtype(p.design.target), given)
-        report.notes.append(said)
+        report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
     staged = _begun(group, p, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
@@ -331,13 +327,24 @@ def _fill(
     with report.phase("publish"):
         each = group.gather((p.staging.node, done.runs))
         runs = [run for node, some in each if node == p.staging.node for run in some]
-        report.peak_memory = group.gather(peak_memory())
+        told = group.gather((peak_memory(), _summed(p)))
+        report.peak_memory = [memory for memory, _ in told]
+        report.notes += sorted({how for _, ways in told for how in ways})
         prints = _fingerprints(p.design, done, p.models, report) if digests else {}
         kept = {} if p.staging.single else beside.record(cfg, about, p.models, given, prints, report)
         if p.local:  # the ranks have phases of their own, and all nodes get the first one's record
             kept = group.broadcast(kept)
         finish(p, lambda work: p.on_disks(group, work), runs, {**p.small, **kept}, cfg)
     return prints
+
+
+def _summed(p: Prepared) -> list[str]:
+    """How this rank has summed; another one may lack a package."""
+    if len(p.models) < 2:
+        return []
+    from ckpt_dist.averages.tensors import SUMMED
+
+    return list(SUMMED)
 
 
 def finish(

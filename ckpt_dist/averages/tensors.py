@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ckpt_dist.averages.fused import LLVM, Pass, one_pass
+from ckpt_dist.averages.fused import Pass, one_pass
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating
 from ckpt_dist.plan import HELD
@@ -24,6 +24,7 @@ torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must
 
 
 DEVICE = torch.device("cpu")
+SUMMED = set[str]()  # how this process has summed since `use`: both ways give the same bytes, and differ in time
 
 
 class Room(threading.local):
@@ -50,16 +51,8 @@ def use(device: str, local_rank: int) -> str:
         raise UsageError("engine.device=cuda, but torch sees no GPU here. Use engine.device=auto or cpu.")
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     DEVICE = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    SUMMED.clear()
     return str(DEVICE)
-
-
-def how_summed(dtypes: Sequence[str], want: str, coefficients: Sequence[float]) -> str:
-    """How values of these dtypes are summed, for the log: both ways give the same bytes, and differ in time."""
-    if DEVICE.type != "cpu" or len(set(dtypes)) > 1 or not {*dtypes, want} <= set(LLVM):
-        return ""
-    if one_pass(dtypes[0], want, _scale(coefficients or [1 / len(dtypes)] * len(dtypes))[0]):
-        return f"; {want} is summed in one pass by llvmlite"
-    return f"; {want} is summed by torch (the extra `fast` does it in one pass, on CPUs that it knows)"
 
 
 def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
@@ -110,17 +103,15 @@ def mean(
         raise CheckpointError(
             "8-bit floats carry scales of their own and cannot be averaged; de-quantise the checkpoints first."
         )
-    divide, scale, factors = _scale(coefficients)
-    if DEVICE.type == "cpu" and len(set(dtypes)) == 1 and (run := one_pass(dtypes[0], want, divide)):
-        return _at_once(run, iter(values), factors, scale, want)
-    return _one_by_one(values, dtypes, factors, scale, divide, want)
-
-
-def _scale(coefficients: Sequence[float]) -> tuple[bool, float, Sequence[float]]:
-    """Whether the sum is divided by a number or multiplied by it, the number, and the factor of each source."""
     uniform, count = len(set(coefficients)) == 1, len(coefficients)
     divide = uniform and count & (count - 1) != 0  # a power of two: the same bits by its inverse, in half the time
-    return divide, (count if divide else 1 / count) if uniform else 1.0, [1.0] * count if uniform else coefficients
+    scale = (count if divide else 1 / count) if uniform else 1.0
+    factors = [1.0] * count if uniform else coefficients
+    if DEVICE.type == "cpu" and len(set(dtypes)) == 1 and (run := one_pass(dtypes[0], want, divide)):
+        SUMMED.add(f"{want} is summed in one pass, by llvmlite")
+        return _at_once(run, iter(values), factors, scale, want)
+    SUMMED.add(f"{want} is summed one source after the other, by torch")
+    return _one_by_one(values, dtypes, factors, scale, divide, want)
 
 
 def _at_once(

@@ -9,7 +9,7 @@ Invariant: what is called here are functions of this file, which look at plain v
 from __future__ import annotations
 
 import pickle
-import re
+import signal
 from collections import OrderedDict
 from collections.abc import Mapping
 from math import prod
@@ -104,6 +104,7 @@ INERT = {
         "typing.Any",
         "torch._C._VariableFunctionsClass",
         "signal.Signals",
+        *(f"signal.{name}" for name in signal.Signals.__members__),  # so Python pickles them until 3.11.3
         "_io.BytesIO",
         "collections.Counter",
         "builtins.range",
@@ -128,12 +129,10 @@ FOREIGN = (  # whose classes and functions are settings: never run
     "transformers.",
     "accelerate.",
     "peft.",
-    "deepspeed.",
     "torch.nn.functional.",
     "torch.nn.init.",
     "torch._C._nn.",
 )
-SIGNAL = re.compile(r"SIG[A-Z0-9]{2,12}")
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 
@@ -354,8 +353,6 @@ def lookup(module: str, name: str) -> Any:
         return Dtype(name)
     if module in ("pathlib", "pathlib._local") and name in _PATHS:
         return _join
-    if module == "signal" and SIGNAL.fullmatch(name):  # until Python 3.11.3 signals are pickled by their names
-        return named(path)
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist.box import Ints
+from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Key, padded
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import safetensors
@@ -134,7 +134,10 @@ def _catalog(path: Path, head: Mapping[str, Any], columns: Mapping[str, Ints]) -
     root = _text(head["root"])
     files = tuple(inside(Path(root), name, "it") for name in head["files"])
     entries = tuple(_entry(*row) for row in head["entries"])
-    for what, names in (("file", files), ("tensor", [e.name for e in entries])):
+    packed = tuple(_packed(*row) for row in head.get("packed", ()))  # catalogs of old have no such list
+    packed_files = [p.file for p in packed]
+    _within(ints(packed_files), len(files), "file")
+    for what, names in (("file", files), ("tensor", [e.name for e in entries]), ("compressed file", packed_files)):
         if len(set(names)) != len(names):
             raise CheckpointError(f"it names a {what} twice")
     if (elements := sum(prod(max(n, 1) for n in e.shape) for e in entries)) > MOST_ELEMENTS:
@@ -145,10 +148,7 @@ def _catalog(path: Path, head: Mapping[str, Any], columns: Mapping[str, Ints]) -
         k: _text(head[k]) for k in ("asked", "folder")
     }
     about |= {"saved": str(path), "step": None if head["step"] is None else _count(head["step"], "a step")}
-    if packed := tuple(_packed(row, len(files)) for row in head.get("packed", ())):  # catalogs of old have no such list
-        if len({p.file for p in packed}) != len(packed):
-            raise CheckpointError("it names a compressed file twice")
-        about["packed"] = packed
+    about["packed"] = packed
     extras = tuple(Extra(_text(name), (), _role(role)) for name, role in head["extras"])
     chunks = _chunks(entries, len(files), columns)
     return Catalog(head["format"], root, files, entries, chunks, extras, head["config"], about=about)
@@ -163,13 +163,10 @@ def _entry(name: Any, dtype: Any, shape: Any, role: Any, path: Any, frame: Any) 
     return Entry(_text(name), dtype, lengths, _path(path), _role(role), bounds)
 
 
-def _packed(row: Any, num_files: int) -> Packed:
-    file, codec, stored_bytes, nbytes = row
+def _packed(file: Any, codec: Any, stored_bytes: Any, nbytes: Any) -> Packed:
     if codec not in CODECS:
         raise CheckpointError(f"{codec!r:.100} is no codec")
-    if _count(file, "a file") >= num_files:
-        raise CheckpointError(f"a compressed chunk is of file {file}, and there are {num_files}")
-    return Packed(file, codec, _count(stored_bytes, "a length"), _count(nbytes, "a length"))
+    return Packed(_count(file, "a file"), codec, _count(stored_bytes, "a length"), _count(nbytes, "a length"))
 
 
 def _chunks(entries: Sequence[Entry], num_files: int, columns: Mapping[str, Ints]) -> Chunks:
