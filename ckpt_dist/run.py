@@ -21,6 +21,7 @@ from ckpt_dist.engine.fill import Combine, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import UsageError
 from ckpt_dist.model import Model
+from ckpt_dist.prepared import made
 from ckpt_dist.report import Report
 
 Config = Mapping[str, Any]
@@ -158,7 +159,7 @@ def seed(cfg: Config) -> dict[str, Any]:
         with report.phase("scan"):
             m = group.on_first(lambda: initial.checkpoint(cfg))
         about = {"verb": "seed", "seed": cfg["seed"], "init": initial.described(m)}
-        return writing.write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: writing.made, about)
+        return writing.write(group, report, [m], cfg, Path(cfg["target"]["path"]), lambda d: made, about)
 
 
 def _paths(cfg: Config) -> list[str]:

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 ROOMS = (
     "errors", "box configs draw", "pattern parallel megatron merak", "catalog files nemo", "families", "family", "conditions",
     "absent plan report quantised ranks slots zero stages", "formats", "sources", "model",
-    "averages initial", "engine", "part", "design", "task", "ties", "cost replicas", "beside", "writing", "run", "sums",
+    "averages initial", "engine", "part", "design", "task", "ties", "cost replicas", "beside", "prepared", "writing", "run", "sums",
     "check facts", "keys", "config", "api", "cli dcp",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}

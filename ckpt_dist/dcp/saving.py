@@ -38,6 +38,7 @@ from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.memory import Memory
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.model import Bound, Model
+from ckpt_dist.prepared import Prepared, prepare
 from ckpt_dist.report import Report
 from ckpt_dist.sources import Source
 
@@ -87,7 +88,7 @@ class Writer(StorageWriter):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.prepared: writing.Prepared | None = None
+        self.prepared: Prepared | None = None
         self.report = Report("save")
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -121,7 +122,7 @@ class Writer(StorageWriter):
         m = _model(_catalog(plans), self.settings)
         self.report.notes += [m.lacks] if m.lacks else []
         path = Path(self.settings["target"]["path"])
-        p = writing.prepare(Group(alone=True), self.report, [m], self.settings, path, lambda d: keep, False)
+        p = prepare(Group(alone=True), self.report, [m], self.settings, path, lambda d: keep, False)
         errands = _errands(p, m.catalog, plans)
         writing.begin(p, self.settings, ABOUT, ())
         self.prepared = p
@@ -157,7 +158,7 @@ class Writer(StorageWriter):
         stage.release()
         self.prepared = None
 
-    def _publish(self, p: writing.Prepared, all_done: Sequence[Done]) -> None:
+    def _publish(self, p: Prepared, all_done: Sequence[Done]) -> None:
         self.report.target = self.settings["target"]["path"]
         self.report.bytes_written = sum(d.bytes_written for d in all_done)
         kept = {} if p.staging.single else beside.record(self.settings, ABOUT, p.models, (), {}, self.report)
@@ -206,7 +207,7 @@ def _model(catalog: Catalog, settings: Mapping[str, Any]) -> Model:
     return design.understand(source, settings["source"], {**settings, "partial": True})  # a program knows what it saves
 
 
-def _errands(p: writing.Prepared, catalog: Catalog, plans: Sequence[SavePlan]) -> list[Errand]:
+def _errands(p: Prepared, catalog: Catalog, plans: Sequence[SavePlan]) -> list[Errand]:
     """For each rank the chunks of the target that its shards touch, and no others."""
     source, laid_out = p.design.sources[0], p.layout.catalog
     laid, held = plan.align(p.proof.target, source.views(catalog.chunks))

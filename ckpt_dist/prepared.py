@@ -1,0 +1,232 @@
+"""A job before its first byte is written: design, layout and proof, checked against the target's place.
+
+Invariant: nothing is written, and every rank finds the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt_dist import beside, configs, design, formats, part, quantised, slots, task, ties
+from ckpt_dist.catalog import Extra, Views
+from ckpt_dist.engine import staging as stage
+from ckpt_dist.engine.fill import Combine, keep
+from ckpt_dist.engine.group import Group
+from ckpt_dist.engine.traffic import node_of
+from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.formats import Layout, Spec
+from ckpt_dist.model import Bound, Model, bind_plain, resized
+from ckpt_dist.report import Report, parse_size
+
+Config = Mapping[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the first byte is written: proven, laid out, checked against the target's place."""
+
+    models: Sequence[Model]
+    design: design.Design
+    combine: Combine
+    layout: Layout
+    proof: task.Proof
+    staging: stage.Staging
+    small: Mapping[str, bytes | Path]
+
+    @property
+    def local(self) -> bool:
+        """Whether each node has a target of its own."""
+        return self.staging.node is not None
+
+    def on_disks(self, group: Group, work: Callable[[], T]) -> T:
+        """Do the work once for each disk that holds a target; its result to all ranks that write there."""
+        return group.on_nodes(work) if self.local else group.on_first(work)
+
+    def on_node(self, node: int | None) -> tuple[Views, NDArray[np.bool_] | None]:
+        """The part of the target that a node holds, and the tiles that it is made of; None: all, on a disk of all."""
+        views, chunks = self.proof.target, self.layout.catalog.chunks
+        if node is None:
+            return views, None
+        mine = part.on_node(views, chunks, formats.held(self.layout, node))
+        needed = part.needed(self.design.canon, mine)
+        if node == 0:  # what goes nowhere is digested
+            needed |= ~part.needed(self.design.canon, views)
+        return mine, needed
+
+
+def prepare(
+    group: Group,
+    report: Report,
+    models: list[Model],
+    cfg: Config,
+    path: Path,
+    combination: Callable[[design.Design], Combine],
+    into: bool,
+) -> Prepared:
+    """Design, layout and proof: the same on every rank, nothing written."""
+    target = cfg["target"]
+    if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
+        raise UsageError(
+            f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
+        )
+    models = [ties.settle(group, report, m, task.engine_of(cfg)) for m in design.spoken(models, target)]
+    report.notes += [note for m in models for note in m.source.notes]
+    report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
+    if "optimizer" in (cfg.get("keep") or ()) and group.rank == 0:
+        report.warnings += [text for m in models for text in slots.lacking(m.catalog)]
+    if any((m.family is None) != (models[0].family is None) for m in models):
+        _same_tensors(models, [bind_plain(m) for m in models])
+    models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
+    d = design.of(models, target)
+    _same_tensors(models, d.sources)
+    extras, lost = beside.extras(models[-1], cfg)  # of several what is no weight is the last one's
+    placement = _placement(group, cfg)
+    told = beside.args(d, models[-1]) if target["format"] in formats.ARGS else None
+    if told and target["format"] != "merak":  # which writes those of a source, not of a config.json
+        beside.translated(told, "config.json", report)
+    layout = _lay_out(d, models[-1], extras, told.config if told else {}, cfg, path, placement)
+    report.guesses += layout.catalog.about.get("guesses", ())
+    if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
+        report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
+    proof = task.prove_all(group, d, models, layout.catalog.chunks)
+    task.divided(task.engine_of(cfg), models)  # also a run says here what is too big
+    node = None if target["shared"] else group.node
+    place = path.resolve() if into else path.absolute()  # a link may lead to another disk
+    staging = stage.Staging(place, _single(layout, path, cfg), into, node)
+    if node is not None and (staging.single or into):
+        raise UsageError("target.shared=false: each node gets a folder of its own; give a new folder as target.path.")
+    carries = target["format"] in formats.FOLDERS and not staging.single
+    small = beside.small_files(models[0], d, layout, cfg, report) if carries else {}
+    if into:  # what a checkpoint has of its own stays as it is
+        small = {n: f for n, f in small.items() if not staging.there(n)}
+    if node is not None:  # the first node may be the only one that has them
+        small = group.on_first(lambda: {n: f if isinstance(f, bytes) else f.read_bytes() for n, f in small.items()})
+    used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
+    beside.account(report, models, lost | design.unsaid(models[0], d))
+    combine = combination(d)
+    if combine is keep and any(quantised.computed(m.catalog) for m in models):
+        combine = made
+    p = Prepared(models, d, combine, layout, proof, staging, small)
+    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
+        p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
+    return p
+
+
+def _placement(group: Group, cfg: Config) -> tuple[int, ...] | None:
+    """The node of each rank of the job that will load the target; None where every node gets everything."""
+    asked, engine = cfg["target"]["placement"], cfg["engine"]
+    if cfg["target"]["shared"]:
+        if asked != "ranks":
+            raise UsageError("target.placement says which node gets what; it needs target.shared=false.")
+        return None
+    imagined = engine.get("ranks") or engine.get("nodes")
+    nodes = int(engine.get("nodes") or 1) if imagined else group.nodes
+    if asked == "ranks":
+        ranks = int(engine.get("ranks") or nodes)
+        return tuple(node_of(ranks, nodes).tolist()) if imagined else tuple(group.gather(group.node))
+    if asked == "all":
+        return None
+    if max(asked) >= nodes:
+        raise UsageError(f"target.placement names node {max(asked)}, this job has nodes 0 to {nodes - 1}.")
+    return tuple(asked)
+
+
+def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
+    have = m.sizes.get("v")
+    if asked is None or asked == have:
+        return m
+    if m.source.reader:
+        raise UsageError(
+            f"target.vocab_size={asked}: these values are not stored yet, and have the vocabulary of their config; change vocab_size there."
+        )
+    found = resized(m, "v", asked)
+    what = "the rest are zeros" if have and asked > have else "the last ones are left out"
+    report.notes.append(f"vocabulary of {asked} instead of {have} rows: {what}; all fingerprints are of {asked}")
+    return found
+
+
+def _same_tensors(models: Sequence[Model], bounds: Sequence[Bound]) -> None:
+    """All sources hold the same tensors, shapes and dtypes, or the differences are shown."""
+    tables = []
+    for bound in bounds:
+        tables.append(
+            {
+                (r.weights, r.fixed): (e.dtype, e.shape)
+                for e, r in zip(bound.entries, bound.rules, strict=True)
+                if r is not None
+            }
+        )
+    first, differences = tables[0], []
+    for m, table_ in zip(models[1:], tables[1:], strict=True):
+        if bounds[0].axes and m.dialect != models[0].dialect:
+            continue  # other shapes by design; axis lengths and coverage are compared by the plan
+        for key in [*first, *(k for k in table_ if k not in first)]:
+            if first.get(key) != table_.get(key):
+                name = ", ".join(key[0]) + "".join(f" {a}={i}" for a, i in key[1])
+                differences.append(
+                    f"  {name}: {_kind(first.get(key))} in {models[0].source.folder.name}, {_kind(table_.get(key))} in {m.source.folder.name}"
+                )
+    if differences:
+        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise CheckpointError("These checkpoints are not of one model:\n" + "\n".join(differences[:10]) + more)
+
+
+def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if found is None else f"{found[0]}{list(found[1])}"
+
+
+def made(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
+    """What `keep` does, for computed sources; being another function it has every tile made and digested, none copied."""
+    return keep(tile, values, dtypes, want)
+
+
+def _lay_out(
+    d: design.Design,
+    m: Model,
+    extras: Sequence[Extra],
+    args: Config,
+    cfg: Config,
+    path: Path,
+    placement: Sequence[int] | None,
+) -> Layout:
+    target = cfg["target"]
+    options = {
+        **target,
+        "max_shard_size": parse_size(target["max_shard_size"]),
+        "sizes": m.sizes,
+        "args": args,
+        "step": m.step,
+        "file": path.name if is_file_name(path, target["format"]) else None,
+        "placement": placement,
+    }
+    if target["format"] == "fsdp":
+        raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
+    for key in ("tp", "pp", "vpp", "ep"):
+        if target[key] != 1 and key not in formats.RANKS.get(target["format"], ()):
+            raise UsageError(
+                f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
+            )
+    known = formats.EMBEDDINGS.get(target["format"])
+    if known and target["embedding"] not in ("auto", *known):
+        raise UsageError(
+            f"target.embedding={target['embedding']}: {target['format']} has no such ranks. Give {' or '.join(known)}."
+        )
+    if target["release"] and target["format"] not in formats.RELEASES:
+        raise UsageError(f"target.release=true: {target['format']} has no such checkpoints. Leave it out.")
+    layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
+    return layout
+
+
+def is_file_name(path: Path, format: str) -> bool:
+    return format == "torch" and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+
+
+def _single(layout: Layout, path: Path, cfg: Config) -> bool:
+    return is_file_name(path, cfg["target"]["format"]) and len(layout.catalog.files) == 1
