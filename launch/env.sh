@@ -47,8 +47,9 @@ if has_torch; then
     # --system-site-packages shows those of the interpreter, not those of a venv that $PYTHON belongs to
     "$VENV/bin/python" -c 'import torch' 2>/dev/null || "$PYTHON" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
         > "$("$VENV/bin/python" -c 'import site; print(site.getsitepackages()[0])')/of_python3.pth"
-    { grep -v '^torch==' launch/constraints.txt; "$PYTHON" -c 'import torch; print(f"torch=={torch.__version__}")'; } \
-        > "$VENV/constraints.txt"
+    # the version that pip knows: PyPI's torch 2.13.0 says 2.13.0+cu130 of itself
+    { grep -v '^torch==' launch/constraints.txt
+      "$PYTHON" -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; } > "$VENV/constraints.txt"
     # pip counts what lies in those folders as installed; uv does not
     pip install --quiet -c "$VENV/constraints.txt" -e '.[test]'
     echo "$KEY" > "$STAMP"

@@ -364,6 +364,24 @@ def test_quantised_and_flat_checkpoints_are_refused_by_name(tmp_path: Path, refu
     assert "weight_scale_inv" in refused(source)
 
 
+def test_a_dtype_that_this_torch_is_too_old_for(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.6, the oldest that setup.cfg lets in, has no float8_e8m0fnu; as bytes it is carried all the same."""
+    scales = torch.full((4,), 0.25).to(torch.float8_e8m0fnu)
+    save_file({**tensors(), "scales": scales}, tmp_path / "model.safetensors")
+    keys = ["source.path=" + str(tmp_path / "model.safetensors"), "model.family=identity"]
+    monkeypatch.delattr(torch, "float8_e8m0fnu")
+    for verb, more in (("convert", ["target.format=dcp"]), ("verify", [])):
+        said = refused(tmp_path / "model.safetensors", "model.family=identity", *more, verb=verb)
+        assert f"torch {torch.__version__} has no dtype float8_e8m0fnu" in said
+    assert main("convert", [*keys, f"target.path={tmp_path / 'copy'}", "target.format=hf"]) == 0
+    monkeypatch.undo()
+    assert torch.equal(
+        load_file(tmp_path / "copy/model.safetensors")["scales"].view(torch.uint8), scales.view(torch.uint8)
+    )
+
+
 def test_verify_finds_what_is_not_finite_and_what_differs(tmp_path: Path, refused: Refused) -> None:
     source, other = make("hf", tmp_path / "source"), make("dcp", tmp_path / "other")
     assert main("verify", [f"a.path={source}", f"b.path={other}"]) == 0

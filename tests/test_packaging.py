@@ -101,3 +101,34 @@ def test_a_foreign_package_named_conf_is_not_taken(installed: Path, tmp_path: Pa
         )
     finally:
         shutil.rmtree(installed / "conf")
+
+
+def test_an_environment_keeps_the_torch_that_is_there_by_the_version_that_pip_knows(tmp_path: Path) -> None:
+    """PyPI's build for CUDA is the package 2.13.0, and says 2.13.0+cu130 of itself."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    package, record = tmp_path / "site/torch/__init__.py", tmp_path / "site/torch-2.13.0.dist-info/METADATA"
+    for path, text in (
+        (package, '__version__ = "2.13.0+cu130"'),
+        (record, "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
+    interpreter.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(interpreter), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    env.pop("PIP_FIND_LINKS", None)
+    done = subprocess.run(["bash", "launch/env.sh"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert "Using the torch of" in done.stdout and done.returncode  # there is nothing to install from
+    assert "torch==2.13.0" in (tmp_path / ".venv/constraints.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_python_has_one_version_of_each_package_for_the_tests(version: str) -> None:
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "launch/constraints.txt").read_text().splitlines() if line[0] != "#"]
+    names = [r.name for r in map(Requirement, lines) if not r.marker or r.marker.evaluate({"python_version": version})]
+    assert sorted(names) == ["accelerate", "megatron-core", "torch", "transformers", "zarr"]

@@ -85,6 +85,11 @@ def hf(folder: Path, path: Path, **options: Any) -> Tensors:
 # ---- the same as transformers
 
 
+def saved(model: Any, folder: Path) -> None:
+    model.generation_config.pad_token_id = None  # some releases of transformers refuse to save a negative one
+    model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_what_transformers_would_save_but_for_the_numbers(tmp_path: Path, kind: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,7 +97,7 @@ def test_it_is_what_transformers_would_save_but_for_the_numbers(tmp_path: Path, 
     own = {} if kind.startswith(("gpt2", "bloom")) else SIZES
     given = AutoConfig.for_model(kind.partition("-")[0], **{**own, **KINDS[kind]})
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(given).save_pretrained(tmp_path / "theirs")
+    saved(AutoModelForCausalLM.from_config(given), tmp_path / "theirs")
     theirs = load_file(tmp_path / "theirs/model.safetensors")
     ours = hf(tmp_path / "ours", tmp_path / "theirs/config.json")
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
@@ -106,7 +111,7 @@ def test_it_is_what_transformers_would_save_but_for_the_numbers(tmp_path: Path, 
 
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    model.save_pretrained(tmp_path / "again")
+    saved(model, tmp_path / "again")
     again = load_file(tmp_path / "again/model.safetensors")
     assert again.keys() == ours.keys() and all(torch.equal(again[n], t) for n, t in ours.items())
     ids = torch.tensor([[1, 2, 3]])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ckpt_dist.averages.fused import Pass, one_pass
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files.dtypes import is_floating
+from ckpt_dist.files.dtypes import is_floating, of_torch
 from ckpt_dist.plan import HELD
 
 torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must not depend on how torch splits them
@@ -57,7 +57,7 @@ def use(device: str, local_rank: int) -> str:
 
 def tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
     """The words of a tile as a tensor that shares their memory."""
-    return torch.from_numpy(words).view(getattr(torch, dtype))
+    return torch.from_numpy(words).view(of_torch(torch, dtype))
 
 
 def words(value: torch.Tensor, like: int) -> NDArray[Any]:
@@ -70,7 +70,7 @@ def cast(value: NDArray[Any], dtype: str, want: str) -> NDArray[Any]:
     """One rounding from one floating dtype to another; anything else is refused. It is valid until this thread's next."""
     if not (is_floating(dtype) and is_floating(want)):
         raise CheckpointError(f"A {dtype} tensor cannot become {want}: only floating types are cast.")
-    target = getattr(torch, want)
+    target = of_torch(torch, want)
     return words(ROOM.of("result", target, value.size).copy_(tensor(value, dtype).to(DEVICE)), target.itemsize)
 
 
@@ -119,7 +119,7 @@ def _at_once(
 ) -> NDArray[Any]:
     first = next(values)
     numel, more = first.size, len(factors) > HELD
-    result = ROOM.of("result", getattr(torch, want), numel)
+    result = ROOM.of("result", of_torch(torch, want), numel)
     total = ROOM.of("sum", torch.float32, numel).data_ptr() if more else 0
     equal = ROOM.of("equal", torch.bool, numel).data_ptr() if more else 0
     run(itertools.chain([first], values), factors, scale, numel, total, equal, result.data_ptr())
@@ -136,7 +136,7 @@ def _one_by_one(
 ) -> NDArray[Any]:
     """By torch, on DEVICE: in fp64, on a GPU, without the extra `fast`, or of values of several dtypes."""
     wide = torch.float64 if want == "float64" or "float64" in dtypes else torch.float32
-    target = getattr(torch, want)
+    target = of_torch(torch, want)
     total: torch.Tensor | None = None
     first: torch.Tensor | None = None
     constant: torch.Tensor | None = (

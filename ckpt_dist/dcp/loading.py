@@ -42,6 +42,7 @@ from ckpt_dist.engine.fill import Side
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import Rule
+from ckpt_dist.files.dtypes import of_torch
 from ckpt_dist.model import Bound, Model
 
 STORED = "stored "  # in front of the name of what is no weight of a family: no weight is called so
@@ -237,7 +238,7 @@ class Reader(StorageReader):
 def _described(entry: Entry) -> TensorStorageMetadata:
     shape = torch.Size(entry.shape)
     whole = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
-    return TensorStorageMetadata(TensorProperties(getattr(torch, entry.dtype)), shape, [whole])
+    return TensorStorageMetadata(TensorProperties(of_torch(torch, entry.dtype)), shape, [whole])
 
 
 def _value(shown: Shown, name: str) -> bytes:

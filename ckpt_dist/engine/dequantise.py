@@ -18,7 +18,7 @@ import torch
 
 from ckpt_dist.averages.tensors import tensor
 from ckpt_dist.engine.files import Computed, Files
-from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.dtypes import itemsize, of_torch
 from ckpt_dist.quantised import VALUES, Quantised, Stored
 
 PART, PACKED = 1 << 18, 1 << 19  # elements that are made at once; of packed ones, which lie in columns, more
@@ -44,7 +44,7 @@ class Dequantised(Computed):
 
     def compute(self, file: int, offset: int, into: memoryview) -> None:
         q = self.weights[file][bisect_right(self.begins[file], offset) - 1]
-        out = torch.frombuffer(into, dtype=getattr(torch, q.dtype))
+        out = torch.frombuffer(into, dtype=of_torch(torch, q.dtype))
         first, size = (offset - q.offset) // itemsize(q.dtype), prod(q.shape[-2:])
         (make, part), done = (self._fp4, PACKED) if q.packed else (self._fp8, PART), 0
         while done < len(out):

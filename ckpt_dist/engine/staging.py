@@ -311,7 +311,7 @@ def _join(staging: Staging, fsync: bool) -> None:
         os.rename(folder / name, target / name)
     for place in {(target / name).parent for name in names} if fsync else ():
         _sync(place)
-    (folder / journal.FOLDER).rename(folder / "done")  # no list and no journal: nothing to take back or to go on with
+    os.rename(folder / journal.FOLDER, folder / "done")  # no list and no journal: nothing to take back or to go on with
     release()
     _litter(folder)
 

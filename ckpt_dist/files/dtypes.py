@@ -5,6 +5,9 @@ Invariant: one table; importing it needs no torch.
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 from ckpt_dist.errors import CheckpointError
 
 # torch name: (bytes, safetensors name, class of a typed storage in a pickle; None where torch writes an untyped one)
@@ -43,6 +46,13 @@ def itemsize(dtype: str) -> int:
     if dtype not in TABLE:
         raise CheckpointError(f"The dtype {dtype!r} is not supported.")
     return TABLE[dtype][0]
+
+
+def of_torch(torch: ModuleType, dtype: str) -> Any:
+    """torch's own object of this name, from the module; one that it is too old to have is refused."""
+    if not hasattr(torch, dtype):
+        raise CheckpointError(f"torch {torch.__version__} has no dtype {dtype}. Install a newer torch.")
+    return getattr(torch, dtype)
 
 
 def to_safetensors(dtype: str) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ckpt_dist.box import ints, volume
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.files import pickles, zips
-from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.dtypes import itemsize, of_torch
 from ckpt_dist.formats import Crc, Layout, Spec, held, split
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.parallel import Interval, chunked
@@ -163,7 +163,7 @@ def _metadata(
     described: dict[str, Any] = {x.name: BytesStorageMetadata() for _, x, *_ in extras}
     stored = {MetadataIndex(x.name): _StorageInfo(catalog.files[f], at, n) for f, x, at, n in extras}
     for entry in catalog.entries:
-        properties = TensorProperties(dtype=getattr(torch, entry.dtype))
+        properties = TensorProperties(dtype=of_torch(torch, entry.dtype))
         described[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), [])
     chunks = catalog.chunks
     for row in _once(chunks, here):
