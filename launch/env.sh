@@ -39,7 +39,8 @@ hand_over() {  # hand_over UV_NAME pip-name
 echo "Making $VENV (this takes a few minutes the first time)"
 rm -f "$STAMP"
 SITE=(); has_torch && SITE=(--system-site-packages)
-[ -x "$VENV/bin/pip" ] || "$PYTHON" -m venv --clear "${SITE[@]}" "$VENV"
+{ [ -x "$VENV/bin/pip" ] && [ "$("$VENV/bin/python" -V)" = "$("$PYTHON" -V)" ]; } ||
+    "$PYTHON" -m venv --clear "${SITE[@]}" "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if has_torch; then
@@ -49,7 +50,10 @@ if has_torch; then
         > "$("$VENV/bin/python" -c 'import site; print(site.getsitepackages()[0])')/of_python3.pth"
     # the version that pip knows: PyPI's torch 2.13.0 says 2.13.0+cu130 of itself
     { grep -v '^torch==' launch/constraints.txt
-      "$PYTHON" -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; } > "$VENV/constraints.txt"
+      "$PYTHON" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' 2>/dev/null || {
+          echo "pip does not know the torch of $PYTHON: it has no metadata. Install without it: pip install --no-deps -e ." >&2
+          exit 1
+      }; } > "$VENV/constraints.txt"
     # pip counts what lies in those folders as installed; uv does not
     pip install --quiet -c "$VENV/constraints.txt" -e '.[test]'
     echo "$KEY" > "$STAMP"

@@ -104,14 +104,14 @@ def test_a_foreign_package_named_conf_is_not_taken(installed: Path, tmp_path: Pa
 
 
 def test_an_environment_keeps_the_torch_that_is_there_by_the_version_that_pip_knows(tmp_path: Path) -> None:
-    """PyPI's build for CUDA is the package 2.13.0, and says 2.13.0+cu130 of itself."""
+    """PyPI's build for CUDA is the package 2.12.0, and says 2.12.0+cu128 of itself."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     for name in ("setup.cfg", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    package, record = tmp_path / "site/torch/__init__.py", tmp_path / "site/torch-2.13.0.dist-info/METADATA"
+    package, record = tmp_path / "site/torch/__init__.py", tmp_path / "site/torch-2.12.0.dist-info/METADATA"
     for path, text in (
-        (package, '__version__ = "2.13.0+cu130"'),
-        (record, "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"),
+        (package, '__version__ = "2.12.0+cu128"'),
+        (record, "Metadata-Version: 2.1\nName: torch\nVersion: 2.12.0\n"),
     ):
         path.parent.mkdir(parents=True)
         path.write_text(text)
@@ -122,13 +122,17 @@ def test_an_environment_keeps_the_torch_that_is_there_by_the_version_that_pip_kn
     env.pop("PIP_FIND_LINKS", None)
     done = subprocess.run(["bash", "launch/env.sh"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
     assert "Using the torch of" in done.stdout and done.returncode  # there is nothing to install from
-    assert "torch==2.13.0" in (tmp_path / ".venv/constraints.txt").read_text().splitlines()
+    lines = (tmp_path / ".venv/constraints.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("torch")] == ["torch==2.12.0"]
+    record.write_text("Name: torch\n")
+    done = subprocess.run(["bash", "launch/env.sh"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert "pip does not know the torch" in done.stderr and "Traceback" not in done.stderr and done.returncode
 
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_python_has_one_version_of_each_package_for_the_tests(version: str) -> None:
     from packaging.requirements import Requirement
 
-    lines = [line for line in (ROOT / "launch/constraints.txt").read_text().splitlines() if line[0] != "#"]
+    lines = [line for line in (ROOT / "launch/constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     names = [r.name for r in map(Requirement, lines) if not r.marker or r.marker.evaluate({"python_version": version})]
     assert sorted(names) == ["accelerate", "megatron-core", "torch", "transformers", "zarr"]

@@ -42,7 +42,6 @@ from ckpt_dist.engine.fill import Side
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import Rule
-from ckpt_dist.files.dtypes import of_torch
 from ckpt_dist.model import Bound, Model
 
 STORED = "stored "  # in front of the name of what is no weight of a family: no weight is called so
@@ -195,7 +194,11 @@ class Reader(StorageReader):
     def read_metadata(self, *args: Any, **more: Any) -> Metadata:
         """Every name, each as one whole chunk: a rank then asks for exactly the boxes of its shards."""
         described: dict[str, Any] = {name: BytesStorageMetadata() for name in self.shown.extras}
-        described |= {name: _described(offer.entry) for name, offer in self.shown.offers.items()}
+        described |= {  # what this torch has no dtype for, nothing in it can ask for
+            name: _described(offer.entry)
+            for name, offer in self.shown.offers.items()
+            if hasattr(torch, offer.entry.dtype)
+        }
         paths: dict[str, Any] = {x.name: x.path or (x.name,) for x in self.shown.extras.values()}
         paths |= {name: o.entry.path or (name,) for name, o in self.shown.offers.items()}
         return Metadata(described, paths, {})
@@ -238,7 +241,7 @@ class Reader(StorageReader):
 def _described(entry: Entry) -> TensorStorageMetadata:
     shape = torch.Size(entry.shape)
     whole = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
-    return TensorStorageMetadata(TensorProperties(of_torch(torch, entry.dtype)), shape, [whole])
+    return TensorStorageMetadata(TensorProperties(getattr(torch, entry.dtype)), shape, [whole])
 
 
 def _value(shown: Shown, name: str) -> bytes:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from ckpt_dist.box import ints, volume
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
+from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import pickles, zips
-from ckpt_dist.files.dtypes import itemsize, of_torch
+from ckpt_dist.files.dtypes import LATER, itemsize, of_torch
 from ckpt_dist.formats import Crc, Layout, Spec, held, split
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.parallel import Interval, chunked
@@ -35,6 +36,7 @@ def lay_out(spec: Spec) -> Layout:
 
     With a placement, `__r_k.distcp` hold what rank r will load under FSDP.
     """
+    _describable(spec.entries)
     placement = tuple(spec.options.get("placement") or ())
     firsts = {placement.index(node) for node in placement} or {0}  # of each node
     boxes = [(0, e, *rows) for e, entry in enumerate(spec.entries) for rows in _row_chunks(entry)]
@@ -85,6 +87,18 @@ def lay_out(spec: Spec) -> Layout:
         layout = replace(layout, holders=tuple(frozenset([placement[r]]) for r, *_ in groups))
         return replace(layout, own={".metadata": partial(_metadata, layout, blob_at, stored)})
     return replace(layout, late={".metadata": partial(_metadata, layout, blob_at, stored, None)})
+
+
+def _describable(entries: Sequence[Entry]) -> None:
+    """Refuse what the installed torch cannot name in the metadata. A plan is made without torch where all of them can."""
+    for entry in entries:
+        if entry.dtype in LATER:
+            import torch
+
+            try:
+                of_torch(torch, entry.dtype)
+            except CheckpointError as error:
+                raise CheckpointError(f"{entry.name}: {error} Or write target.format=hf.") from None
 
 
 def _rows_of(
@@ -163,7 +177,7 @@ def _metadata(
     described: dict[str, Any] = {x.name: BytesStorageMetadata() for _, x, *_ in extras}
     stored = {MetadataIndex(x.name): _StorageInfo(catalog.files[f], at, n) for f, x, at, n in extras}
     for entry in catalog.entries:
-        properties = TensorProperties(dtype=of_torch(torch, entry.dtype))
+        properties = TensorProperties(dtype=getattr(torch, entry.dtype))
         described[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), [])
     chunks = catalog.chunks
     for row in _once(chunks, here):
