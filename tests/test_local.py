@@ -37,8 +37,9 @@ def _run(*words: str) -> None:
 def _isolated() -> bool:
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
         return False
-    made = subprocess.run(["ip", "netns", "add", "ckpt-try"], capture_output=True).returncode == 0
-    subprocess.run(["ip", "netns", "del", "ckpt-try"], capture_output=True)
+    name = f"ckpt-try{os.getpid()}"  # two workers of one suite try at once
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return made and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 
 
