@@ -115,7 +115,7 @@ def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path
         found[how] = {
             "bytes_read": int((moved.read + again.read).sum()) + report.bytes_read,
             "bytes_read_node": int(by_node(moved.read + again.read, world.nodes).max()),
-            "amplification": float(f"{moved.read.sum() / max(work.wanted.sum(), 1):.4g}"),
+            "amplification": float(f"{int(moved.read.sum()) / max(int(work.wanted.sum()), 1):.4g}"),
             "bytes_exchanged": int((moved.sent + again.sent).sum()),
             "bytes_written": int(work.written.sum()),
             "memory": _memory(how, threads, int(engine["memory"])) + kept * len(models),
