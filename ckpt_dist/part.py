@@ -206,7 +206,7 @@ def readers(group: Group, models: Sequence[Model], balanced: bool) -> list[excha
     nodes = ints([node for node, _ in looked])
     found = []
     for k, (m, length) in enumerate(zip(models, ends(group, models), strict=True)):
-        table = np.ones((group.world, len(length)), bool)
+        table: NDArray[np.bool_] = np.ones((group.world, len(length)), bool)
         if group.world > 1 and not m.source.reader:
             seen = {node: rows[k] for node, rows in looked if rows[k]}
             table = np.array([seen.get(node, []) for node in nodes.tolist()], bool)

@@ -187,7 +187,7 @@ def boxes(
     Returns `(row, start, stop, stride, origin)`: for each box the slice it lies in, its bounds and strides per
     axis in the order of `pattern.axes(branch)`, and the element of the chunk where the box starts.
     """
-    rows = np.arange(len(start))
+    rows: Ints = np.arange(len(start))
     los: list[Ints] = []
     his: list[Ints] = []
     steps: list[Ints] = []
@@ -215,7 +215,7 @@ def _dim_boxes(
     weight = row_major(radix)
     row, start, stop = split_interval(radix, lo, hi)
     los, his, steps = [], [], []
-    at = np.zeros(len(row), np.int64)
+    at: Ints = np.zeros(len(row), np.int64)
     for k, term in enumerate(dim):
         if isinstance(term, str):
             los.append(start[:, k : k + 1])

@@ -111,7 +111,8 @@ class Source:
 
 def _rows(rank: int, wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], Ints], width: int) -> tuple[Ints, Ints]:
     """(requests, reader of each) for all moves; a request is HEAD columns, the extents, the strides in the file."""
-    rows, who = [np.zeros((0, HEAD + 2 * width), np.int64)], [np.zeros(0, np.int64)]
+    rows: list[Ints] = [np.zeros((0, HEAD + 2 * width), np.int64)]
+    who: list[Ints] = [np.zeros(0, np.int64)]
     for k, want in enumerate(wanted):
         m = want.moves
         more = width - m.extent.shape[1]

@@ -310,7 +310,7 @@ class Rows:
         if counts.sum() > len(lanes.lanes) + len(flat):
             raise Unknown
         ends = np.cumsum(counts)
-        self.lane = np.full(int(ends[-1]) if len(flat) else 0, -1)
+        self.lane: Ints = np.full(int(ends[-1]) if len(flat) else 0, -1)
         self.kept: dict[int, Any] = {}
         for item, low, high in zip(flat, (ends - counts).tolist(), ends.tolist(), strict=True):
             if type(item) is Run:

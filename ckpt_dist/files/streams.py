@@ -191,7 +191,7 @@ def records_of(stream: Stream) -> Records:
 def _block(stream: Stream, lanes: Ints, found: Records, known: dict[bytes, int]) -> None:
     """Read some records side by side: `spelt` packs the codes of each one's tokens, sixteen in a word."""
     rows, at = np.arange(len(lanes)), found.head[lanes] + len(HEAD)
-    spelt = np.zeros(len(rows), np.uint64)
+    spelt: Words = np.zeros(len(rows), np.uint64)
     words: list[tuple[Ints, Words]] = []
     values: dict[int, tuple[Ints, Ints]] = {}
     for step in range(LONGEST):
