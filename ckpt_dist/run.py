@@ -26,6 +26,7 @@ from ckpt_dist.report import Report
 
 Config = Mapping[str, Any]
 COMMAND = Event()  # set where this process is one of the command's
+FROZEN = gc.get_freeze_count()  # by the interpreter itself: Python 3.12 does, others do not
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def _frozen() -> Iterator[None]:
     Only in a process of the command, which ends with its job: in a program that converts in a loop, what was thrown away
     between two jobs would come among the oldest objects each time, and the full look at these would never be due.
     """
-    ours = COMMAND.is_set() and not gc.get_freeze_count()
+    ours = COMMAND.is_set() and gc.get_freeze_count() <= FROZEN
     if ours:
         gc.freeze()
     try:

@@ -116,7 +116,7 @@ def test_an_environment_keeps_the_torch_that_is_there_by_the_version_that_pip_kn
         path.parent.mkdir(parents=True)
         path.write_text(text)
     interpreter = tmp_path / "python"
-    interpreter.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
+    interpreter.write_text(f"#!/bin/sh\nPYTHONPATH='{tmp_path / 'site'}' exec '{sys.executable}' \"$@\"\n")
     interpreter.chmod(0o755)
     env = {**os.environ, "PYTHON": str(interpreter), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     env.pop("PIP_FIND_LINKS", None)
