@@ -93,11 +93,7 @@ def run_tiles(
 
     def work() -> Done:
         files_of = [opened(m, kept) for m, _ in sources]
-        sync = target[2].sync if target and fsync else lambda: None
-
-        def flush() -> None:  # a disk may have much to write down
-            group.patiently(sync)
-
+        flush = target[2].sync if target and fsync else lambda: None
         journal = Journal(staged.folder, flush) if staged else None
         with ExitStack() as closing:  # all of them, whatever one of them says
             for files in [*files_of, *([target[2]] if target else [])]:

@@ -5,12 +5,14 @@ that names it. Not checked here: several nodes (test_nodes.py) and slurm (test_s
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,10 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt_dist
+from ckpt_dist.cli import main
+from ckpt_dist.engine import fill, journal
+from ckpt_dist.engine.files import Files
+from ckpt_dist.engine.fill import Done
 from tests.conftest import ROOT
 
 SLOW = ROOT / "tests/slow.py"
@@ -215,3 +221,72 @@ def test_a_dead_or_hanging_rank_ends_all(tmp_path: Path, victim: int, how: signa
     assert "to go on from here" in everything and "Traceback" not in everything, everything
     assert not (tmp_path / "out").exists()
     assert ckpt_dist.convert(run / "step-1", tmp_path / "out", quiet=True)
+
+
+def test_the_disk_writes_while_tiles_are_made(tmp_path: Path) -> None:
+    """A flush holds nobody up, and what was made meanwhile is noted only by the next one."""
+    (tmp_path / journal.FOLDER).mkdir()
+    begun, go_on, flushes = threading.Event(), threading.Event(), list[int]()
+
+    def flush() -> None:
+        begun.set()
+        assert go_on.wait(60)
+        flushes.append(noted(tmp_path))
+
+    notes = journal.Journal(tmp_path, flush)
+    for k in range(5):
+        notes.note(k, k + 1, Done(bytes_written=journal.EVERY_BYTES))
+        assert begun.wait(60)
+    assert noted(tmp_path) == 0 and not flushes
+    go_on.set()
+    notes.close()
+    assert flushes == [0, 1] and journal.read(tmp_path)[0] == [(k, k + 1) for k in range(5)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_disk_that_does_not_take_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], late: bool
+) -> None:
+    """The job ends at the next tile, or at the end if there is none: what the disk lacks is not noted, nor published."""
+    run, tiles, note = checkpoints(tmp_path / "run", 1), list[int](), journal.Journal.note
+    monkeypatch.setattr(fill, "BATCH", 1)
+    monkeypatch.setattr(journal, "EVERY_BYTES", 1 << 40 if late else 1)
+
+    def patient(self: journal.Journal, first: int, last: int, done: Done) -> None:
+        tiles.append(first)
+        note(self, first, last, done)
+        wait(lambda: self.writing is None or self.writing.done())
+
+    def refused(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(journal.Journal, "note", patient)
+    monkeypatch.setattr(os, "fsync", refused)
+    words = [f"source.path={run / 'step-1'}", f"target.path={tmp_path / 'out'}", "engine.workers=1", "quiet=true"]
+    assert main("convert", words) == 3
+    said = capsys.readouterr().err
+    assert said.count("Input/output error") == 1 and "Nothing was published" in said
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+    assert len(tiles) == (TENSORS if late else 2)
+
+
+def test_only_what_was_written_since_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, flushed, fsync = ["a", "b", "c"], list[str](), os.fsync
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(8))
+
+    def noticed(fd: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noticed)
+    files = Files(tmp_path, names, writable=True)
+    files.read(2, 0, memoryview(bytearray(8)))
+    for number in (1, 0, 1):
+        files.write(number, 0, memoryview(b"12345678"))
+    files.sync()
+    files.sync()
+    files.write(1, 0, memoryview(b"87654321"))
+    files.sync()
+    files.close()
+    assert flushed == ["a", "b", "b"]

@@ -1,8 +1,8 @@
 """How fast this machine does what a job is made of: its own loop, over a part of its own sources, for a second or two.
 
-Each thread reads, combines and writes as the engine's threads do, and all of them do it at the same time, so a rate is
-that of one node with its ranks at work: the seconds on the clock are divided among the kinds of work as the threads'
-own seconds are.
+Each thread reads, combines and writes as the engine's threads do, and all of them do it at the same time, while one more
+flushes what they have written, as a journal does. So a rate is that of one node with its ranks at work: the seconds on
+the clock are divided among the kinds of work as the threads' own seconds are.
 
 Invariant: reads only the sources; writes at most MOST bytes, into one file that is removed in any case.
 """
@@ -24,7 +24,7 @@ from ckpt_dist.engine.moves import WORDS, Array
 from ckpt_dist.errors import CheckpointError
 
 MOST = 240 << 20
-FIRST = 16 << 20  # written before the first flush; then twice as much each time
+FIRST, LAST = 16 << 20, 64 << 20  # written before the first flush; then twice as much each time, at most so much
 ENOUGH_S = 1.5
 SENT = 8 << 20  # bytes to each rank
 
@@ -79,9 +79,11 @@ def rates(
     place = folder / f".{beside.name}.ckpt_dist-calibrate"
     sources, out = [Files(s.root, s.files) for s in samples], Files(folder, [place.name], writable=True)
     total, first, goal, clock = Spent(), number, FIRST, 0.0
+    flush = out.sync if fsync else lambda: None
     try:
         start = time.perf_counter()
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as journal:
+            flushing = journal.submit(flush)
             while time.perf_counter() - start < ENOUGH_S:
                 if first >= number:
                     first = 0
@@ -95,11 +97,15 @@ def rates(
                 for part in parts:
                     total.add(part.result())
                 done = time.perf_counter()
-                if fsync:
-                    out.sync()
+                if first >= number:  # the file is full: what is left is waited for
+                    flushing.result()
+                    flush()
+                elif flushing.done():
+                    flushing.result()
+                    flushing = journal.submit(flush)
                 total.write_s += (time.perf_counter() - done) * workers
                 clock += time.perf_counter() - begin
-                goal = min(goal * 2, MOST)
+                goal = min(goal * 2, LAST)
     except OSError as error:
         raise CheckpointError(f"engine.calibrate=true: cannot write beside the target: {error}.") from None
     finally:

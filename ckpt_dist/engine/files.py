@@ -62,7 +62,8 @@ class Files:
         self.flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         self.local = threading.local()
         self.opened: list[OrderedDict[int, int]] = []
-        self.used: set[int] = set()
+        self.written: set[int] = set()  # since the last `sync`
+        self.lock = threading.Lock()
         self.counts: list[list[int]] = []  # one for each thread, so that none is lost
 
     @property
@@ -85,7 +86,6 @@ class Files:
             cache[file] = os.open(self.paths[file], self.flags)
         except OSError as error:
             raise CheckpointError(f"Cannot open {self.paths[file]}: {error.strerror}.") from None
-        self.used.add(file)
         return cache[file]
 
     def read(self, file: int, offset: int, into: memoryview) -> None:
@@ -112,6 +112,8 @@ class Files:
                 done += os.pwrite(fd, data[done : done + PIECE - (offset + done) % PIECE], offset + done)
             except OSError as error:
                 raise self.failed(file, error) from None
+        with self.lock:
+            self.written.add(file)  # after its bytes: a `sync` in between may not have seen them
 
     def failed(self, file: int, error: OSError) -> CheckpointError:
         return CheckpointError(
@@ -130,8 +132,10 @@ class Files:
             done += len(piece)
 
     def sync(self) -> None:
-        """Flush every file that this process has opened to the disk."""
-        for file in sorted(self.used):
+        """Flush what this process has written to the disk; other threads may go on writing meanwhile."""
+        with self.lock:
+            files, self.written = self.written, set()
+        for file in sorted(files):
             fd = os.open(self.paths[file], self.flags)
             try:
                 os.fsync(fd)

@@ -71,18 +71,14 @@ class Group:
 
     def collective(self, call: Callable[[], Any]) -> None:
         """A call that all ranks make. Where it breaks, a rank has died: the watch is left the time to say which."""
+        busy = self.world > 1 and self.watch.expected
+        if busy:
+            self.watch.end()  # whoever waits for others is not the one that hangs
         try:
-            self.patiently(call)  # whoever waits for others is not the one that hangs
+            call()
         except RuntimeError:
             self.watch.wait()
             raise
-
-    def patiently(self, call: Callable[[], Any]) -> None:
-        """A call in which no progress is expected, however long it takes."""
-        busy = self.world > 1 and self.watch.expected
-        if busy:
-            self.watch.end()
-        call()
         if busy:
             self.watch.begin()
 

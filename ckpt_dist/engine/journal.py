@@ -9,6 +9,7 @@ A line that was cut off by the end of a process counts as not written.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import threading
@@ -58,37 +59,43 @@ def read(staged: Path) -> tuple[list[tuple[int, int]], Done]:
 
 
 class Journal:
-    """One rank's notes of one attempt. `flush` makes sure that the bytes written so far are on the disk."""
+    """One rank's notes of one attempt. `flush` makes sure that the bytes written so far are on the disk.
+
+    It is called beside the work, by a thread of its own: the disk writes while tiles are made.
+    """
 
     def __init__(self, staged: Path, flush: Callable[[], None]) -> None:
         self.path = staged / FOLDER / f"{uuid.uuid4().hex}.jsonl"
         self.flush = flush
-        self.lock, self.writing = threading.Lock(), threading.Lock()
+        self.lock = threading.Lock()
         self.lines: list[str] = []
         self.nbytes = 0
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "journal")
+        self.writing: concurrent.futures.Future[None] | None = None
 
     def note(self, first: int, last: int, done: Done) -> None:
-        """Tiles first..last are written; `done` is what these tiles gave."""
+        """Tiles first..last are written; `done` is what these tiles gave. Raises what an earlier flush has raised."""
         digests = [(k, t, d.hex()) for (k, t), d in done.digests.items()]
         line = json.dumps((first, last, digests, done.runs), separators=(",", ":"))
         with self.lock:
             self.lines.append(line)
             self.nbytes += done.bytes_written
-            full = self.nbytes >= EVERY_BYTES
-        if full and self.writing.acquire(blocking=False):
-            try:
-                self._write()
-            finally:
-                self.writing.release()
+            if self.nbytes < EVERY_BYTES or (self.writing and not self.writing.done()):
+                return
+            if self.writing:
+                self.writing.result()
+            self.writing, self.nbytes = self.thread.submit(self._write), 0
 
     def close(self) -> None:
         """Write down what is left, also after a failure."""
-        with self.writing:
-            self._write()
+        self.thread.shutdown()
+        if self.writing:
+            self.writing.result()
+        self._write()
 
     def _write(self) -> None:
         with self.lock:
-            lines, self.lines, self.nbytes = self.lines, [], 0
+            lines, self.lines = self.lines, []
         if not lines:
             return
         self.flush()
