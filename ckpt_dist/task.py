@@ -127,7 +127,6 @@ def run_tiles(
             total = int((nbytes * ~finished)[first:last].sum()) * len(sources)
             with Progress(what, total * group.world, quiet) as progress, Crew(workers) as crew:
                 done = _made(group, engine, job, crew, progress, (needs, files_of) if collective else None)
-            flush()
             done.bytes_read = sum(files.bytes_read for files in files_of)
             return done
 

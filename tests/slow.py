@@ -1,6 +1,6 @@
 """`python tests/slow.py SECONDS VERB key=value ...`: a job that takes its time over each write and notes each batch.
 
-Small batches, a note after each: so a test can end a job of a few megabytes at any moment. Once a file with the name in
+Small batches, a note after each, which the job waits for: so a test can end a job of a few megabytes at any moment. Once a file with the name in
 HURRY is there, it takes its time no longer. With APART in the environment each rank is told that it is a node of its own.
 """
 
@@ -27,6 +27,13 @@ def slow(self: Files, file: int, offset: int, data: memoryview) -> None:
     fast(self, file, offset, data)
 
 
+def noted(self: journal.Journal, first: int, last: int, done: fill.Done) -> None:
+    note(self, first, last, done)
+    if self.writing:
+        self.writing.result()
+
+
+note, journal.Journal.note = journal.Journal.note, noted  # type: ignore[method-assign]
 Files.write = slow  # type: ignore[method-assign]
 if "APART" in os.environ:
     os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": os.environ["RANK"]}

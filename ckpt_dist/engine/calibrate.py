@@ -24,7 +24,7 @@ from ckpt_dist.engine.moves import WORDS, Array
 from ckpt_dist.errors import CheckpointError
 
 MOST = 240 << 20
-FIRST, LAST = 16 << 20, 64 << 20  # written before the first flush; then twice as much each time, at most so much
+FIRST, LAST = 16 << 20, 64 << 20  # written between flushes: twice as much each time
 ENOUGH_S = 1.5
 SENT = 8 << 20  # bytes to each rank
 
@@ -78,13 +78,13 @@ def rates(
     folder = next(p for p in beside.absolute().parents if p.is_dir())
     place = folder / f".{beside.name}.ckpt_dist-calibrate"
     sources, out = [Files(s.root, s.files) for s in samples], Files(folder, [place.name], writable=True)
-    total, first, goal, clock = Spent(), number, FIRST, 0.0
+    total, first, goal, clock, over = Spent(), number, FIRST, 0.0, False
     flush = out.sync if fsync else lambda: None
     try:
         start = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as journal:
             flushing = journal.submit(flush)
-            while time.perf_counter() - start < ENOUGH_S:
+            while not over:
                 if first >= number:
                     first = 0
                     _make_anew(place, number * max(made, block))
@@ -97,12 +97,11 @@ def rates(
                 for part in parts:
                     total.add(part.result())
                 done = time.perf_counter()
-                if first >= number:  # the file is full: what is left is waited for
+                over = done - start > ENOUGH_S
+                flushing.result()
+                flushing = journal.submit(flush)
+                if over or first >= number:  # nothing is written beside the last flush, nor while a file is made anew
                     flushing.result()
-                    flush()
-                elif flushing.done():
-                    flushing.result()
-                    flushing = journal.submit(flush)
                 total.write_s += (time.perf_counter() - done) * workers
                 clock += time.perf_counter() - begin
                 goal = min(goal * 2, LAST)

@@ -132,17 +132,21 @@ class Files:
             done += len(piece)
 
     def sync(self) -> None:
-        """Flush what this process has written to the disk; other threads may go on writing meanwhile."""
+        """Flush what this process has written since the last call to the disk; other threads may go on writing.
+
+        Where it fails, nothing that was written before is known to be on the disk, then or later.
+        """
         with self.lock:
             files, self.written = self.written, set()
         for file in sorted(files):
-            fd = os.open(self.paths[file], self.flags)
             try:
-                os.fsync(fd)
+                fd = os.open(self.paths[file], self.flags)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
             except OSError as error:
                 raise self.failed(file, error) from None
-            finally:
-                os.close(fd)
 
     def close(self) -> None:
         for cache in self.opened:

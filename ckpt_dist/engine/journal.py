@@ -61,7 +61,8 @@ def read(staged: Path) -> tuple[list[tuple[int, int]], Done]:
 class Journal:
     """One rank's notes of one attempt. `flush` makes sure that the bytes written so far are on the disk.
 
-    It is called beside the work, by a thread of its own: the disk writes while tiles are made.
+    It is called beside the work, by a thread of its own: the disk writes while tiles are made. Nobody else may call it:
+    what a flush was for is noted by the same thread, or not at all.
     """
 
     def __init__(self, staged: Path, flush: Callable[[], None]) -> None:
@@ -80,11 +81,11 @@ class Journal:
         with self.lock:
             self.lines.append(line)
             self.nbytes += done.bytes_written
-            if self.nbytes < EVERY_BYTES or (self.writing and not self.writing.done()):
-                return
-            if self.writing:
+            if self.writing and self.writing.done():
                 self.writing.result()
-            self.writing, self.nbytes = self.thread.submit(self._write), 0
+                self.writing = None
+            if self.writing is None and self.nbytes >= EVERY_BYTES:
+                self.writing, self.nbytes = self.thread.submit(self._write), 0
 
     def close(self) -> None:
         """Write down what is left, also after a failure."""
