@@ -97,8 +97,8 @@ def rates(
                 for part in parts:
                     total.add(part.result())
                 done = time.perf_counter()
-                over = done - start > ENOUGH_S
                 flushing.result()
+                over = time.perf_counter() - start > ENOUGH_S
                 flushing = journal.submit(flush)
                 if over or first >= number:  # nothing is written beside the last flush, nor while a file is made anew
                     flushing.result()

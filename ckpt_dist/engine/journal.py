@@ -88,7 +88,7 @@ class Journal:
                 self.writing, self.nbytes = self.thread.submit(self._write), 0
 
     def close(self) -> None:
-        """Write down what is left, also after a failure."""
+        """Write down what is left, also where the job has failed. Raises what a flush has raised."""
         self.thread.shutdown()
         if self.writing:
             self.writing.result()
