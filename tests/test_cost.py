@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,10 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist import config, cost, run
 from ckpt_dist.catalog import Catalog, Entry, whole
+from ckpt_dist.engine import calibrate
+from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.group import Group
+from ckpt_dist.engine.moves import Array
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats.catalog import save
 from ckpt_dist.model import Model
@@ -239,6 +243,42 @@ def test_given_bandwidths_and_ranks_are_for_plans(tmp_path: Path, saved: Path) -
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="only for dry_run"):
         ckpt_dist.convert(tmp_path / "model.safetensors", tmp_path / "out", **{"engine.ranks": 2})
+
+
+@pytest.mark.parametrize("disk", [20e6, None])
+def test_calibration_counts_what_a_slow_disk_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: float | None
+) -> None:
+    """Three times as fast in reading, summing and writing as a disk takes it: the disk's rate, or what the disk says."""
+    block, unflushed, write = 1 << 18, [0], Files.write
+    (tmp_path / "source").write_bytes(bytes(16 << 20))
+    for name, value in (("FIRST", 1 << 20), ("LAST", 4 << 20), ("ENOUGH_S", 0.3 if disk else 0)):
+        monkeypatch.setattr(calibrate, name, value)
+
+    def counted(self: Files, file: int, offset: int, data: memoryview) -> None:
+        write(self, file, offset, data)
+        unflushed[0] += len(data)
+
+    def flushed(self: Files) -> None:
+        nbytes, unflushed[0] = unflushed[0], 0
+        if nbytes and disk is None:  # the only flush, and the last
+            raise CheckpointError("Input/output error")
+        time.sleep(nbytes / (disk or 1))
+
+    def summed(values: list[Array]) -> Array:
+        time.sleep(block / 60e6)
+        return values[0]
+
+    monkeypatch.setattr(Files, "write", counted)
+    monkeypatch.setattr(Files, "sync", flushed)
+    samples = [calibrate.sample(str(tmp_path), ["source"], 2, block)]
+    arguments = (samples, tmp_path / "out", 1, block, block, summed, True)
+    if disk is None:
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            calibrate.rates(*arguments)
+    else:
+        assert 0.1 * disk < 1 / sum(1 / rate for rate in calibrate.rates(*arguments).values()) < 1.1 * disk
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
 
 
 def test_calibration_measures_and_leaves_nothing(tmp_path: Path, meta: Path) -> None:
