@@ -1,7 +1,8 @@
 """`python tests/slow.py SECONDS VERB key=value ...`: a job that takes its time over each write and notes each batch.
 
-Small batches, a note after each, which the job waits for: so a test can end a job of a few megabytes at any moment. Once a file with the name in
-HURRY is there, it takes its time no longer. With APART in the environment each rank is told that it is a node of its own.
+Small batches, a note after each, which the job waits for: so a test can end a job of a few megabytes at any moment.
+Once a file with the name in HURRY is there, it takes its time no longer. With APART in the environment each rank is
+told that it is a node of its own.
 """
 
 from __future__ import annotations

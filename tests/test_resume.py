@@ -26,6 +26,7 @@ from ckpt_dist.cli import main
 from ckpt_dist.engine import fill, journal
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Done
+from ckpt_dist.errors import CheckpointError
 from tests.conftest import ROOT
 
 SLOW = ROOT / "tests/slow.py"
@@ -241,6 +242,22 @@ def test_the_disk_writes_while_tiles_are_made(tmp_path: Path) -> None:
     go_on.set()
     notes.close()
     assert flushes == [0, 1] and journal.read(tmp_path)[0] == [(k, k + 1) for k in range(5)]
+
+
+def test_a_flush_that_failed_is_said_at_the_next_note(tmp_path: Path) -> None:
+    """Not only when there is as much again to flush."""
+    (tmp_path / journal.FOLDER).mkdir()
+    notes = journal.Journal(tmp_path, failing)
+    notes.note(0, 1, Done(bytes_written=journal.EVERY_BYTES))
+    wait(lambda: notes.writing is not None and notes.writing.done())
+    for call in (lambda: notes.note(1, 2, Done(bytes_written=1)), notes.close):
+        with pytest.raises(CheckpointError, match="no space"):
+            call()
+    assert noted(tmp_path) == 0
+
+
+def failing() -> None:
+    raise CheckpointError("no space")
 
 
 MADE = {"first": 1, "last": TENSORS * NUMEL * 2, "end": 1 << 40}  # bytes before a flush
