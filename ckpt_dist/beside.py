@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist import __version__, configs, design, formats, megatron, sources
-from ckpt_dist.catalog import Extra
+from ckpt_dist.catalog import Catalog, Extra
+from ckpt_dist.engine.group import Group
+from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout
 from ckpt_dist.model import Model, rules
@@ -21,9 +23,9 @@ from ckpt_dist.report import Report
 Config = Mapping[str, Any]
 
 
-def extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
+def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
     """What is no tensor: carried where it was asked for and the target can hold it, else listed as dropped."""
-    carried: list[Extra] = []
+    chosen: list[Extra] = []
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
     format = cfg["target"]["format"]
@@ -36,13 +38,49 @@ def extras(m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
         elif extra.role not in wanted or not (holds or extra.name in formats.BESIDE.get(format, ())):
             lost.setdefault(f"{extra.role} (keep={','.join(sorted(wanted))})", []).append(extra.name)
         else:
-            if format == "torch" and extra.address is not None:
-                extra = replace(extra, value=formats.load("dcp").read_extra(m.catalog, extra), address=None)
-            if extra.address is None and not pickles.writable(extra.value):
-                lost.setdefault("of a class that is not written", []).append(extra.name)
-            else:
-                carried.append(extra)
+            chosen.append(extra)
+    carried: list[Extra] = []
+    for extra in _read(group, m, chosen, format):
+        if extra.address is None and not pickles.writable(extra.value):
+            lost.setdefault("of a class that is not written", []).append(extra.name)
+        else:
+            carried.append(extra)
     return carried, lost
+
+
+def with_states(group: Group, m: Model, format: str) -> Catalog:
+    """A source's catalog with the states of layers that torch_dist passes on, and which lie in its files."""
+    states = m.catalog.about.get("states")
+    if not states or "saved" in m.catalog.about or not format == m.catalog.format == "torch_dist":
+        return m.catalog
+    found = dict(zip(states, _read(group, m, list(states.values()), format), strict=True))
+    return replace(m.catalog, about={**m.catalog.about, "states": found})
+
+
+def _read(group: Group, m: Model, chosen: Sequence[Extra], format: str) -> list[Extra]:
+    """The same with what lies in files: its value for `torch`, else the bytes. Each is read by a node that sees it."""
+    dcp, there = formats.load("dcp"), [k for k, x in enumerate(chosen) if x.address is not None]
+    if not there:
+        return list(chosen)
+
+    def seen(wanted: Sequence[int]) -> dict[int, Any]:
+        read = dcp.read_extra if format == "torch" else dcp.raw_extra
+        files = {k: Path(m.catalog.root) / m.catalog.files[chosen[k].address[0]] for k in wanted}  # type: ignore[index]
+        return {k: read(m.catalog, chosen[k]) for k, file in files.items() if file.is_file()}
+
+    values = group.on_first(lambda: seen(there))
+    if away := [k for k in there if k not in values]:
+        for found in group.gather(group.together(lambda: seen(away if group.local_rank == 0 else []))):
+            values |= {k: v for k, v in found.items() if k not in values}
+    for k in away:
+        if k not in values:
+            file = m.catalog.files[chosen[k].address[0]]  # type: ignore[index]
+            raise CheckpointError(f"{m.catalog.root}: {file}, which holds {chosen[k].name}, is on no node.")
+    bare = format == "torch"
+    return [
+        replace(x, value=values[k], address=None if bare else x.address) if k in values else x
+        for k, x in enumerate(chosen)
+    ]
 
 
 def account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence[str]]) -> None:
@@ -75,7 +113,7 @@ def _sized(config: Config, cfg: Config, m: Model) -> Config:
 
 
 def _text(config: Config) -> bytes:
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
@@ -158,9 +196,9 @@ def record(
         f"{Path(cfg['target']['path']).name}." if cfg["target"]["format"] == "nemo" else ""
     )  # of files among others
     recipe = {"ckpt_dist": __version__, **about, "recipe": _plain(cfg), **prints, "report": report.to_dict()}
-    found = {f"{beside}ckpt_dist.json": (json.dumps(recipe, indent=2, ensure_ascii=False, default=str) + "\n").encode()}
+    found = {f"{beside}ckpt_dist.json": (json.dumps(recipe, indent=2, default=str) + "\n").encode()}
     if about["verb"] == "average":
-        from omegaconf import OmegaConf
+        import yaml
 
         each = [
             {"path": str(m.source.folder.absolute()), "step": m.step, "weight": w, "fingerprint": f}
@@ -173,7 +211,7 @@ def record(
             "sources": each,
             "recipe": _plain(cfg),
         }
-        found[f"{beside}average.yaml"] = OmegaConf.to_yaml(OmegaConf.create(document)).encode()
+        found[f"{beside}average.yaml"] = yaml.safe_dump(document, sort_keys=False).encode()
     return found
 
 

@@ -85,7 +85,7 @@ def whole(entries: Sequence[Entry], file: Any, offset: Any) -> Chunks:
 
 @dataclass(frozen=True)
 class Extra:
-    """Anything that is no tensor: a value, or the address of bytes that are only passed on."""
+    """Anything that is no tensor: a value, or the address of bytes that are only passed on, and then these bytes."""
 
     name: str
     path: tuple[str | int, ...] = ()

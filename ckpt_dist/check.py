@@ -17,7 +17,6 @@ from ckpt_dist import design, model, replicas, task, ties
 from ckpt_dist.design import Design
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
-from ckpt_dist.files.dtypes import is_floating
 from ckpt_dist.model import Model
 from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report
@@ -138,10 +137,9 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
         from ckpt_dist.averages.tensors import tensor
 
         gap = _gap(tensor(one, dtypes[0]), tensor(two, dtypes[1]), rtol, atol)
-        if not (rtol or atol) and not gap.over and (dtypes[0] != dtypes[1] or is_floating(dtypes[0])):
-            gap.over = (
-                0 if dtypes[0] != dtypes[1] else int((one != two).sum())
-            )  # -0.0 and 0.0, or other payloads of NaN
+        if not (rtol or atol) and not gap.over:
+            # -0.0 and 0.0, other payloads of NaN, integers that fp64 does not tell apart
+            gap.over = 0 if dtypes[0] != dtypes[1] else int((one != two).sum())
         mine[tile] = gap
 
     with report.phase("compare"):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import part, plan, task
-from ckpt_dist.box import Ints
+from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Views
 from ckpt_dist.engine import calibrate, exchange, traffic
 from ckpt_dist.engine.files import Files
@@ -44,9 +44,16 @@ Given = Mapping[str, Any]
 class World:
     """The ranks that the plan is for; `imagined` ones see all files."""
 
-    ranks: int
-    nodes: int
+    node: Ints  # of each rank
     imagined: bool
+
+    @property
+    def ranks(self) -> int:
+        return len(self.node)
+
+    @property
+    def nodes(self) -> int:
+        return int(self.node.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path
     everywhere = not task.blind(str(engine.get("transport", "auto")), readers)
     work = _counted(group, job, world, readers)
     speed, origin = _speed(group, job, engine, target)
-    threads = task.worker_count(engine, world.ranks // world.nodes)
+    threads = task.worker_count(engine, int(np.bincount(world.node).max()))
     found = {}
     for how in HOW:
         moved: Traffic = getattr(work, how)
@@ -114,7 +121,7 @@ def estimate(group: Group, report: Report, job: Job, engine: Given, target: Path
         seconds = sum(report.phases.values()) + START_S + _seconds(work, moved, again, world, speed)
         found[how] = {
             "bytes_read": int((moved.read + again.read).sum()) + report.bytes_read,
-            "bytes_read_node": int(by_node(moved.read + again.read, world.nodes).max()),
+            "bytes_read_node": int(by_node(moved.read + again.read, world.node).max()),
             "amplification": float(f"{int(moved.read.sum()) / max(int(work.wanted.sum()), 1):.4g}"),
             "bytes_exchanged": int((moved.sent + again.sent).sum()),
             "bytes_written": int(work.written.sum()),
@@ -153,7 +160,7 @@ def _lines(facts: Given) -> list[str]:
 
 def _choice(asked: str, everywhere: bool, work: Work, world: World) -> tuple[str, str]:
     """(transport, reason): the rules that `task.run_tiles` goes by."""
-    collective, numbers = traffic.cheaper(work.direct, work.collective, world.nodes)
+    collective, numbers = traffic.cheaper(work.direct, work.collective, world.node)
     if not everywhere:
         return "collective", "not every node sees all files, so what one lacks is sent to it"
     if asked != "auto":
@@ -174,11 +181,11 @@ def _world(group: Group, engine: Given) -> World:
     """The ranks there are, or those that engine.ranks and engine.nodes ask to plan for."""
     ranks, nodes = engine.get("ranks"), engine.get("nodes")
     if ranks is None and nodes is None:
-        return World(group.world, group.nodes, False)
+        return World(ints(group.gather(group.node)), False)
     ranks, nodes = int(ranks or nodes or 1), int(nodes or 1)
     if ranks % nodes:
         raise UsageError(f"engine.ranks={ranks} cannot be spread evenly over engine.nodes={nodes}.")
-    return World(ranks, nodes, True)
+    return World(node_of(ranks, nodes), True)
 
 
 def _readers(group: Group, models: Sequence[Model], world: World, engine: Given) -> list[exchange.Readers]:
@@ -190,9 +197,8 @@ def _readers(group: Group, models: Sequence[Model], world: World, engine: Given)
     asked = engine.get("transport") == "collective"
     found = part.readers(group, [m for m, u in zip(models, unseen, strict=True) if not u], asked)
     evenly = asked or all(one.everywhere for one in found)
-    nodes = node_of(world.ranks, world.nodes)
     lengths = part.ends(group, [m for m, u in zip(models, unseen, strict=True) if u])
-    believed = (exchange.Readers(np.ones((world.ranks, len(n)), bool), n, nodes, evenly) for n in lengths)
+    believed = (exchange.Readers(np.ones((world.ranks, len(n)), bool), n, world.node, evenly) for n in lengths)
     looked = (one.evenly() if evenly else one for one in found)
     return [next(believed if u else looked) for u in unseen]
 
@@ -216,7 +222,7 @@ def _disk(job: Job, world: World, node: int | None) -> Disk:
     views, here = job.on_node(node)
     nbytes = part.tile_bytes(job.canon)
     here = np.ones(len(nbytes), bool) if here is None else here
-    ranks = np.arange(world.ranks) if node is None else np.flatnonzero(node_of(world.ranks, world.nodes) == node)
+    ranks = np.arange(world.ranks) if node is None else np.flatnonzero(world.node == node)
     lengths = [last - first for first, last in plan.share(nbytes * here, len(ranks))]
     return Disk(node, views, np.where(here, np.repeat(ranks, lengths), -1))
 
@@ -241,10 +247,9 @@ def _block(
         found += replace(none, direct=one, collective=two)
     if job.checked:
         m, bound = job.checked(disk.node)
-        nodes = node_of(world.ranks, world.nodes)
-        table = np.stack([held(layout, None if disk.node is None else n) for n in nodes.tolist()])
+        table = np.stack([held(layout, None if disk.node is None else n) for n in world.node.tolist()])
         (length,), (needed,) = part.ends(group, [m]), part.parts(group, [(m, bound)], mine)
-        seen = exchange.Readers(table, length, nodes, disk.node is None)
+        seen = exchange.Readers(table, length, world.node, disk.node is None)
         w = part.wanted(seen, needed, mine, owner < 0)
         one, two = _both(m, w, owner[w.moves.tile], world)
         if disk.node is not None:  # its own files, whatever the transport of the job
@@ -255,7 +260,7 @@ def _block(
 
 def _both(m: Model, w: exchange.Wanted, owner: Ints, world: World) -> tuple[Traffic, Traffic]:
     held = part.stored(m)
-    return traffic.direct(w, owner, world.ranks, held), traffic.exchanged(w, owner, world.ranks, world.nodes, held)
+    return traffic.direct(w, owner, world.ranks, held), traffic.exchanged(w, owner, world.ranks, held)
 
 
 def _nothing(ranks: int) -> Work:
@@ -270,7 +275,7 @@ def _seconds(work: Work, moved: Traffic, again: Traffic, world: World, speed: Ma
     """As if nothing overlapped: threads read, combine and write in turn, and what an exchange overlaps shares the cores."""
 
     def node(of_ranks: Ints) -> Any:
-        return by_node(of_ranks, world.nodes)
+        return by_node(of_ranks, world.node)
 
     def moving(t: Traffic) -> Any:
         sent = t.left if world.nodes > 1 else t.sent  # what stays on a node is fast beside what leaves it

@@ -266,7 +266,9 @@ def located(group: Group, who: exchange.Readers, bound: Bound, needed: Part, min
         return needed
     boxes, tiled = plan.align(plan.unique(views), mine)
     rows = distinct(boxes.chunk[plan.join(boxes, tiled).a])
-    chunks = locate(catalog, rows) if who.everywhere else _located(group, who, catalog, rows, locate)
+    chunks = (
+        group.together(lambda: locate(catalog, rows)) if who.everywhere else _located(group, who, catalog, rows, locate)
+    )
     header = chunks.offset - catalog.chunks.offset[rows]
     return Part(replace(catalog, chunks=chunks, about={}), bound.views(chunks), header)
 

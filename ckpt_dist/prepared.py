@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import beside, configs, design, formats, part, quantised, slots, task, ties
-from ckpt_dist.catalog import Extra, Views
+from ckpt_dist.catalog import Catalog, Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.fill import Combine, keep
 from ckpt_dist.engine.group import Group
@@ -86,12 +86,14 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = design.of(models, target)
     _same_tensors(models, d.sources)
-    extras, lost = beside.extras(models[-1], cfg)  # of several what is no weight is the last one's
+    extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
-    told = beside.args(d, models[-1]) if target["format"] in formats.ARGS else None
+    # a tokenizer may be on one node only, and all must write the same
+    told = group.on_first(lambda: beside.args(d, models[-1])) if target["format"] in formats.ARGS else None
     if told and target["format"] != "merak":  # which writes those of a source, not of a config.json
         beside.translated(told, "config.json", report)
-    layout = _lay_out(d, models[-1], extras, told.config if told else {}, cfg, path, placement)
+    source = beside.with_states(group, models[-1], target["format"])
+    layout = _lay_out(d, models[-1], source, extras, told.config if told else {}, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
@@ -190,6 +192,7 @@ def made(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Any:
 def _lay_out(
     d: design.Design,
     m: Model,
+    source: Catalog,
     extras: Sequence[Extra],
     args: Config,
     cfg: Config,
@@ -220,7 +223,7 @@ def _lay_out(
         )
     if target["release"] and target["format"] not in formats.RELEASES:
         raise UsageError(f"target.release=true: {target['format']} has no such checkpoints. Leave it out.")
-    layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), m.catalog, options))
+    layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), source, options))
     return layout
 
 

@@ -45,11 +45,12 @@ WORKER_BYTES = 24 << 20
 
 @dataclass(frozen=True)
 class Staged:
-    """A target that is being made: where its journal is, and what earlier attempts have done."""
+    """A target that is being made: where its journal is, what earlier attempts have done, and the sources' sizes and times."""
 
     folder: Path
     finished: Sequence[tuple[int, int]]
     done: Done
+    times: Mapping[str, tuple[int, int]]
 
 
 def run_tiles(
@@ -262,10 +263,10 @@ def _cheaper(
     for w, balanced, of in zip(needs, evenly, held, strict=True):
         owner = np.full(len(w.file), group.rank)
         each += traffic.direct(w, owner, group.world, of)
-        once += traffic.exchanged(balanced, owner, group.world, group.nodes, of)
+        once += traffic.exchanged(balanced, owner, group.world, of)
     every = group.gather((each, once))
     each, once = (sum((e[k] for e in every), traffic.none(group.world)) for k in range(2))
-    collective, numbers = traffic.cheaper(each, once, group.nodes)
+    collective, numbers = traffic.cheaper(each, once, needs[0].readers.node)
     return (
         collective,
         evenly if collective else needs,

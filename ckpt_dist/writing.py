@@ -5,7 +5,9 @@ Invariant: a whole target is published with its report, or an error is raised an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Stopped, UsageError
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import Bound, Model, canonical
+from ckpt_dist.model import ZEROS, Bound, Model, canonical
 from ckpt_dist.prepared import Prepared, prepare
 from ckpt_dist.report import Report, peak_memory, size
 
@@ -52,7 +54,8 @@ def write(
     if p.combine is not keep or _casts(p.design):
         from ckpt_dist.averages.tensors import use
 
-        report.notes.append(f"computed on {use(str(engine['device']), group.local_rank)}")
+        device = group.together(lambda: use(str(engine["device"]), group.local_rank))
+        report.notes.append(f"computed on {device}")
     staged = _begun(group, p, lambda: begin(p, cfg, about, given))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
@@ -98,20 +101,39 @@ def _begun(group: Group, p: Prepared, work: Callable[[], task.Staged]) -> task.S
 
 def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
     """The staging folder: new, or as an earlier attempt at the very same job left it."""
-    used = [(m.catalog.root, f) for m in p.models for f in m.catalog.files]
-    times = [
-        (root, f, (s := (Path(root) / f).stat()).st_size, s.st_mtime_ns)
-        for root, f in used
-        if (Path(root) / f).exists()
-    ]
     settings = {k: cfg.get(k) for k in ("source", "target", "model", "keep", "unmatched")}
     entries = [(e.name, e.dtype, e.shape) for e in p.layout.catalog.entries]
     headers = b"".join(b"%d %d " % (n, at) + data for n, at, data in p.layout.pieces)
     laid_out = (entries, p.layout.catalog.files, p.layout.sizes, journal.plan_key(headers.hex()))
-    facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, laid_out, p.staging.node)
+    understood = [
+        (m.dialect, m.sizes, repr(m.source.config)) for m in p.models
+    ]  # a config.json beside may say other heads
+    times = saved(p.models)
+    facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, understood, laid_out, p.staging.node)
     resumed = stage.create(p.staging, p.layout, journal.plan_key(*facts), bool(cfg.get("resume", True)))
     finished, done = journal.read(p.staging.folder) if resumed else ([], Done())
-    return task.Staged(p.staging.folder, finished, done)
+    return task.Staged(p.staging.folder, finished, done, times)
+
+
+def saved(models: Sequence[Model]) -> dict[str, tuple[int, int]]:
+    """Size and time of each file of the sources that this node sees."""
+    found = {}
+    for path in {os.path.join(m.catalog.root, f) for m in models for f in m.catalog.files if f != ZEROS}:
+        with suppress(OSError):
+            found[path] = (s := os.stat(path)).st_size, s.st_mtime_ns
+    return found
+
+
+def _unchanged(models: Sequence[Model], before: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse to publish what was read from two saves."""
+    now = saved(models)
+    changed = sorted(path for path in {*now, *before} if now.get(path) != before.get(path))
+    if changed:
+        more = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
+        raise CheckpointError(
+            f"{changed[0]}{more} changed while it was read; nothing was published. Run the same command again when nobody "
+            "writes there."
+        )
 
 
 def _fill(
@@ -159,6 +181,7 @@ def _fill(
         kept = {} if p.staging.single else beside.record(cfg, about, p.models, given, prints, report)
         if p.local:  # the ranks have phases of their own, and all nodes get the first one's record
             kept = group.broadcast(kept)
+        p.on_disks(group, lambda: _unchanged(p.models, staged.times))
         finish(p, lambda work: p.on_disks(group, work), runs, {**p.small, **kept}, cfg)
     return prints
 

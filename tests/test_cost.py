@@ -205,14 +205,16 @@ def test_files_beside_a_saved_catalog_are_looked_for(tmp_path: Path, monkeypatch
 
     sources = [at(tmp_path, saved="catalog"), at(tmp_path), at(tmp_path, saved="catalog")]
     (tmp_path / "x").touch()
-    found = cost._readers(group, sources, cost.World(2, 2, False), {})
+    found = cost._readers(group, sources, cost.World(np.arange(2), False), {})
     assert [one.everywhere for one in found] == [True, False, True]
     assert not any(one.balanced for one in found)  # so each rank of a run reads for itself what it sees, of all sources
-    asked = cost._readers(group, sources, cost.World(2, 2, False), {"transport": "collective"})
-    assert all(one.balanced for one in (*asked, *cost._readers(group, sources[::2], cost.World(2, 2, False), {})))
+    asked = cost._readers(group, sources, cost.World(np.arange(2), False), {"transport": "collective"})
+    assert all(
+        one.balanced for one in (*asked, *cost._readers(group, sources[::2], cost.World(np.arange(2), False), {}))
+    )
     (tmp_path / "x").unlink()
     with pytest.raises(CheckpointError, match="no node sees x"):
-        cost._readers(group, sources, cost.World(2, 2, False), {})
+        cost._readers(group, sources, cost.World(np.arange(2), False), {})
 
 
 def test_a_saved_catalog_is_for_plans_only(tmp_path: Path, saved: Path) -> None:

@@ -41,8 +41,8 @@ class Group:
         self.world = int(environ.get("WORLD_SIZE", "1"))
         self.local_world = int(environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         self.local_rank = int(environ.get("LOCAL_RANK", "0"))
-        self.nodes = max(self.world // self.local_world, 1)
-        self.node = int(environ.get("GROUP_RANK", str(self.rank // self.local_world))) if self.nodes > 1 else 0
+        self.node = int(environ.get("GROUP_RANK", str(self.rank // self.local_world))) if self.world > 1 else 0
+        self.nodes = 1
         self.mine = False
         if self.world > 1:
             import torch.distributed as dist
@@ -52,6 +52,7 @@ class Group:
                 dist.init_process_group("gloo", timeout=wire.TIMEOUT)
                 self.mine = True
             self.watch = Watch(self.rank, self.world, timeout_s)
+            self.nodes = max(self.gather(self.node)) + 1  # nodes may have unlike numbers of ranks
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, on every rank."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -35,11 +34,9 @@ def matches(staged: Path, plan: str) -> bool:
 
 
 def begin(staged: Path, plan: str) -> None:
-    """Mark a finished skeleton as this job's; from now on it may be gone on with."""
-    (staged / FOLDER).mkdir()
-    part = staged / FOLDER / f"{PLAN}.part"
-    part.write_text(plan)
-    os.replace(part, staged / FOLDER / PLAN)
+    """A new folder, marked as this job's; once it has the name that is looked for it may be gone on with."""
+    (staged / FOLDER).mkdir(parents=True)
+    (staged / FOLDER / PLAN).write_text(plan)
 
 
 def read(staged: Path) -> tuple[list[tuple[int, int]], Done]:

@@ -23,11 +23,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
+from itertools import compress
 from os.path import lexists  # of a link, wherever it leads: a relative one leads nowhere from the staging folder
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckpt_dist.engine import journal
 from ckpt_dist.engine.files import reserve
@@ -36,6 +38,7 @@ from ckpt_dist.files.zips import combine_runs, crc_of_zeros
 from ckpt_dist.formats import Layout, held, inside
 
 Runs = Sequence[tuple[int, int, int, int]]
+LONGEST_NAME = 255  # bytes, in the file systems there are
 ORDER, OLD = f"{journal.FOLDER}/order", f"{journal.FOLDER}/old"  # what joins a folder, and what it takes the place of
 
 
@@ -76,7 +79,7 @@ class Staging:
 
 
 def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequence[Path], overwrite: bool) -> None:
-    """Refuse a target that exists, a folder that cannot be written to and a disk that is too small, before any work."""
+    """Refuse a target that exists, a name that cannot be published and a disk that is too small, before any work."""
     target, names = staging.target, (*layout.catalog.files, *layout.late, *layout.own, *more)
     for name in names:  # some are made of names that a source has
         inside(target, name, f"What is to be written to {target}")
@@ -93,11 +96,29 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
-    need, room = int(np.array(layout.sizes, np.int64)[held(layout, staging.node)].sum()), shutil.disk_usage(parent)
-    if need > room.free:
-        raise CheckpointError(
-            f"Not enough space for {target}: {need} bytes are needed, {room.free} are free on its disk. Nothing was written."
+    if len(os.fsencode(_gone(staging.old).name)) > LONGEST_NAME:
+        raise UsageError(
+            f"target.path={target}: its name is too long to be published. Nothing was written; choose a shorter one."
         )
+    if staging.single and target.is_dir():
+        raise UsageError(
+            f"{target} is a folder, and would be replaced by a file; nothing was written. Choose another target.path."
+        )
+    need, room = int(np.array(layout.sizes, np.int64)[held(layout, staging.node)].sum()), shutil.disk_usage(parent).free
+    room += _reserved(staging.folder)  # by an earlier attempt, which is gone on with or removed
+    if need > room:
+        raise CheckpointError(
+            f"Not enough space for {target}: {need} bytes are needed, {room} are free on its disk. Nothing was written."
+        )
+
+
+def _reserved(folder: Path) -> int:
+    """Bytes that the files of a folder take on their disk."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # of a job that ends at this moment
+            found += path.lstat().st_blocks * 512
+    return found
 
 
 def _one_disk(staging: Staging, names: Sequence[str]) -> None:
@@ -133,48 +154,84 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     else:
         _claim(staging, folder)
         _take_back(staging)
-    if resume and journal.matches(folder, plan):
-        return True
+    resumed = resume and journal.matches(folder, plan)
+    # nobody looks for a new one under this name, so it is found whole and claimed, or not at all
+    made = folder if resumed else folder.with_name(f"{folder.name}-new-{uuid4().hex[:8]}")
     try:
-        staging.target.parent.mkdir(parents=True, exist_ok=True)
-        _litter(folder)
-        folder.mkdir()
-        for name, size, here in zip(layout.catalog.files, layout.sizes, held(layout, staging.node), strict=True):
-            if not here:
-                continue
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(folder / name, "xb") as file:
-                file.truncate(size)
-                reserve(file.fileno(), size)
-        _write_pieces(staging, layout)
-        journal.begin(folder, plan)
-        _claim(staging, folder)
-        return False
+        if not resumed:
+            staging.target.parent.mkdir(parents=True, exist_ok=True)
+            _litter(folder)
+            _abandoned(staging)
+            journal.begin(made, plan)
+            if not _claim(staging, made):
+                raise _taken(staging)
+        _skeleton(made, layout, held(layout, staging.node))
+        if not resumed:
+            os.rename(made, folder)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not resumed:
+            shutil.rmtree(made, ignore_errors=True)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and lexists(folder):
+            raise _taken(staging) from None
         raise CheckpointError(
             f"Cannot write to {error.filename or folder}: {error.strerror}. Nothing was written; choose another target.path."
         ) from None
+    return resumed
+
+
+def _skeleton(folder: Path, layout: Layout, here: NDArray[np.bool_]) -> None:
+    """Every file at its full size with the bytes that are known. What is there already stays: this is done again when a
+    job goes on, for after a power failure only what tiles were noted for is known to be on the disk."""
+    for name, size in compress(zip(layout.catalog.files, layout.sizes, strict=True), here):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(folder / name, "ab") as file:
+            file.truncate(size)
+            reserve(file.fileno(), size)
+    by_file = dict[int, list[tuple[int, bytes]]]()
+    for number, offset, data in layout.pieces:
+        if here[number]:
+            by_file.setdefault(number, []).append((offset, data))
+    for number, pieces in by_file.items():
+        with open(folder / layout.catalog.files[number], "r+b") as file:
+            for offset, data in pieces:
+                file.seek(offset)
+                file.write(data)
 
 
 _claims: list[int] = []
 
 
-def _claim(staging: Staging, folder: Path) -> None:
-    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends."""
+def _claim(staging: Staging, folder: Path) -> bool:
+    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends. Whether
+    there is something to claim."""
     try:
         fd = os.open(folder / journal.FOLDER / journal.PLAN, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return  # nobody has begun
+        return False  # nobody has begun
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _claims.append(fd)
+        return True
     except OSError as error:
         os.close(fd)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UsageError(
-                f"Another job is making {staging.target} at this moment. Wait for it, or choose another target.path."
-            ) from None
+            raise _taken(staging) from None
+        return False
+
+
+def _taken(staging: Staging) -> UsageError:
+    return UsageError(
+        f"Another job is making {staging.target} at this moment. Wait for it, or choose another target.path."
+    )
+
+
+def _abandoned(staging: Staging) -> None:
+    """Remove what jobs that were killed before their skeleton was finished have left."""
+    for path in staging.folder.parent.glob(escape(f"{staging.folder.name}-new-") + "*"):
+        with suppress(UsageError, OSError):
+            if (path / journal.FOLDER / journal.PLAN).exists():
+                _claim(staging, path)
+                _litter(path)
 
 
 def release() -> None:
@@ -207,18 +264,6 @@ def _take_back(staging: Staging) -> None:
     os.rename(staging.target, staging.folder)
     if staging.old.exists():
         os.rename(staging.old, staging.target)
-
-
-def _write_pieces(staging: Staging, layout: Layout) -> None:
-    here, by_file = held(layout, staging.node), dict[int, list[tuple[int, bytes]]]()
-    for number, offset, data in layout.pieces:
-        if here[number]:
-            by_file.setdefault(number, []).append((offset, data))
-    for number, pieces in by_file.items():
-        with open(staging.folder / layout.catalog.files[number], "r+b") as file:
-            for offset, data in pieces:
-                file.seek(offset)
-                file.write(data)
 
 
 def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, bytes | Path]) -> None:

@@ -31,20 +31,20 @@ class Traffic:
     def __add__(self, more: Traffic) -> Traffic:
         return Traffic(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(Traffic)))
 
-    def busiest(self, nodes: int) -> int:
-        """Bytes that the node with most to do reads and sends away."""
-        return int(by_node(self.read + self.left, nodes).max())
+    def busiest(self, node: Ints) -> int:
+        """Bytes that the node with most to do reads and sends away; `node` is where each rank is."""
+        return int(by_node(self.read + self.left, node).max())
 
 
 def node_of(ranks: int, nodes: int) -> Ints:
-    """The node of each rank: `node_of(4, 2)` -> `[0, 0, 1, 1]`."""
+    """The node of each rank where all have as many: `node_of(4, 2)` -> `[0, 0, 1, 1]`."""
     return ints(np.arange(ranks) * nodes // ranks)
 
 
-def by_node(of_ranks: Ints, nodes: int) -> Ints:
+def by_node(of_ranks: Ints, node: Ints) -> Ints:
     """The sums of each node's ranks."""
-    found = np.zeros(nodes, np.int64)
-    np.add.at(found, node_of(len(of_ranks), nodes), of_ranks)
+    found = np.zeros(int(node.max()) + 1, np.int64)
+    np.add.at(found, node, of_ranks)
     return found
 
 
@@ -52,9 +52,9 @@ def none(ranks: int) -> Traffic:
     return Traffic(*(np.zeros(ranks, np.int64) for _ in fields(Traffic)))
 
 
-def cheaper(each: Traffic, once: Traffic, nodes: int) -> tuple[bool, str]:
+def cheaper(each: Traffic, once: Traffic, node: Ints) -> tuple[bool, str]:
     """Whether to read each byte once and exchange it rather than to read directly, and both numbers in words."""
-    alone, together = each.busiest(nodes), once.busiest(nodes)
+    alone, together = each.busiest(node), once.busiest(node)
     what = f"a node reads at most {size(alone)} directly; reads and sends {size(together)} if each byte is read once"
     return together < alone, what
 
@@ -66,9 +66,9 @@ def direct(want: Wanted, owner: Ints, ranks: int, stored: Part) -> Traffic:
     return found
 
 
-def exchanged(want: Wanted, owner: Ints, ranks: int, nodes: int, stored: Part) -> Traffic:
+def exchanged(want: Wanted, owner: Ints, ranks: int, stored: Part) -> Traffic:
     """The reader of a move packs and sends it, or reads it into its own tile."""
-    found, reader, node = none(ranks), want.reader(owner), node_of(ranks, nodes)
+    found, reader, node = none(ranks), want.reader(owner), want.readers.node
     packed = np.where((reader == owner)[:, None], want.moves.tile_stride, row_major(want.moves.extent))
     np.add.at(found.read, reader, _read(want, packed, stored))
     space = padded(want.nbytes)

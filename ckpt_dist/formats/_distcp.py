@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,8 @@ def lay_out(spec: Spec) -> Layout:
         _blob_layout(spec.entries[e], (stop[b] - start[b]).tolist(), int(n))
         for b, ((_, e, *_), n) in enumerate(zip(boxes, sizes, strict=True))
     ]
-    values = [(x, _value_blob(spec, x)) for x in spec.extras]
+    # what comes from DCP is passed on as it is; else it is what torch.save would write
+    values = [(x, x.value if x.address is not None else pt.archive(x.value)) for x in spec.extras]
     limit = min(int(spec.options["max_shard_size"]), FILE_BYTES)
     groups = _files_of([r for r, *_ in boxes], [b.length for b in blobs], limit, firsts)
     names = [f"__{r}_{k}.distcp" for r, k, _ in groups]
@@ -142,16 +142,6 @@ def _row_chunks(entry: Entry) -> list[tuple[int, int]]:
 def _blob_layout(entry: Entry, box: Sequence[int], nbytes: int) -> zips.Layout:
     shape = tuple(box[: len(entry.shape)])
     return zips.lay_out(pt.records(pickles.dumps(pt.tensor(entry.dtype, shape, "0")), [nbytes]))
-
-
-def _value_blob(spec: Spec, extra: Extra) -> bytes:
-    """A non-tensor entry as torch.save would write it; one that comes from DCP is passed on as it is."""
-    if extra.address is not None and spec.source is not None:
-        file, offset, length = extra.address
-        with open(Path(spec.source.root) / spec.source.files[file], "rb") as source:
-            source.seek(offset)
-            return source.read(length)
-    return pt.archive(extra.value)
 
 
 def _metadata(

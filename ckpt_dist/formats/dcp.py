@@ -363,5 +363,20 @@ def read_extra(catalog: Catalog, extra: Extra) -> Any:
     return pt.with_small(tree, file, storages)
 
 
+def raw_extra(catalog: Catalog, extra: Extra) -> bytes:
+    """The bytes of an entry that is no tensor, to be passed on."""
+    assert extra.address is not None
+    number, base, length = extra.address
+    path = Path(catalog.root) / catalog.files[number]
+    with open(path, "rb") as file:
+        file.seek(base)
+        found = file.read(length)
+    if len(found) < length:
+        raise CheckpointError(
+            f"{path} is truncated: {extra.name!r} needs {base + length} bytes, it has {base + len(found)}."
+        )
+    return found
+
+
 def lay_out(spec: Spec) -> Layout:
     return _distcp.lay_out(spec)
