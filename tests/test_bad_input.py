@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
@@ -446,6 +447,27 @@ def test_a_target_that_cannot_be_written(tmp_path: Path, refused: Refused, small
     refused(source, target=tmp_path / "file/out")
 
 
+def test_a_target_that_could_not_be_published_is_refused_before_any_work(tmp_path: Path, refused: Refused) -> None:
+    source = make("hf", tmp_path / "source")
+    (tmp_path / "out.pt").mkdir()
+    words = ("target.format=torch", "overwrite=true")
+    assert "would be replaced by a file" in refused(source, *words, code=2, target=tmp_path / "out.pt")
+    assert (tmp_path / "out.pt").is_dir()
+    assert "name is too long" in refused(source, code=2, target=tmp_path / ("x" * 232))
+    assert main("convert", [f"source.path={source}", f"target.path={tmp_path / ('x' * 200)}"]) == 0
+
+
+def test_any_path_is_recorded(tmp_path: Path) -> None:
+    """Names that are no UTF-8, and signs that mean something to OmegaConf."""
+    odd = [make("hf", tmp_path / name) for name in ("sur\udcff", "we${ird", "$HOME")]
+    ckpt_dist.average(odd, tmp_path / "mean", quiet=True)
+    recipe = yaml.safe_load((tmp_path / "mean/average.yaml").read_text())
+    assert [one["path"] for one in recipe["sources"]][1:] == [str(path) for path in odd[1:]]
+    ckpt_dist.convert(odd[0], tmp_path / "out\udcfe", quiet=True)
+    record = json.loads((tmp_path / "out\udcfe/ckpt_dist.json").read_text())
+    assert record["recipe"]["source"]["path"] == str(odd[0])
+
+
 def test_a_target_never_replaces_a_source_whatever_is_allowed(tmp_path: Path, refused: Refused) -> None:
     source = make("hf", tmp_path / "run/source")
     (tmp_path / "link").symlink_to(source)
@@ -515,6 +537,13 @@ def test_files_that_are_open_stay_on_a_disk_of_the_network(
     monkeypatch.setattr("ckpt_dist.engine.staging.finish", failing)
     assert main("convert", [*words, f"target.path={tmp_path / 'other'}", "engine.fsync=false"]) == 3
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".other*"))
+
+
+def test_integers_that_are_one_apart_differ(tmp_path: Path) -> None:
+    for name, value in (("a", 1 << 53), ("b", (1 << 53) + 1)):
+        save_file({"count": torch.tensor([value, 1])}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(Difference, match="1 elements differ"):
+        ckpt_dist.verify(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("limit", ["rtol", "atol"])

@@ -173,6 +173,16 @@ def test_a_saved_catalog_gives_the_same_plan_without_the_checkpoint(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_saved_catalog_says_how_a_checkpoint_was_cut(tmp_path: Path, real: Real) -> None:
+    ckpt_dist.convert(real("fsdp2") / "hf", tmp_path / "ranks", format="megatron", tp=2, vocab_size=256, quiet=True)
+    ckpt_dist.inspect(tmp_path / "ranks", save_catalog=tmp_path / "catalog")
+    here, there = (
+        ckpt_dist.convert(source, tmp_path / "out", format="same", dry_run=True)
+        for source in (tmp_path / "ranks", tmp_path / "catalog")
+    )
+    assert here["files"] == there["files"] and len(here["files"]) == 2
+
+
 def test_hardly_a_byte_of_a_large_model_is_read_twice(tmp_path: Path) -> None:
     """Llama 70B in Meta's layout, four layers: heads of 128 rows of 16 KiB are cut by tiles of 64 rows."""
     e, f, v = 8192, 28672, 128256
@@ -334,6 +344,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, np.ndarray]], Any]] = {
     "no entries": said(entries=7),
     "no config": said(config=[]),
     "values to come": said(about={"length": [1]}),
+    "no number of ranks": said(about={"tp": "two"}),
+    "stages in no list": said(about={"partition": 2}),
+    "a stage of -1 layers": said(about={"partition": [-1]}),
     "a codec that is none": said(packed=[[0, "rot13", 1, 1]]),
     "a compressed chunk of no file": said(packed=[[10**6, "zlib", 1, 1]]),
     "a compressed chunk twice": said(packed=[[0, "zlib", 1, 1]] * 2),

@@ -1,32 +1,41 @@
 """Contract: a job that is ended at any moment, in any way, publishes nothing, and the same command goes on from there, with any
 number of ranks, to the same bytes; a rank that dies or hangs ends the job on all ranks in bounded time, with one message
-that names it. Not checked here: several nodes (test_nodes.py) and slurm (test_slurm.py).
+that names it. Not checked here: several nodes (test_nodes.py, test_local.py) and slurm (test_slurm.py).
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import ckpt_dist
+from ckpt_dist import task
+from ckpt_dist.catalog import Catalog, Chunks
 from ckpt_dist.cli import main
 from ckpt_dist.engine import fill, journal
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Done
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import STOPPED, CheckpointError, Stopped
+from ckpt_dist.model import ZEROS, Model
+from ckpt_dist.sources import Source
+from ckpt_dist.writing import saved
 from tests.conftest import ROOT
 
 SLOW = ROOT / "tests/slow.py"
@@ -145,6 +154,135 @@ def test_another_job_does_not_go_on_with_it(tmp_path: Path, change: str) -> None
     again = start(1, 0, *words, *([change] if "=" in change else []))
     _, said = again.communicate(timeout=60)
     assert again.returncode == 0 and "resumed" not in said
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path, **keys: object) -> None:
+    """A conversion that is stopped after its last tile."""
+
+    def fills(*given: object) -> Done:
+        fill.fill(*given)  # type: ignore[arg-type]
+        raise Stopped(STOPPED)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(task, "fill", fills)
+        ckpt_dist.convert(source, target, quiet=True, **keys)
+
+
+def test_a_config_that_was_corrected_starts_the_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of heads decides the order of rows, and no stored shape."""
+    right = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 96,
+        "vocab_size": 64,
+        "tie_word_embeddings": False,
+    }
+    wrong = {**right, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+    rows = {"wq": 32, "wk": 16, "wv": 16, "wo": 32}
+    torch.manual_seed(0)
+    state = {f"layers.0.attention.{name}.weight": torch.randn(n, 32) for name, n in rows.items()}
+    state |= {f"layers.0.feed_forward.{name}.weight": torch.randn(96, 32) for name in ("w1", "w3")}
+    state |= {"layers.0.feed_forward.w2.weight": torch.randn(32, 96), "norm.weight": torch.randn(32)}
+    state |= {f"layers.0.{name}_norm.weight": torch.randn(32) for name in ("attention", "ffn")}
+    state |= {name: torch.randn(64, 32) for name in ("tok_embeddings.weight", "output.weight")}
+    source = tmp_path / "meta"
+    source.mkdir()
+    torch.save(state, source / "consolidated.00.pth")
+    config = tmp_path / "config/config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(wrong))
+    keys = {"model.config": str(config.parent)}
+    stopped(monkeypatch, source, tmp_path / "out", **keys)
+    config.write_text(json.dumps(right))
+    ckpt_dist.convert(source, tmp_path / "out", quiet=True, **keys)
+    ckpt_dist.convert(source, tmp_path / "straight", quiet=True, **keys)
+    assert same(tmp_path / "out", tmp_path / "straight")
+
+
+def test_a_job_goes_on_where_its_own_space_is_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    stopped(monkeypatch, source, tmp_path / "out")
+    left = namedtuple("left", "total used free")(0, 0, 1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: left)
+    with pytest.raises(CheckpointError, match="Not enough space"):
+        ckpt_dist.convert(source, tmp_path / "other", quiet=True)
+    report = ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    assert [note for note in report["notes"] if "resumed" in note]
+
+
+def test_what_a_disk_lost_of_the_skeleton_is_there_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power failure only those tiles are known to be on the disk that were noted; headers never were flushed."""
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    stopped(monkeypatch, source, tmp_path / "out")
+    with open(tmp_path / ".out.ckpt_dist/model.safetensors", "r+b") as file:
+        file.write(bytes(512))
+    report = ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    assert [note for note in report["notes"] if "resumed" in note]
+    assert ckpt_dist.verify(tmp_path / "out", source)["bit_equal"]
+
+
+def test_zeros_that_lengthen_a_vocabulary_are_of_no_time(tmp_path: Path) -> None:
+    """They are read from a device, whose time is that of the last start of the machine."""
+    catalog = Catalog(
+        "hf",
+        "/",
+        ("dev/null", ZEROS),
+        (),
+        Chunks.dense([], *np.zeros((2, 0, 1), np.int64), *np.zeros((2, 0), np.int64)),
+    )
+    assert list(saved([Model(Source(catalog, tmp_path, tmp_path), ())])) == ["/dev/null"]
+
+
+def test_two_saves_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = checkpoints(tmp_path / "run", 2)
+
+    def fills(*given: object) -> Done:
+        done = fill.fill(*given)  # type: ignore[arg-type]
+        (run / "step-1/model.safetensors").write_bytes((run / "step-2/model.safetensors").read_bytes())
+        return done
+
+    monkeypatch.setattr(task, "fill", fills)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read; nothing was published"):
+        ckpt_dist.convert(run / "step-1", tmp_path / "out", quiet=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.3])
+def test_of_two_jobs_that_begin_together_one_is_done(tmp_path: Path, wait_s: float) -> None:
+    """Making the files takes its time, and nobody has begun to anybody who looks meanwhile."""
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    code = f"""import sys, time, ckpt_dist
+from ckpt_dist.engine import staging
+reserve = staging.reserve
+staging.reserve = lambda *given: (time.sleep(0.15), reserve(*given))
+ckpt_dist.inspect({str(source)!r})
+open(sys.argv[1] + ".ready", "w").close()
+import os
+while not os.path.exists(sys.argv[2]): time.sleep(0.001)
+time.sleep(float(sys.argv[3]))
+ckpt_dist.convert({str(source)!r}, {str(tmp_path / "out")!r}, format="dcp", max_shard_size="2MB", quiet=True)"""
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / f"job{k}"), str(tmp_path / "go"), str(k * wait_s)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for k in range(2)
+    ]
+    wait(lambda: all((tmp_path / f"job{k}.ready").exists() for k in range(2)))
+    (tmp_path / "go").touch()
+    said = [job.communicate(timeout=60)[1] for job in jobs]
+    codes = sorted(job.returncode for job in jobs)
+    assert codes[0] == 0 and (codes[1] == 0 or "Another job is making" in "".join(said) or "exists" in "".join(said)), (
+        said
+    )
+    assert ckpt_dist.verify(tmp_path / "out", source)["bit_equal"]
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_two_jobs_cannot_make_one_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from ckpt_dist.formats import FORMATS, inside
 VERSION = 1
 HEAD = "ckpt_dist_catalog"
 COLUMNS = ("entry", "start", "size", "strides", "file", "offset")
+NUMBERS = ("tp", "pp", "vpp", "ep", "partition", "padded", "vocabulary", "embedding")  # of what is noted about ranks
 WIDTHS = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4", "int64": "<i8"}
 MOST_ELEMENTS = 1 << 43  # of all tensors together: plans cut them into tiles, and need memory for each tile
 MOST_BYTES = 1 << 60
@@ -74,7 +75,7 @@ def save(path: Path, catalog: Catalog, asked: Path, folder: Path, step: int | No
         "entries": [[e.name, e.dtype, e.shape, e.role, _plain(e.path), e.frame] for e in catalog.entries],
         "extras": [[x.name, x.role] for x in catalog.extras],
         "config": catalog.config,
-        "about": {k: v for k, v in catalog.about.items() if isinstance(v, str)},
+        "about": {k: v for k, v in catalog.about.items() if isinstance(v, str) or (k in NUMBERS and v is not None)},
         "packed": [[p.file, p.codec, p.stored_bytes, p.nbytes] for p in catalog.about.get("packed", ())],
     }
     c = catalog.chunks
@@ -144,7 +145,7 @@ def _catalog(path: Path, head: Mapping[str, Any], columns: Mapping[str, Ints]) -
         raise CheckpointError(f"its tensors have {elements} elements, more than the {MOST_ELEMENTS} of any model")
     if not isinstance(head["config"], dict):
         raise CheckpointError("its config is no table of settings")
-    about: dict[str, Any] = {_text(k): _text(v) for k, v in head["about"].items()} | {
+    about: dict[str, Any] = {_text(k): _fact(k, v) for k, v in head["about"].items()} | {
         k: _text(head[k]) for k in ("asked", "folder")
     }
     about |= {"saved": str(path), "step": None if head["step"] is None else _count(head["step"], "a step")}
@@ -203,6 +204,17 @@ def _text(value: Any) -> str:
 def _count(value: Any, what: str, most: int = MOST_BYTES) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise CheckpointError(f"{what} is {value!r:.100}, not a number from 0 to {most}")
+    return value
+
+
+def _fact(name: str, value: Any) -> Any:
+    """What a format has noted: numbers where it is about ranks, else text."""
+    if name not in NUMBERS:
+        return _text(value)
+    if isinstance(value, list) is not (name == "partition"):
+        raise CheckpointError(f"its {name} is {value!r:.100}")
+    for one in value if isinstance(value, list) else [value]:
+        _count(int(one) if type(one) is bool else one, f"its {name}", MOST_ELEMENTS)
     return value
 
 
