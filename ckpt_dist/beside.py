@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist import __version__, configs, design, formats, megatron, sources
-from ckpt_dist.catalog import Catalog, Extra
+from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import pickles
@@ -28,9 +28,12 @@ def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, 
     chosen: list[Extra] = []
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
+    heads = {_head(e) for e in m.catalog.entries if e.role == "weight"}
     format = cfg["target"]["format"]
     holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
+        if extra.role == "weight" and extra.path and _head(extra) not in heads:  # not among the weights
+            extra = replace(extra, role="state")
         if "saved" in m.catalog.about and extra.role in wanted:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
         elif extra.role == "weight":
@@ -46,6 +49,11 @@ def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, 
         else:
             carried.append(extra)
     return carried, lost
+
+
+def _head(x: Entry | Extra) -> str:
+    """The first word of a name."""
+    return str(x.path[0] if x.path else x.name).partition(".")[0]
 
 
 def with_states(group: Group, m: Model, format: str) -> Catalog:
@@ -155,6 +163,17 @@ def _params_json(m: Model, report: Report) -> dict[str, Any]:
         report.warnings.append("no params.json or config.json was found, so none is written: give model.config=PATH")
         return {}
     return config
+
+
+def unlike_titan(d: design.Design, m: Model) -> str:
+    """What of a config.json torchtitan's Llama has no code for, in words; its names alone would not tell."""
+    config = m.source.config
+    if d.dialect != "torchtitan" or m.family is None or m.family.name != "llama" or not configs.is_hf(config):
+        return ""
+    odd = [f"{k}={config[k]!r}" for k, usual in configs.IMPLIED.items() if config.get(k, usual) not in (None, usual)]
+    if config.get("model_type") in m.family.model_types:
+        odd = [text for text in odd if not text.startswith("model_type")]
+    return f"torchtitan's Llama does not compute what config.json says: {', '.join(odd)}" if odd else ""
 
 
 def args(d: design.Design, m: Model) -> configs.Translation:

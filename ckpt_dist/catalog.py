@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -133,6 +133,7 @@ class Views:
         return Views(self.keys, self.sizes, *columns)
 
 
+T = TypeVar("T", "Entry", "Extra")
 WRAPPERS = (
     "model",
     "module",
@@ -141,7 +142,8 @@ WRAPPERS = (
     "app",
     "state",
 )  # dicts that a training script puts around a model
-OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict")
+OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict", "optimizer_states")
+GROUPS = "param_groups"  # what every optimizer of torch has beside its state
 CHAINED = re.compile(r"chained_\d+")  # several optimizers of Megatron, each with some of the parameters
 STATES = (
     "lr_scheduler",
@@ -178,6 +180,21 @@ def role(path: Sequence[str | int]) -> str:
         if head not in WRAPPERS:
             break
     return "weight"
+
+
+def with_optimizers(catalog: Catalog) -> Catalog:
+    """The same with all that lies beside `param_groups` as an optimizer's, whatever a training script calls it."""
+    stored: list[Entry | Extra] = [*catalog.entries, *catalog.extras]
+    paths = [x.path for x in stored if x.role == "weight"]
+    around = {path[: path.index(GROUPS)] for path in paths if GROUPS in path[1:]}
+    if not around:
+        return catalog
+
+    def said(x: T) -> T:
+        ours = x.role == "weight" and any(x.path[: len(a)] == a for a in around)
+        return replace(x, role="optimizer") if ours else x
+
+    return replace(catalog, entries=tuple(map(said, catalog.entries)), extras=tuple(map(said, catalog.extras)))
 
 
 def unwrap(path: Sequence[str | int]) -> tuple[tuple[str | int, ...], str]:

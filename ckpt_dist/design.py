@@ -256,9 +256,10 @@ def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> B
     around: tuple[str | int, ...] = (
         (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()
     )
+    nested_at = first.paths if keeps and key == "auto" else {}
     entries = []
     for entry, rule in zip(target.entries, target.rules, strict=True):
-        path = entry.path if entry.role != "weight" else (*around, entry.name)
+        path = entry.path if entry.role != "weight" else nested_at.get(entry.name, (*around, entry.name))
         if entry.role == "optimizer" and rule and rule.weights[0] in target.axes:  # a slot, named after its weight
             slot, own = slots.parted(entry.name)
             path = (slot + ".".join(map(str, (*around, own))),)

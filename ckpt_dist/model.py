@@ -55,6 +55,17 @@ class Model:
     def step(self) -> int | None:
         return self.source.step
 
+    @property
+    def paths(self) -> dict[str, tuple[str | int, ...]]:
+        """Where the weights of an unknown model are nested, by name: it may be several models, each in a dict."""
+        found = {}
+        for entry, name in zip(self.catalog.entries, self.names, strict=True):
+            if self.family is None and entry.role == "weight" and name is not None and entry.path:
+                wrapper, own = _parted(entry)
+                rest = ".".join(map(str, entry.path[len(wrapper) :]))
+                found[name] = entry.path if rest == own else (*wrapper, own)
+        return found
+
 
 def clean(name: str) -> str:
     """A name without the parts that wrappers of a module add: `_orig_mod.layers.0` -> `layers.0`."""
@@ -161,6 +172,12 @@ def _kept(role: str, keep: Sequence[str]) -> bool:
     return {"weight": "weights"}.get(role, role) in keep
 
 
+def _parted(entry: Entry) -> tuple[tuple[str | int, ...], str]:
+    """The dicts around a weight, and its own name."""
+    wrapper, name = unwrap(entry.path) if len(entry.path) > 1 else ((), entry.name)
+    return wrapper, clean(name)
+
+
 def _own_names(catalog: Catalog) -> tuple[list[str | None], tuple[str | int, ...]]:
     """Each weight's name without the dicts around the model; those dicts (the most common ones)."""
     found: list[str | None] = []
@@ -169,9 +186,9 @@ def _own_names(catalog: Catalog) -> tuple[list[str | None], tuple[str | int, ...
         if entry.role != "weight":
             found.append(None)
             continue
-        wrapper, name = unwrap(entry.path) if len(entry.path) > 1 else ((), entry.name)
+        wrapper, name = _parted(entry)
         wrappers[wrapper] = wrappers.get(wrapper, 0) + 1
-        found.append(clean(name))
+        found.append(name)
     return found, max(wrappers, key=lambda w: wrappers[w]) if wrappers else ()
 
 
@@ -265,7 +282,7 @@ def _sizes(
     told = f"its {source.config_path.name} has" if source.config_path else "its own settings have"
     told = "the model that model.config names has" if _preset(source) else told if "l" in known else "its names count"
     lacks = absent.layers(rules, lost, {a: sizes[a] for a in counted}, told) or absent.weights(family, rules)
-    lacks = lacks or ("" if lost else absent.implied(family, rules, source.config, sizes))
+    lacks = lacks or absent.implied(family, rules, source.config, sizes)
     return sizes, f"the lengths of {', '.join(missing)}" if missing else "", lacks
 
 

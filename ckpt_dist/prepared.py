@@ -95,6 +95,8 @@ def prepare(
     source = beside.with_states(group, models[-1], target["format"])
     layout = _lay_out(d, models[-1], source, extras, told.config if told else {}, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
+    if unlike := beside.unlike_titan(d, models[0]):
+        report.warnings.append(unlike)
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)

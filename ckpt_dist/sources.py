@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist import configs, formats, megatron, merak, quantised
-from ckpt_dist.catalog import Catalog
+from ckpt_dist.catalog import Catalog, with_optimizers
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 from ckpt_dist.files.elsewhere import answers
@@ -296,7 +296,7 @@ def _scan(
     name = formats.detect(folder, formats.MASTERS if master else formats.FORMATS) if name == "auto" else name
     if master and name not in formats.MASTERS:
         raise _no_masters(folder, name)
-    catalog: Catalog = formats.load(name).scan(folder, keys)
+    catalog = with_optimizers(formats.load(name).scan(folder, keys))
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     about = catalog.about

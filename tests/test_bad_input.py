@@ -351,13 +351,20 @@ def test_an_unknown_tensor_is_refused_with_the_nearest_name_or_dropped_when_aske
 ) -> None:
     source = make("hf", tmp_path / "source")
     (source / "config.json").write_text(json.dumps(LLAMA))
-    save_file({**tensors(), "model.layers.1.mlp.up_prj.weight": torch.ones(8, 4)}, source / "model.safetensors")
+    shapes = {f"self_attn.{x}_proj": (4, 4) for x in "qkvo"} | {f"mlp.{x}_proj": (8, 4) for x in ("gate", "up")}
+    shapes |= {"mlp.down_proj": (4, 8), "input_layernorm": (4,), "post_attention_layernorm": (4,)}
+    whole = {f"model.layers.{n}.{name}.weight": torch.randn(s) for n in range(2) for name, s in shapes.items()}
+    whole |= {"model.embed_tokens.weight": torch.randn(9, 4), "model.norm.weight": torch.ones(4)}
+    save_file({**whole, "model.layers.1.mlp.up_prj.weight": torch.ones(8, 4)}, source / "model.safetensors")
     message = refused(source)
     assert (
         "model.layers.1.mlp.up_prj.weight" in message and "Did you mean 'model.layers.1.mlp.up_proj.weight'" in message
     )
     assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", "unmatched=drop"]) == 0
-    assert sorted(load_file(tmp_path / "out/model.safetensors")) == sorted(tensors())
+    assert sorted(load_file(tmp_path / "out/model.safetensors")) == sorted(whole)
+    other = {name.replace("q_proj", "q_proj.base_layer"): value for name, value in whole.items()}  # an adapter's
+    save_file(other, source / "model.safetensors")
+    assert "no tensor is the 'q' of llama" in refused(source, "unmatched=drop")
 
 
 def test_quantised_and_flat_checkpoints_are_refused_by_name(tmp_path: Path, refused: Refused) -> None:

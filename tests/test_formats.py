@@ -273,3 +273,45 @@ def test_values_of_foreign_classes_are_listed_and_left_out(tmp_path: Path) -> No
     assert any("dropped, of a class that is not written: args" in n for n in done["notes"])
     got = torch.load(tmp_path / "out.pt", weights_only=True)
     assert got["step"] == 4 and torch.equal(got["model"]["w"], torch.ones(2)) and "args" not in got
+
+
+def test_several_models_in_one_file_stay_where_they_are(tmp_path: Path) -> None:
+    """Of an unknown model; what a script calls its optimizers does not matter, and what is no tensor is state."""
+    torch.manual_seed(0)
+    weights = {"a.weight": torch.randn(4, 4), "a.bias": torch.randn(4)}
+    slots = {"exp_avg": torch.randn(4), "step": torch.tensor(3.0)}
+    opt_g = {"state": {0: slots}, "param_groups": [{"lr": 0.5, "params": [0]}]}
+    state = {"model": weights, "ema": {k: v + 1 for k, v in weights.items()}, "loss": torch.tensor(0.5)}
+    state |= {"opt_g": opt_g, "optimizer_states": [opt_g], "sched": {"last_epoch": 7}, "cfg": {"lr": [0.1, 0.2]}}
+    torch.save(state, tmp_path / "run.pt")
+    ckpt_dist.convert(tmp_path / "run.pt", tmp_path / "weights.pt", format="torch", quiet=True)
+    found = torch.load(tmp_path / "weights.pt")
+    assert {k: v if k == "loss" else sorted(v) for k, v in found.items()} == {
+        "model": sorted(weights), "ema": sorted(weights), "loss": state["loss"]
+    }  # fmt: skip
+    assert found["ema"]["a.bias"].equal(state["ema"]["a.bias"])
+    whole = ["weights", "optimizer", "state"]
+    ckpt_dist.convert(tmp_path / "run.pt", tmp_path / "all.pt", format="torch", keep=whole, quiet=True)
+    kept = torch.load(tmp_path / "all.pt")
+    assert kept["optimizer_states"][0]["state"][0]["exp_avg"].equal(slots["exp_avg"])
+    assert kept["opt_g"]["param_groups"] == opt_g["param_groups"] and kept["cfg"] == state["cfg"]
+    ckpt_dist.convert(tmp_path / "run.pt", tmp_path / "dcp", format="dcp", keep=whole, quiet=True)
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "again.pt", format="torch", keep=whole, quiet=True)
+    again = torch.load(tmp_path / "again.pt")
+    assert again["cfg"] == state["cfg"] and again["sched"] == state["sched"]
+    assert again["opt_g"]["param_groups"] == opt_g["param_groups"]
+    assert again["optimizer_states"][0]["state"]["0"]["exp_avg"].equal(slots["exp_avg"])  # DCP's keys are texts
+    assert again["ema"]["a.weight"].equal(state["ema"]["a.weight"])
+    assert ckpt_dist.inspect(tmp_path / "run.pt")["optimizer"]
+
+
+def test_what_torchtitan_would_compute_otherwise_is_said(tmp_path: Path) -> None:
+    """Names of Llama do not make it one: torchtitan has no multipliers, and no norms around 0."""
+    from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    for config, said in ((LlamaConfig, False), (GraniteConfig, True)):
+        source = tmp_path / config.model_type
+        AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(source)
+        report = ckpt_dist.convert(source, tmp_path / f"out-{said}", format="dcp", dialect="torchtitan", quiet=True)
+        assert any("does not compute" in w and "'granite'" in w for w in report["warnings"]) is said
