@@ -213,18 +213,16 @@ def _lay_out(
     }
     if target["format"] == "fsdp":
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
-    for key in ("tp", "pp", "vpp", "ep"):
-        if target[key] != 1 and key not in formats.RANKS.get(target["format"], ()):
+    for key, (usual, known) in formats.OPTIONS.items():
+        if target[key] != usual and target["format"] not in known:
             raise UsageError(
-                f"target.{key}={target[key]}: {target['format']} has no files of such ranks. Leave it out."
+                f"target.{key}={target[key]}: {target['format']} knows nothing of the kind, {', '.join(known)} do. Leave it out."
             )
-    known = formats.EMBEDDINGS.get(target["format"])
-    if known and target["embedding"] not in ("auto", *known):
+    cuts = formats.EMBEDDINGS.get(target["format"])
+    if cuts and target["embedding"] not in ("auto", *cuts):
         raise UsageError(
-            f"target.embedding={target['embedding']}: {target['format']} has no such ranks. Give {' or '.join(known)}."
+            f"target.embedding={target['embedding']}: {target['format']} has no such ranks. Give {' or '.join(cuts)}."
         )
-    if target["release"] and target["format"] not in formats.RELEASES:
-        raise UsageError(f"target.release=true: {target['format']} has no such checkpoints. Leave it out.")
     layout: Layout = formats.load(target["format"]).lay_out(Spec(d.target.entries, tuple(extras), source, options))
     return layout
 

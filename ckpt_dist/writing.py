@@ -75,10 +75,12 @@ def _only_for_plans(models: Sequence[Model], engine: Config) -> None:
     """A job that writes needs data and real ranks."""
     for m in models:
         needs_data(m.catalog)
-    for key in ("ranks", "nodes", "calibrate"):
-        if engine.get(key):
+    given = {f"bandwidth.{k}": v for k, v in (engine.get("bandwidth") or {}).items()}
+    given |= {k: engine.get(k) for k in ("ranks", "nodes", "calibrate")}
+    for key, value in given.items():
+        if value:
             raise UsageError(
-                f"engine.{key}={engine[key]} is only for dry_run=true. Ranks are started by torchrun, or by nproc=."
+                f"engine.{key}={value} is only for dry_run=true. Ranks are started by torchrun, or by nproc=."
             )
 
 

@@ -324,6 +324,16 @@ def test_averaged_checkpoints_must_be_of_one_model(tmp_path: Path, refused: Refu
     assert "no checkpoints" in refused(run / "step-1", verb="average")
 
 
+@pytest.mark.parametrize(
+    "word", ["target.spec=local", "target.partition=[3,5]", "target.safetensors=false", "target.max_shard_size=1KB",
+             "target.release=true", "engine.bandwidth.read=1GiB"],
+)  # fmt: skip
+def test_what_would_do_nothing_is_refused(tmp_path: Path, refused: Refused, word: str) -> None:
+    source = make("hf", tmp_path / "source")
+    message = refused(source, word, "target.format=torch", code=2)
+    assert word.partition("=")[0] in message and ("Leave it out" in message or "only for dry_run" in message)
+
+
 def test_wrong_commands(tmp_path: Path, refused: Refused) -> None:
     source = make("hf", tmp_path / "source")
     assert "Did you mean 'target.format'" in refused(source, "target.fromat=dcp", code=2)

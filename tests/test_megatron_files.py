@@ -584,7 +584,10 @@ def test_args_from_params_json(llama: Path, tmp_path: Path) -> None:
         ({"target.ep": 2}, r"target.ep=2: the model has no experts"),
         ({"target.vpp": 2}, r"target.vpp=2 with target.pp=1"),
         ({"target.pp": 2, "target.partition": [5, -1]}, r"target.partition is"),
-        ({"target.tp": 2, "format": "torch_dist"}, r"target.tp=2: torch_dist has no files of such ranks"),
+        (
+            {"target.tp": 2, "format": "torch_dist"},
+            r"target.tp=2: torch_dist knows nothing of the kind, meta, megatron",
+        ),
     ],
 )
 def test_what_megatron_would_refuse(llama: Path, tmp_path: Path, keys: dict[str, Any], says: str) -> None:

@@ -463,8 +463,8 @@ def test_what_is_wrong_is_said(
         (dict(pp=11), r"stage 8 would hold none of the 15 modules"),
         (dict(tp=3), r"4 attention heads cannot be divided by 3"),
         (dict(tp=2, embedding="hidden"), r"target\.embedding=hidden: merak has no such ranks"),
-        (dict(format="hf", release=True), r"target\.release=true: hf has no such"),
-        (dict(vpp=2), r"merak has no files of such ranks"),
+        (dict(format="hf", release=True), r"target\.release=True: hf knows nothing"),
+        (dict(vpp=2), r"merak knows nothing of the kind, megatron do"),
         (dict(tp=2, model="identity"), r"its family is not|is of no known family"),
     ],
 )

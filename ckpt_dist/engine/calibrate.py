@@ -4,7 +4,7 @@ Each thread reads, combines and writes as the engine's threads do, and all of th
 flushes what they have written, as a journal does. So a rate is that of one node with its ranks at work: the seconds on
 the clock are divided among the kinds of work as the threads' own seconds are.
 
-Invariant: reads only the sources; writes at most MOST bytes, into one file that is removed in any case.
+Invariant: reads only the sources; writes one file of at most MOST bytes, again and again, which is removed in any case.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Open files: exact reads and writes at offsets, many threads, few descriptors.
 
 Invariant: sources are opened read-only; a short read or a failed write is an error that names the file and
-both numbers; descriptors of one thread are never closed by another.
+both numbers; descriptors of one thread are not closed by another before `close`, when none works any more.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
                 raise _taken(staging)
         _skeleton(made, layout, held(layout, staging.node))
         if not resumed:
-            os.rename(made, folder)
+            os.replace(made, folder)
     except OSError as error:
         if not resumed:
             shutil.rmtree(made, ignore_errors=True)

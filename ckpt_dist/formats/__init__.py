@@ -3,7 +3,7 @@
     claims(folder)             whether a path holds this format, by its content
     scan(path, options)        headers -> Catalog; opens files read-only and never a tensor
     lay_out(spec)              entries -> Layout: each file, its size, its header bytes, the address of each chunk
-    locate(catalog, chunks)    optional: exact addresses of some chunks, where headers lie beside the data
+    locate(catalog, rows)      optional: exact addresses of some chunks, where headers lie beside the data
 
 Invariant: a format is a table of addresses. Nothing here reads or writes the bytes of a tensor.
 """
@@ -53,15 +53,24 @@ DIALECTS = {  # formats whose files have names of one dialect only, or of the fi
     "megatron_deepspeed": ("megatron",),
 }
 ONLY = {"megatron_deepspeed": ("bloom", "gpt2")}  # formats that hold models of some families
-RANKS = {  # formats with files of their own for each of some kinds of ranks
-    "meta": ("tp",),
-    "megatron": ("tp", "pp", "vpp", "ep"),
-    "merak": ("tp", "pp"),
-    "megatron_deepspeed": ("tp", "pp"),
+_STAGED = ("megatron", "merak", "megatron_deepspeed")
+OPTIONS: dict[
+    str, tuple[Any, tuple[str, ...]]
+] = {  # of a target: what it is if nobody asks, and the formats that know it
+    "tp": (1, ("meta", *_STAGED)),
+    "pp": (1, _STAGED),
+    "vpp": (1, ("megatron",)),
+    "ep": (1, ("megatron",)),
+    "partition": (None, _STAGED),
+    "partition_method": ("uniform", ("merak",)),
+    "spec": ("te", ("megatron",)),
+    "release": (None, _STAGED),  # a checkpoint to begin with, of no step
+    "embedding": ("auto", ("meta", "merak")),
+    "safetensors": (True, ("hf",)),
+    "max_shard_size": (5 * 10**9, ("hf", "dcp", "torch_dist")),
 }
 EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
-RELEASES = ("megatron", "merak", "megatron_deepspeed")  # formats that know a checkpoint to begin with, of no step
 ARGS = ("megatron", "torch_dist", "zarr", "megatron_deepspeed", "merak")  # formats that keep the args of a run
 BESIDE = {  # what resumes an optimizer and is no tensor
     "torch_dist": ("optimizer", "opt_param_scheduler", "content_metadata"),
