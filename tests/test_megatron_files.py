@@ -678,3 +678,135 @@ def test_an_average_in_the_same_files_as_its_sources(llama: Path, tmp_path: Path
         a, b, c = (torch.load(f, weights_only=False)["model"] for f in files)
         assert list(a) == list(c)
         assert all(torch.allclose(c[n], (a[n] + b[n]) / 2, rtol=2e-7) for n in a)
+
+
+# ---- what no rule knows, what ranks should have alike
+
+
+WHOLE: dict[
+    str, tuple[tuple[int, ...], int | None]
+] = {  # an encoder and a decoder of megatron-core: shape, divided dim
+    "embedding.word_embeddings.weight": ((32, 16), 0),
+    "encoder.layers.0.input_layernorm.weight": ((16,), None),
+    "encoder.layers.0.self_attention.linear_qkv.weight": ((48, 16), 0),
+    "encoder.layers.0.self_attention.linear_proj.weight": ((16, 16), 1),
+    "encoder.final_layernorm.weight": ((16,), None),
+    "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": ((16,), None),
+    "decoder.layers.0.cross_attention.linear_q.weight": ((16, 16), 0),
+    "decoder.layers.0.cross_attention.linear_kv.weight": ((32, 16), 0),
+    "decoder.layers.0.cross_attention.linear_kv.bias": ((32,), 0),
+    "decoder.layers.0.cross_attention.linear_proj.weight": ((16, 16), 1),
+    "decoder.final_layernorm.weight": ((16,), None),
+    "lm_head.output_layer.bias": ((32,), 0),
+}
+
+
+def laid(folder: Path, tensors: dict[str, tuple[torch.Tensor, int | None]], **sizes: int) -> Path:
+    """Rank files of whole tensors, divided along a dim or held by each of two tensor-parallel ranks."""
+    args = dict(num_layers=1, hidden_size=16, num_attention_heads=4, tensor_model_parallel_size=2) | sizes
+    for t in range(2):
+        state = {n: w if dim is None else w.chunk(2, dim)[t].clone() for n, (w, dim) in tensors.items()}
+        path = folder / f"iter_0000005/mp_rank_{t:02d}/model_optim_rng.pt"
+        path.parent.mkdir(parents=True)
+        about = dict(args=argparse.Namespace(**args), checkpoint_version=3.0, iteration=5)
+        torch.save({**about, "model": state}, path)
+    return folder
+
+
+def random_of(shapes: dict[str, tuple[tuple[int, ...], int | None]]) -> dict[str, tuple[torch.Tensor, int | None]]:
+    torch.manual_seed(3)
+    return {n: (torch.randn(shape), dim) for n, (shape, dim) in shapes.items()}
+
+
+def test_an_encoder_beside_a_decoder(tmp_path: Path) -> None:
+    tensors = random_of(WHOLE)
+    ckpt_dist.convert(laid(tmp_path / "it", tensors), tmp_path / "whole.pt", format="torch")
+    found = torch.load(tmp_path / "whole.pt")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], w) for n, (w, _) in tensors.items())
+
+
+def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
+    tensors = random_of(WHOLE)
+    tensors["decoder.final_norm.weight"] = tensors["decoder.final_layernorm.weight"]
+    with pytest.raises(
+        CheckpointError, match=r"final_layernorm.weight' and 'decoder.final_norm.weight' of one file both"
+    ):
+        ckpt_dist.inspect(laid(tmp_path / "it", tensors))
+
+
+UNKNOWN = {
+    "decoder.layers.0.mixer.in_proj.weight": ((40, 16), 0),
+    "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight": ((8, 16), 0),
+    "decoder.layers.0.mixer.A_log": ((4,), 0),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_no_rule_knows_is_read_where_ranks_hold_the_same(tmp_path: Path, name: str) -> None:
+    rest = random_of(WHOLE)
+    tensors = random_of({name: UNKNOWN[name]})
+    source, alike = (
+        laid(tmp_path / "it", rest | tensors),
+        laid(tmp_path / "alike", rest | {name: (tensors[name][0], None)}),
+    )
+    says = rf"mp_rank_00/model_optim_rng.pt and .*mp_rank_01/model_optim_rng.pt hold different values of '{name}'"
+    verbs: list[Callable[..., Any]] = [
+        lambda p: ckpt_dist.convert(p, tmp_path / f"{p.name}.pt", format="torch"),
+        lambda p: ckpt_dist.average([p, p], tmp_path / f"{p.name}-mean.pt", format="torch"),
+        ckpt_dist.verify,
+        ckpt_dist.fingerprint,
+    ]
+    for verb in verbs:
+        with pytest.raises(CheckpointError, match=says):
+            verb(source)
+        verb(alike)
+    assert not list(tmp_path.glob("it*.pt"))
+    assert torch.equal(torch.load(tmp_path / "alike.pt")[name], tensors[name][0])
+    assert any("no rule says how ranks divide them" in n for n in ckpt_dist.inspect(source)["notes"])
+    with pytest.raises(CheckpointError, match="Convert it first"):
+        ckpt_dist.dcp.reader(alike)
+
+
+def test_layers_of_two_stages_that_nobody_counts(tmp_path: Path) -> None:
+    source = laid(tmp_path / "it", random_of(WHOLE))
+    for t in range(2):
+        folder = source / "iter_0000005"
+        shutil.copytree(folder / f"mp_rank_{t:02d}", folder / f"mp_rank_{t:02d}_001")
+        (folder / f"mp_rank_{t:02d}").rename(folder / f"mp_rank_{t:02d}_000")
+    rewritten(source, lambda tree, number: vars(tree["args"]).update(pipeline_model_parallel_size=2, num_layers=2))
+    with pytest.raises(CheckpointError, match=r"both hold 'encoder.layers.0.input_layernorm.weight', of two stages"):
+        ckpt_dist.inspect(source)
+
+
+@pytest.mark.parametrize("replicas", ["first", "average"])
+def test_norms_of_ranks_that_drifted(llama: Path, tmp_path: Path, replicas: str) -> None:
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **{"target.tp": 2, "target.pp": 2})
+    assert ckpt_dist.verify(tmp_path / "it", llama)["warnings"] == []
+
+    def drifted(tree: dict[str, Any], number: int) -> None:
+        if number in (2, 3):  # both stages of tensor-parallel rank 1
+            tree["model"] = {n: t + 1 if "norm" in n else t for n, t in tree["model"].items()}
+
+    rewritten(tmp_path / "it", drifted)
+    says = "of 9 tensors that each of 2 ranks has, 9 differ, first 'decoder.final_layernorm.weight'"
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "hf", **{"source.replicas": replicas})
+    assert any(says in w for w in report["warnings"])
+    assert any(says in w for w in ckpt_dist.verify(tmp_path / "it", llama)["warnings"])
+    found, was = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", llama))
+    more = 0.5 if replicas == "average" else 0.0
+    for name, tensor in was.items():
+        torch.testing.assert_close(found[name], tensor + (more if "norm" in name else 0))
+
+
+def test_routers_of_expert_parallel_ranks_that_drifted(tmp_path: Path) -> None:
+    transformer("mixtral", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.ep": 2})
+    assert ckpt_dist.verify(tmp_path / "it")["warnings"] == []
+
+    def drifted(tree: dict[str, Any], number: int) -> None:
+        if number == 3:
+            tree["model"]["decoder.layers.1.mlp.router.weight"] += 1
+
+    rewritten(tmp_path / "it", drifted)
+    (said,) = ckpt_dist.verify(tmp_path / "it", tmp_path / "hf")["warnings"]
+    assert "each of 4 ranks has, 1 differ, first 'decoder.layers.1.mlp.router.weight'" in said
