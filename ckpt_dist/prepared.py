@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import beside, configs, design, formats, part, quantised, slots, task, ties
+from ckpt_dist import beside, configs, design, formats, megatron, part, quantised, slots, task, ties
 from ckpt_dist.catalog import Catalog, Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.fill import Combine, keep
@@ -86,6 +86,8 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = design.of(models, target)
     _same_tensors(models, d.sources)
+    if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
+        report.warnings += megatron.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
     # a tokenizer may be on one node only, and all must write the same
@@ -119,6 +121,11 @@ def prepare(
     if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
         p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     return p
+
+
+def _zeros(m: Model) -> bool:
+    """Whether norms of this family are stored as what is added to one."""
+    return m.family is not None and m.family.init.get("*norm") == "zeros"
 
 
 def _placement(group: Group, cfg: Config) -> tuple[int, ...] | None:

@@ -383,7 +383,59 @@ def test_what_a_config_cannot_say_of_args_is_listed(llama: Path, tmp_path: Path,
     ckpt_dist.convert(llama, tmp_path / "it", format="megatron")
     rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], key, UNTOLD[key]))
     report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
-    assert report["warnings"] == [f"args: not translated: {key}={UNTOLD[key]!r}"]
+    more = [w for w in report["warnings"] if "Megatron adds 1 to the weights of norms" in w]
+    assert len(more) == (key == "apply_layernorm_1p")
+    assert report["warnings"] == [*more, f"args: not translated: {key}={UNTOLD[key]!r}"]
+
+
+COMPUTED: dict[str, Any] = dict(
+    apply_layernorm_1p=True, squared_relu=True, window_size=[4, 0], position_embedding_type="rope", softmax_scale=0.3,
+    swiglu=True, qk_l2_norm=True, glu_linear_offset=1.0, activation_func_clamp_value=7.0, use_mup=True,
+    softmax_type="learnable", moe_apply_probs_on_input=True, moe_router_num_groups=2, moe_router_group_topk=2,
+    moe_router_load_balancing_type="sinkhorn",
+)  # fmt: skip
+OTHERWISE = dict(position_embedding_type="none", swiglu=False, apply_residual_connection_post_layernorm=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "llama", "mixtral", "qwen3_moe"])
+def test_args_that_change_what_is_computed_are_listed_for_every_family(tmp_path: Path, kind: str) -> None:
+    plain = kind in ("gpt2", "bloom")
+    if kind == "bloom":
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        small = AutoConfig.for_model("bloom", hidden_size=32, n_head=4, n_layer=2, vocab_size=64)
+        AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "hf")
+    else:
+        transformer(kind, tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "same")["warnings"] == []
+    changes = COMPUTED | ({} if plain else OTHERWISE)
+    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(changes))
+    adds, lost = ckpt_dist.convert(tmp_path / "it", tmp_path / "other")["warnings"]
+    assert "until 1 is added to the weight of each norm" in adds
+    assert not [
+        key for key, value in changes.items() if f"{key}={value!r}" not in lost and f"{key}={value}" not in lost
+    ]
+    keys = {"format": "dcp", "target.dialect": "hf"}
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "dcp", **keys)["warnings"] == [adds]
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "dist", format="torch_dist")["warnings"] == []
+
+
+def test_biases_of_llama_are_in_its_config(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **SMALL, attention_bias=True, mlp_bias=True), attn_implementation="eager"
+    ).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.pp": 2})
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "back")["warnings"] == []
+    ids = torch.arange(24)[None]
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert torch.equal(model(ids).logits, back(ids).logits)
 
 
 def test_whether_experts_are_weighed_before_they_are_chosen(tmp_path: Path) -> None:
