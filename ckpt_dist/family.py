@@ -21,7 +21,7 @@ import numpy as np
 
 from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Chunks, Entry, Views, padded
-from ckpt_dist.errors import CheckpointError, nearest
+from ckpt_dist.errors import CheckpointError, Unfit, nearest
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
 
 COPIES = ("meta", "torchtitan")  # dialects in which a tied weight is stored twice
@@ -180,9 +180,10 @@ def resolve(
             try:
                 sizes = solve(pattern, stored, sizes)
             except PatternError as error:
-                raise CheckpointError(
+                raise Unfit(
                     f"{name} has shape {tuple(stored)}, which does not fit {family.name} ({dialect}): {error}. "
-                    "Is the config that of another model? Give the right one with model.config=PATH."
+                    "Is the config that of another model? Give the right one with model.config=PATH, or, if it is a model of "
+                    "no known family, keep its names as they are with model=identity."
                 ) from None
     return sizes
 

@@ -17,7 +17,7 @@ from ckpt_dist import absent, configs, slots
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints, distinct, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
-from ckpt_dist.errors import CheckpointError, UsageError, nearest
+from ckpt_dist.errors import CheckpointError, Unfit, UsageError, nearest
 from ckpt_dist.family import CANONICAL, Family, Rule
 from ckpt_dist.sources import Source
 
@@ -70,8 +70,10 @@ def recognise(
     dialect: str = "auto",
     keep: Sequence[str] = ("weights",),
     unmatched: str = "error",
+    partial: bool = False,
 ) -> Model:
-    """Family and dialect from the config's model_type and the names; what does not fit is refused or listed."""
+    """Family and dialect from the config's model_type and the names; what does not fit is refused or listed. To be
+    looked at (`partial`), a model of a family's names in other shapes is one of no known family."""
     catalog = source.catalog
     own, wrapper = _own_names(catalog)
     chosen, spoken, prefix = _best([n for n in own if n is not None], source.config, family, dialect)
@@ -108,7 +110,12 @@ def recognise(
         for e, n in enumerate(names)
     ]
     _unambiguous(names, source)
-    sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
+    try:
+        sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
+    except Unfit as error:
+        if not partial or family != "auto" or configs.is_hf(source.config):
+            raise
+        return replace(recognise(source, family="identity", keep=keep, unmatched=unmatched), lacks=str(error))
     only = _originals(names, catalog, chosen, spoken, source.config) if lacks else None
     if only and not _sizes(source, chosen, spoken, only, lost)[2]:
         names, lacks = only, ""

@@ -862,3 +862,20 @@ def test_routers_of_expert_parallel_ranks_that_drifted(tmp_path: Path) -> None:
     rewritten(tmp_path / "it", drifted)
     (said,) = ckpt_dist.verify(tmp_path / "it", tmp_path / "hf")["warnings"]
     assert "each of 4 ranks has, 1 differ, first 'decoder.layers.1.mlp.router.weight'" in said
+
+
+def test_a_model_that_only_looks_like_a_known_one(llama: Path, tmp_path: Path) -> None:
+    """Llama's names, and no gates: twice as many columns after the activation as ranks would say."""
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **{"target.tp": 2})
+
+    def ungated(tree: dict[str, Any], number: int) -> None:
+        tree["args"].swiglu, model = False, tree["model"]
+        for name in [n for n in model if n.endswith("linear_fc2.weight")]:
+            model[name] = torch.cat([model[name], model[name]], 1)
+
+    rewritten(tmp_path / "it", ungated)
+    found = ckpt_dist.inspect(tmp_path / "it")
+    assert found["family"] == "unknown" and any("does not fit llama" in n for n in found["notes"])
+    with pytest.raises(CheckpointError, match=r"does not fit llama.* with model=identity"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no")
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "as-it-is.pt", format="torch", model="identity")
