@@ -879,3 +879,32 @@ def test_a_model_that_only_looks_like_a_known_one(llama: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"does not fit llama.* with model=identity"):
         ckpt_dist.convert(tmp_path / "it", tmp_path / "no")
     ckpt_dist.convert(tmp_path / "it", tmp_path / "as-it-is.pt", format="torch", model="identity")
+
+
+@pytest.mark.parametrize(
+    "keys", [{"target.pp": 2}, {"target.ep": 2}, {"target.tp": 2, "target.pp": 2, "target.vpp": 2}, {}]
+)
+def test_what_the_second_number_of_a_folder_is_without_args(tmp_path: Path, keys: dict[str, Any]) -> None:
+    transformer("mixtral", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **keys)
+    rewritten(tmp_path / "it", lambda tree, number: tree.pop("args"))
+    config = {"model.config": str(tmp_path / "hf")}
+    assert ckpt_dist.fingerprint(tmp_path / "it", **config) == ckpt_dist.fingerprint(tmp_path / "hf")
+
+    def endless(tree: dict[str, Any], number: int) -> None:
+        for key in [k for k in tree if k.startswith("model")]:
+            tree[key] = {n: t for n, t in tree[key].items() if "final" not in n}
+
+    rewritten(tmp_path / "it", endless)
+    if keys:
+        with pytest.raises(CheckpointError, match=r"is not said.* Rename the folders to mp_rank_TT_PPP_EEE"):
+            ckpt_dist.inspect(tmp_path / "it")
+
+
+def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_missed(tmp_path: Path) -> None:
+    transformer("mixtral", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.ep": 2})
+    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(expert_tensor_parallel_size=1))
+    shutil.rmtree(tmp_path / "it/iter_0000001/mp_rank_01_000")
+    with pytest.raises(CheckpointError, match=r"experts are divided by 1 .* Save with the format torch_dist"):
+        ckpt_dist.inspect(tmp_path / "it")

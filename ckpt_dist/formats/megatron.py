@@ -69,7 +69,10 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     opened = [pt.open_archive(path / f) for f in files]
     same_save(path, files, [tree for tree, _ in opened])
     args = args_of(opened[0][0])
-    found, master = _ranks(path, [p.name for p in folders], args), options.get("weights") == "master"
+    found, master = (
+        _ranks(path, [p.name for p in folders], args, [tree for tree, _ in opened]),
+        options.get("weights") == "master",
+    )
     if not master and "optimizer" not in (options.get("keep") or ()):
         return assembled(path, files, opened, found, args, None, options.get("replica"))
     flats = [f"{p.name}/{kept.FLAT}" if (p / kept.FLAT).is_file() else None for p in folders]
@@ -273,21 +276,30 @@ def renamed(name: str, encodes: bool = False) -> str:
     return name
 
 
-def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Rank]:
-    """The ranks of each folder. `mp_rank_00_001` may be a stage or a group of experts; args tell."""
+def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any], trees: Sequence[Any]) -> list[Rank]:
+    """The ranks of each folder. `mp_rank_00_001` may be a stage or a group of experts; args tell, or what is in the files."""
     said = [megatron.count(args, f"{k}_model_parallel_size") for k in ("tensor", "pipeline", "expert")]
+    numbers = [[int(n) if n else None for n in FOLDER.fullmatch(name).groups()] for name in names]  # type: ignore[union-attr]
+    if not any(said[1:]) and any(p is not None and e is None for _, p, e in numbers):
+        said[1:] = _second_is(trees)
     places = []
-    for name in names:
-        t, p, e = (int(n) if n else None for n in FOLDER.fullmatch(name).groups())  # type: ignore[union-attr]
+    for name, (t, p, e) in zip(names, numbers, strict=True):
         if p is not None and e is None and said[1] < 2:
             if said[2] < 2:
                 raise CheckpointError(
                     f"{path / name}: whether its second number is a pipeline stage or an expert-parallel rank is not said: args "
-                    f"have pipeline_model_parallel_size={said[1] or None} and expert_model_parallel_size={said[2] or None}."
+                    f"have pipeline_model_parallel_size={said[1] or None} and expert_model_parallel_size={said[2] or None}. "
+                    "Rename the folders to mp_rank_TT_PPP_EEE, both numbers with three digits, which says it."
                 )
             p, e = None, p
         places.append((t or 0, p or 0, e or 0))
     tp, pp, ep = (max(size, *(p[k] + 1 for p in places)) for k, size in enumerate(said))
+    etp = args.get("expert_tensor_parallel_size")
+    if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
+        raise CheckpointError(
+            f"{path}: experts are divided by {etp} tensor-parallel ranks, the rest by {tp}; such files are not read. "
+            "Save with the format torch_dist."
+        )
     there = set(places)
     each = ((t, p, e) for t in range(tp) for p in range(pp) for e in range(ep))  # of as many as args say, so not a list
     if lost := next((place for place in each if place not in there), None):
@@ -296,13 +308,14 @@ def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Ra
             f"{path / name} is missing: the run had {tp} x {pp} x {ep} tensor, pipeline and expert ranks, the files of "
             f"{tp * pp * ep - len(there)} of them are not there. Fetch them."
         )
-    etp = args.get("expert_tensor_parallel_size")
-    if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
-        raise CheckpointError(
-            f"{path}: experts are divided by {etp} tensor-parallel ranks, the rest by {tp}; such files are not read. "
-            "Save with the format torch_dist."
-        )
     return [Rank(*place, tp, pp, ep) for place in places]
+
+
+def _second_is(trees: Sequence[Any]) -> tuple[int, int]:
+    """At least how many stages and expert-parallel ranks there are, by the norm after all layers: each of the latter has
+    it, and of stages the last one."""
+    ends = [any(n.startswith("decoder.final_layernorm.") for s in chunks for n in s) for chunks in _states(trees)]
+    return (1, 2) if all(ends) else (2, 1) if any(ends) else (0, 0)
 
 
 def _offsets(
