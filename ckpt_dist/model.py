@@ -260,7 +260,8 @@ def _sizes(
     known = {a: int(n) for a, n in known.items()}  # JSON may say 32.0
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
-    sizes = families.resolve(family, dialect, shapes, known)
+    counts = {} if "l" in known else families.counted_on(family, dialect, [n for n, _ in shapes])
+    sizes = families.resolve(family, dialect, shapes, {**counts, **known})
     if _preset(source):
         _fits(
             source, family.sizes[CANONICAL](source.config)["v"], families.resolve(family, dialect, shapes, {}).get("v")

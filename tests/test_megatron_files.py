@@ -881,24 +881,20 @@ def test_a_model_that_only_looks_like_a_known_one(llama: Path, tmp_path: Path) -
     ckpt_dist.convert(tmp_path / "it", tmp_path / "as-it-is.pt", format="torch", model="identity")
 
 
-@pytest.mark.parametrize(
-    "keys", [{"target.pp": 2}, {"target.ep": 2}, {"target.tp": 2, "target.pp": 2, "target.vpp": 2}, {}]
-)
-def test_what_the_second_number_of_a_folder_is_without_args(tmp_path: Path, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("keys", [{"target.pp": 2}, {"target.ep": 2}])
+def test_folders_renamed_where_args_do_not_say_what_their_second_number_is(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
     transformer("mixtral", tmp_path / "hf")
     ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **keys)
     rewritten(tmp_path / "it", lambda tree, number: tree.pop("args"))
+    with pytest.raises(CheckpointError, match=r"is not said.* Rename all folders to mp_rank_TT_PPP_EEE"):
+        ckpt_dist.inspect(tmp_path / "it")
+    for number, file in enumerate(rank_files(tmp_path / "it")):
+        stage, expert = (number, 0) if "target.pp" in keys else (0, number)
+        file.parent.rename(file.parent.with_name(f"mp_rank_00_{stage:03d}_{expert:03d}"))
     config = {"model.config": str(tmp_path / "hf")}
     assert ckpt_dist.fingerprint(tmp_path / "it", **config) == ckpt_dist.fingerprint(tmp_path / "hf")
-
-    def endless(tree: dict[str, Any], number: int) -> None:
-        for key in [k for k in tree if k.startswith("model")]:
-            tree[key] = {n: t for n, t in tree[key].items() if "final" not in n}
-
-    rewritten(tmp_path / "it", endless)
-    if keys:
-        with pytest.raises(CheckpointError, match=r"is not said.* Rename the folders to mp_rank_TT_PPP_EEE"):
-            ckpt_dist.inspect(tmp_path / "it")
 
 
 def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_missed(tmp_path: Path) -> None:
@@ -908,3 +904,26 @@ def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_misse
     shutil.rmtree(tmp_path / "it/iter_0000001/mp_rank_01_000")
     with pytest.raises(CheckpointError, match=r"experts are divided by 1 .* Save with the format torch_dist"):
         ckpt_dist.inspect(tmp_path / "it")
+
+
+@pytest.mark.parametrize("further", [1, 2])
+def test_layers_that_predict_further_tokens_are_counted_by_their_names(tmp_path: Path, further: int) -> None:
+    """Hugging Face goes on counting: what only such layers have says where they begin."""
+    top = Path(__file__).parent / "data/megatron-core-0.16-mtp/legacy"
+    shutil.copytree(top, tmp_path / "it")
+
+    def more(tree: dict[str, Any], number: int) -> None:
+        model = tree["model"]
+        again = {n.replace("mtp.layers.0.", "mtp.layers.1."): t for n, t in model.items() if n.startswith("mtp.")}
+        model.update({n: t * 2 if t is not None else t for n, t in again.items()} if further == 2 else {})
+        tree["args"].mtp_num_layers = further
+
+    rewritten(tmp_path / "it", more)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "dcp", format="dcp", **{"target.dialect": "hf"})
+    found = ckpt_dist.inspect(tmp_path / "dcp")["sizes"]
+    assert found["n"] == further and found["l"] == ckpt_dist.inspect(tmp_path / "it")["sizes"]["l"]
+    ckpt_dist.verify(tmp_path / "dcp")
+    for source in ("it", "dcp"):
+        ckpt_dist.convert(tmp_path / source, tmp_path / f"{source}-hf")
+    one, two = (load_file(tmp_path / f"{source}-hf/model.safetensors") for source in ("it", "dcp"))
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)

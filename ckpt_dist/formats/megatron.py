@@ -69,10 +69,7 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     opened = [pt.open_archive(path / f) for f in files]
     same_save(path, files, [tree for tree, _ in opened])
     args = args_of(opened[0][0])
-    found, master = (
-        _ranks(path, [p.name for p in folders], args, [tree for tree, _ in opened]),
-        options.get("weights") == "master",
-    )
+    found, master = _ranks(path, [p.name for p in folders], args), options.get("weights") == "master"
     if not master and "optimizer" not in (options.get("keep") or ()):
         return assembled(path, files, opened, found, args, None, options.get("replica"))
     flats = [f"{p.name}/{kept.FLAT}" if (p / kept.FLAT).is_file() else None for p in folders]
@@ -107,7 +104,7 @@ def assembled(
             held = ranks.held(state, rank, offsets[chunk, rank.p], args, version)
             parts += [(part, number, storages) for part in held]
     alike = alike_of(parts, found[0].tp * found[0].ep)
-    _one_stage(path, files, found, parts)
+    own = list(parts)
     extras = {x.name: x for tree in reversed(trees) for x in _extras(tree)}
     if flats is not None:
         more = [f for f in flats if f]
@@ -117,6 +114,7 @@ def assembled(
             extras |= {x.name: x for x in kept.beside(where, tree, storages, bool(more))}
         files = [*files, *more]
     entries, table = together(path, files, parts)
+    _one_stage(path, files, found, own)
     starts = [*(offsets[k] for k in sorted(offsets)), _count(e.name for e in entries)]
     about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
     about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)} | alike
@@ -276,20 +274,18 @@ def renamed(name: str, encodes: bool = False) -> str:
     return name
 
 
-def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any], trees: Sequence[Any]) -> list[Rank]:
-    """The ranks of each folder. `mp_rank_00_001` may be a stage or a group of experts; args tell, or what is in the files."""
+def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Rank]:
+    """The ranks of each folder. `mp_rank_00_001` may be a stage or a group of experts; args tell."""
     said = [megatron.count(args, f"{k}_model_parallel_size") for k in ("tensor", "pipeline", "expert")]
-    numbers = [[int(n) if n else None for n in FOLDER.fullmatch(name).groups()] for name in names]  # type: ignore[union-attr]
-    if not any(said[1:]) and any(p is not None and e is None for _, p, e in numbers):
-        said[1:] = _second_is(trees)
     places = []
-    for name, (t, p, e) in zip(names, numbers, strict=True):
+    for name in names:
+        t, p, e = (int(n) if n else None for n in FOLDER.fullmatch(name).groups())  # type: ignore[union-attr]
         if p is not None and e is None and said[1] < 2:
             if said[2] < 2:
                 raise CheckpointError(
                     f"{path / name}: whether its second number is a pipeline stage or an expert-parallel rank is not said: args "
                     f"have pipeline_model_parallel_size={said[1] or None} and expert_model_parallel_size={said[2] or None}. "
-                    "Rename the folders to mp_rank_TT_PPP_EEE, both numbers with three digits, which says it."
+                    "Rename all folders to mp_rank_TT_PPP_EEE (mp_rank_00_001_000 is stage 1), which says it."
                 )
             p, e = None, p
         places.append((t or 0, p or 0, e or 0))
@@ -309,13 +305,6 @@ def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any], trees: Seq
             f"{tp * pp * ep - len(there)} of them are not there. Fetch them."
         )
     return [Rank(*place, tp, pp, ep) for place in places]
-
-
-def _second_is(trees: Sequence[Any]) -> tuple[int, int]:
-    """At least how many stages and expert-parallel ranks there are, by the norm after all layers: each of the latter has
-    it, and of stages the last one."""
-    ends = [any(n.startswith("decoder.final_layernorm.") for s in chunks for n in s) for chunks in _states(trees)]
-    return (1, 2) if all(ends) else (2, 1) if any(ends) else (0, 0)
 
 
 def _offsets(
