@@ -927,3 +927,15 @@ def test_layers_that_predict_further_tokens_are_counted_by_their_names(tmp_path:
         ckpt_dist.convert(tmp_path / source, tmp_path / f"{source}-hf")
     one, two = (load_file(tmp_path / f"{source}-hf/model.safetensors") for source in ("it", "dcp"))
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_layers_of_an_unknown_model_between_the_formats(tmp_path: Path) -> None:
+    plain = {n: v for n, v in WHOLE.items() if not n.startswith("encoder")}
+    source = laid(tmp_path / "it", random_of(plain))
+    (said,) = ckpt_dist.convert(source, tmp_path / "dist", format="torch_dist")["warnings"]
+    assert "each layer's tensors stay apart, first 'decoder.layers.0." in said
+    assert ckpt_dist.convert(source, tmp_path / "again", format="dcp")["warnings"] == []
+    stacked = {n.replace("layers.0.", "layers."): torch.stack([w, w]) for n, (w, _) in random_of(plain).items()}
+    saved(tmp_path / "stacked", stacked, None)
+    with pytest.raises(UsageError, match=r"not taken apart: save it with Megatron's --ckpt-format torch"):
+        ckpt_dist.convert(tmp_path / "stacked", tmp_path / "no", format="megatron", model="identity")
