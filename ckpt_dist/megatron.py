@@ -89,7 +89,9 @@ LATENT = {  # the same, of DeepSeek-V3; what its config.json says of these is no
     **{
         k: v
         for k, v in ALWAYS.items()
-        if not re.fullmatch(r"mtp_num_layers|mscale|moe_router_(topk_scaling_factor|num_groups|group_topk)", k)
+        if not re.fullmatch(
+            r"mtp_num_layers|mscale|moe_router_(topk_scaling_factor|num_groups|group_topk|pre_softmax)", k
+        )
     },
     **dict(multi_latent_attention=True, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
 }
