@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import beside, configs, design, formats, megatron, part, quantised, ranks, slots, task, ties
+from ckpt_dist import beside, configs, design, formats, megatron, model, part, quantised, slots, task, ties
 from ckpt_dist.catalog import Catalog, Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.fill import Combine, keep
@@ -76,6 +76,10 @@ def prepare(
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
+    if target["format"] == "torch_dist":
+        models = [
+            model.together(m) if m.family is None and m.catalog.format in ("megatron", "nemo") else m for m in models
+        ]
     models = [ties.settle(group, report, m, task.engine_of(cfg)) for m in design.spoken(models, target)]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
@@ -88,7 +92,6 @@ def prepare(
     _same_tensors(models, d.sources)
     if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
         report.warnings += megatron.centred(models[0].source.config)
-    report.warnings += _one_by_one(models[0], d, target)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
     # a tokenizer may be on one node only, and all must write the same
@@ -122,18 +125,6 @@ def prepare(
     if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
         p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     return p
-
-
-def _one_by_one(m: Model, d: design.Design, target: Config) -> list[str]:
-    """Layers of a model of no known family keep their names, which are not those that Megatron looks for."""
-    alone = m.family is None and target["format"] == "torch_dist" and m.catalog.format != "torch_dist"
-    name = next((e.name for e in d.target.entries if alone and ranks.LAYER.fullmatch(e.name)), None)
-    if name is None:
-        return []
-    return [
-        f"of a model of no known family each layer's tensors stay apart, first {name!r}: megatron-core looks for one tensor "
-        "of all layers where these are alike, and refuses the others unless it is told to ignore names"
-    ]
 
 
 def _zeros(m: Model) -> bool:

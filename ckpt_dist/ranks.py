@@ -40,7 +40,7 @@ ALIKE = re.compile(  # what each of them has whole; of other names nothing is kn
 LAYER = re.compile(r"(decoder\.layers\.(\d{1,9})\.)(.*)")
 FURTHEST = re.compile(r"(mtp\.layers\.(\d{1,9})\.)(.*)")
 FURTHER = "mtp."  # of layers that predict further tokens, which are behind all others: ranks number them alike
-INSIDE = re.compile(r"((?:decoder|mtp)\.layers\.(\d{1,9})\.(?:transformer_layer\.)?)(.*)")
+INSIDE = re.compile(r"((?:encoder|decoder|mtp)\.layers\.(\d{1,9})\.(?:transformer_layer\.)?)(.*)")
 LOCAL = re.compile(r"mlp\.experts\.local_experts\.(\d{1,9})\.(linear_fc[12])\.(weight|bias)")
 TOGETHER = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d{1,9})")
 MATRIX = re.compile(r"(^|\.)(linear_\w+|word_embeddings|output_layer)\.weight\d*$|mlp\.experts\.weight[12]$")
@@ -156,7 +156,7 @@ def held(
     for name, ref in tensors.items():
         layer = INSIDE.fullmatch(name)
         own, inner = (layer[1], layer[3]) if layer else ("", name)
-        whole = f"decoder.layers.{first + int(layer[2])}." if layer and not own.startswith(FURTHER) else own
+        whole = f"decoder.layers.{first + int(layer[2])}." if layer and own.startswith("decoder.") else own
         if LOCAL.fullmatch(inner) or TOGETHER.fullmatch(inner):
             yield from _expert(whole, own, inner, ref, tensors, rank)
         elif GROUPED.fullmatch(inner):

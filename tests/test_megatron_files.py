@@ -774,7 +774,10 @@ def test_an_encoder_beside_a_decoder(tmp_path: Path) -> None:
     tensors = random_of(WHOLE)
     ckpt_dist.convert(laid(tmp_path / "it", tensors), tmp_path / "whole.pt", format="torch")
     found = torch.load(tmp_path / "whole.pt")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[n], w) for n, (w, _) in tensors.items())
+    wanted = {
+        n.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"): w for n, (w, _) in tensors.items()
+    }
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], w) for n, w in wanted.items())
 
 
 def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
@@ -930,12 +933,27 @@ def test_layers_that_predict_further_tokens_are_counted_by_their_names(tmp_path:
 
 
 def test_layers_of_an_unknown_model_between_the_formats(tmp_path: Path) -> None:
-    plain = {n: v for n, v in WHOLE.items() if not n.startswith("encoder")}
-    source = laid(tmp_path / "it", random_of(plain))
-    (said,) = ckpt_dist.convert(source, tmp_path / "dist", format="torch_dist")["warnings"]
-    assert "each layer's tensors stay apart, first 'decoder.layers.0." in said
-    assert ckpt_dist.convert(source, tmp_path / "again", format="dcp")["warnings"] == []
-    stacked = {n.replace("layers.0.", "layers."): torch.stack([w, w]) for n, (w, _) in random_of(plain).items()}
-    saved(tmp_path / "stacked", stacked, None)
+    """megatron-core 0.16.1 calls an encoder's and a decoder's layers so (its T5Model, and GPTModel without gates)."""
+    one = random_of(WHOLE)
+    two = one | {n.replace("layers.0", "layers.1"): (w + 1, dim) for n, (w, dim) in one.items() if "layers.0" in n}
+    source = laid(tmp_path / "it", two, num_layers=2)
+    assert ckpt_dist.convert(source, tmp_path / "dist", format="torch_dist")["warnings"] == []
+    wanted = {n.replace("layers.0.", "layers."): w for n, (w, _) in one.items()}
+    fused = "encoder.layers.self_attention.linear_qkv.layer_norm_weight"
+    wanted[fused] = wanted.pop("encoder.layers.input_layernorm.weight")
+    wanted |= {n: torch.stack([w, w + 1]) for n, w in wanted.items() if "layers." in n}
+    state = state_of(tmp_path / "dist/iter_0000005")
+    found = {n: t for n, t in state.items() if torch.is_tensor(t)}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
+    assert "encoder.layers.self_attention.linear_qkv._extra_state/shard_0_2" in state
     with pytest.raises(UsageError, match=r"not taken apart: save it with Megatron's --ckpt-format torch"):
-        ckpt_dist.convert(tmp_path / "stacked", tmp_path / "no", format="megatron", model="identity")
+        ckpt_dist.convert(saved(tmp_path / "its", wanted, None), tmp_path / "no", format="megatron", model="identity")
+
+
+def test_layers_that_are_not_alike_stay_apart(tmp_path: Path) -> None:
+    one = random_of(WHOLE)
+    two = one | {n.replace("layers.0", "layers.1"): v for n, v in one.items() if "layers.0" in n and "cross" not in n}
+    ckpt_dist.convert(laid(tmp_path / "it", two, num_layers=2), tmp_path / "dist", format="torch_dist")
+    found = state_of(tmp_path / "dist/iter_0000005")
+    assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in found
+    assert found["encoder.layers.self_attention.linear_qkv.weight"].shape == (2, 48, 16)
