@@ -829,7 +829,7 @@ def test_layers_of_two_stages_that_nobody_counts(tmp_path: Path) -> None:
         shutil.copytree(folder / f"mp_rank_{t:02d}", folder / f"mp_rank_{t:02d}_001")
         (folder / f"mp_rank_{t:02d}").rename(folder / f"mp_rank_{t:02d}_000")
     rewritten(source, lambda tree, number: vars(tree["args"]).update(pipeline_model_parallel_size=2, num_layers=2))
-    with pytest.raises(CheckpointError, match=r"both hold 'encoder.layers.0.input_layernorm.weight', of two stages"):
+    with pytest.raises(CheckpointError, match=r"both hold 'encoder.layers.0.\S+', of two stages"):
         ckpt_dist.inspect(source)
 
 
