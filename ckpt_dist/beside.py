@@ -136,7 +136,8 @@ def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
         weights = {w for rule in d.target.rules if rule for w in rule.weights}
         kind = megatron.model_type(m.family.model_types, weights)
         if kind in megatron.CLASSES:
-            config = translated(megatron.to_hf(config, kind, m.sizes, tied="head" not in weights), "args", report)
+            made = megatron.to_hf(config, kind, m.sizes, "head" not in weights, weights)
+            config = translated(made, "args", report)
             config["torch_dtype"] = main
     for axis, key in m.family.further.items() if m.family else ():
         there = axis in {a for rule in rules(m) if rule for a, _ in rule.fixed}

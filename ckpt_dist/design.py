@@ -54,6 +54,7 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
         dialect=keys.get("dialect", "auto"),
         keep=cfg.get("keep", ["weights"]),
         unmatched=cfg.get("unmatched", "error"),
+        partial=bool(cfg.get("partial")),
     )
     if m.lacks and not cfg.get("partial"):
         raise CheckpointError(

@@ -34,6 +34,10 @@ class Missing(CheckpointError):
         return Missing, (str(self), self.paths, self.ask)
 
 
+class Unfit(CheckpointError):
+    """The names are those of a family, the shapes are not."""
+
+
 class UsageError(CheckpointError, ValueError):
     """The command itself is wrong: an unknown key, a missing value, a target that exists."""
 

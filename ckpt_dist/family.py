@@ -21,7 +21,7 @@ import numpy as np
 
 from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Chunks, Entry, Views, padded
-from ckpt_dist.errors import CheckpointError, nearest
+from ckpt_dist.errors import CheckpointError, Unfit, nearest
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
 
 COPIES = ("meta", "torchtitan")  # dialects in which a tied weight is stored twice
@@ -123,8 +123,21 @@ def match(family: Family, dialect: str, name: str, sizes: Mapping[str, int] | No
     for pattern, places in table.get(NUMBER.sub("{}", name), ()):
         fixed = tuple((a, k - sizes.get(base, k) if base else k) for (base, a), k in zip(places, numbers, strict=True))
         found.append(Rule(pattern, pattern.weights, fixed))
-    fits = (r for r in found if all(0 <= k < sizes.get(a, 0) for a, k in r.fixed))
+    fits = (r for r in found if all(0 <= k < sizes.get(a, 0 if a in family.further else k + 1) for a, k in r.fixed))
     return (next(fits, None) or found[0]) if found else None
+
+
+def counted_on(family: Family, dialect: str, names: Iterable[str]) -> dict[str, int]:
+    """Lengths by the numbers of names that only go on counting: `layers.5.enorm` and `layers.6.enorm` -> l = 5, n = 2."""
+    table = _table(family.name, dialect, tuple(family.dialects[dialect].items()))
+    found: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        kinds = {places for _, places in table.get(NUMBER.sub("{}", name), ())}
+        for place, number in zip(kinds.pop(), NUMBER.findall(name), strict=True) if len(kinds) == 1 else ():
+            found.setdefault(place, []).append(int(number))
+    on = {place: numbers for place, numbers in found.items() if place[0]}
+    lengths = [((base, min(of)), (axis, 1 + max(of) - min(of))) for (base, axis), of in on.items()]
+    return {axis: length for both in lengths for axis, length in both}
 
 
 def axes_in(name: str) -> tuple[str, ...]:
@@ -180,9 +193,10 @@ def resolve(
             try:
                 sizes = solve(pattern, stored, sizes)
             except PatternError as error:
-                raise CheckpointError(
+                raise Unfit(
                     f"{name} has shape {tuple(stored)}, which does not fit {family.name} ({dialect}): {error}. "
-                    "Is the config that of another model? Give the right one with model.config=PATH."
+                    "Is the config that of another model? Give the right one with model.config=PATH, or, if it is a model of "
+                    "no known family, keep its names as they are with model=identity."
                 ) from None
     return sizes
 

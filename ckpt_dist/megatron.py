@@ -8,7 +8,8 @@ Invariant: pure; what args cannot say is listed, what a config needs and args la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ckpt_dist import configs
@@ -68,17 +69,48 @@ OTHERS = {  # args, config.json of the models that do not use the words of Llama
     )
 }  # fmt: skip
 MOST = 1 << 20  # ranks, experts, rows of a latent: more than any run has
+OFF = (  # of args: what changes what is computed where it is said and not nothing, and no config.json here says it
+    "rotary_interleaved", "apply_layernorm_1p", "layernorm_zero_centered_gamma", "squared_relu", "quick_geglu", "window_size",
+    "multi_latent_attention", "mtp_num_layers", "softmax_scale", "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices",
+    "moe_router_pre_softmax", "moe_apply_probs_on_input", "moe_expert_capacity_factor", "moe_latent_size",
+    "attention_output_gate", "no_rope_freq", "nope_layer_interval", "mrope_section", "scale_factor", "mscale",
+    "qk_l2_norm", "glu_linear_offset", "activation_func_clamp_value", "apply_residual_connection_post_layernorm",
+    "use_mup", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "embedding_multiplier",
+    "experimental_attention_variant", "linear_attention_type", "linear_attention_freq", "hybrid_override_pattern",
+    "hybrid_attention_ratio", "heterogeneous_layers_config_path", "retro_add_retriever",
+)  # fmt: skip
 ALWAYS = dict(  # of args: what these models compute whatever a config.json says
     normalization="RMSNorm", swiglu=True, gated_linear_unit=True, add_bias_linear=False, position_embedding_type="rope",
-    rotary_percent=1.0, rotary_interleaved=False, apply_layernorm_1p=False, layernorm_zero_centered_gamma=False,
-    squared_relu=False, window_size=None, multi_latent_attention=False, mtp_num_layers=None, softmax_scale=None,
-    moe_router_score_function="softmax", moe_router_enable_expert_bias=False, moe_router_topk_scaling_factor=None,
-    attention_output_gate=False, no_rope_freq=None, scale_factor=None, mscale=None,
+    rotary_percent=1.0, moe_router_score_function="softmax", softmax_type="vanilla", activation="swiglu",
+    **dict.fromkeys(OFF),
 )  # fmt: skip
-LATENT = {  # the same, of DeepSeek-V3
-    **{k: v for k, v in ALWAYS.items() if k not in ("mtp_num_layers", "moe_router_topk_scaling_factor", "mscale")},
+LATENT = {  # the same, of DeepSeek-V3; what its config.json says of these is not there
+    **{
+        k: v
+        for k, v in ALWAYS.items()
+        if not re.fullmatch(
+            r"mtp_num_layers|mscale|moe_router_(topk_scaling_factor|num_groups|group_topk|pre_softmax)", k
+        )
+    },
     **dict(multi_latent_attention=True, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
 }
+PLAIN = dict(  # the same, of those with biases, norms that have them, and no gates
+    normalization="LayerNorm", swiglu=False, gated_linear_unit=False, add_bias_linear=True, activation="gelu",
+)  # fmt: skip
+EACH = {  # the same, of each type of model
+    "deepseek_v3": LATENT,
+    "gpt2": {**ALWAYS, **PLAIN, "position_embedding_type": "learned_absolute"},
+    "bloom": {**{k: v for k, v in ALWAYS.items() if k != "apply_residual_connection_post_layernorm"}, **PLAIN,
+              "position_embedding_type": "alibi"},
+    "llama": {k: v for k, v in ALWAYS.items() if k != "add_bias_linear"},  # by its weights
+}  # fmt: skip
+SAME = {
+    "absolute": "learned_absolute",
+    "fast-swiglu": "swiglu",
+    "fast-gelu": "gelu",
+    "openai-gelu": "gelu",
+}  # one thing
 SPLIT = dict(  # of args: how ranks share the layers; what a source says of its own does not hold for a target
     virtual_pipeline_model_parallel_size=None, num_layers_per_virtual_pipeline_stage=None,
     num_virtual_stages_per_pipeline_rank=None, decoder_first_pipeline_num_layers=None,
@@ -167,8 +199,10 @@ def model_type(types: Sequence[str], weights: set[str]) -> str:
     return "qwen2" if "q_bias" in weights and "o_bias" not in weights else "llama"
 
 
-def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool) -> Translation:
-    """config.json of a model of type `kind` from its args; `lengths` are the stored ones."""
+def to_hf(
+    args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool, weights: Collection[str] = ()
+) -> Translation:
+    """config.json of a model of type `kind` from its args; `lengths` and `weights` are the stored ones."""
     if kind in OTHERS:
         return _to_other_hf(args, kind, lengths, tied)
     told = {"norm_epsilon": args.get("layernorm_epsilon"), **{k: v for k, v in args.items() if v is not None}}
@@ -187,6 +221,8 @@ def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: 
     for axis in ("f", "m"):
         if axis in lengths:
             config["moe_intermediate_size" if axis == "m" else "intermediate_size"] = lengths[axis]
+    if kind == "llama":
+        config |= dict(attention_bias="o_bias" in weights, mlp_bias="down_bias" in weights)
     if "x" in lengths:
         config[EXPERTS.get(kind, "num_experts")] = lengths["x"]
     guesses = [f"model_type {kind}"]
@@ -202,14 +238,11 @@ def to_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: 
         config["rope_scaling"] = {**configs.SCALED, "factor": float(told.get("rope_scaling_factor", 8))}
     elif told.get("rotary_seq_len_interpolation_factor", 1) != 1:
         config["rope_scaling"] = dict(rope_type="linear", factor=float(told["rotary_seq_len_interpolation_factor"]))
-    always = LATENT if kind == "deepseek_v3" else ALWAYS
-    lost = [f"{k}={told[k]!r}" for k, v in always.items() if k in told and told[k] != v]
+    lost = _untranslated(told, kind)
     if kind == "deepseek_v3":
         config |= _latent(told, lengths)
     elif kind == "qwen3_moe":
         config |= {"norm_topk_prob": not told.get("moe_router_pre_softmax"), "mlp_only_layers": _dense_layers(told)}
-    elif told.get("moe_router_pre_softmax"):
-        lost.append("moe_router_pre_softmax=True")
     guesses.append("no bos_token_id and eos_token_id")
     text = "config.json, from Megatron's args: " + ", ".join(guesses)
     return Translation(config, (text,), tuple(lost))
@@ -250,7 +283,36 @@ def _to_other_hf(args: Mapping[str, Any], kind: str, lengths: Mapping[str, int],
     else:
         config |= dict(bos_token_id=1, eos_token_id=2, slow_but_exact=False)
         guesses += ["bos_token_id 1", "eos_token_id 2"]
-    return Translation(config, ("config.json, from Megatron's args: " + ", ".join(guesses),))
+    text = "config.json, from Megatron's args: " + ", ".join(guesses)
+    return Translation(config, (text,), tuple(_untranslated(told, kind)))
+
+
+def _untranslated(told: Mapping[str, Any], kind: str) -> list[str]:
+    """Args by which Megatron computes something else than what this type of model does by its config.json."""
+
+    def other(key: str, wanted: Any) -> bool:
+        said = told[key]
+        if not isinstance(said, (str, int, float, list, tuple)):  # of a class that is not here
+            return False
+        said = SAME.get(said, said) if isinstance(said, str) else said
+        alone = key.startswith("moe_router") and said == 1 and said is not True  # one group, a factor of one
+        return bool(said) and not alone if wanted is None else said != wanted
+
+    always = EACH.get(kind, ALWAYS)
+    mine = {k: v for k, v in always.items() if kind != "qwen3_moe" or k != "moe_router_pre_softmax"}
+    found = [f"{k}={told[k]!r}" for k, v in mine.items() if k in told and other(k, v)]
+    balanced = told.get("moe_router_load_balancing_type")
+    return found + (["moe_router_load_balancing_type=sinkhorn"] if "sinkhorn" in str(balanced) else [])
+
+
+def centred(args: Mapping[str, Any]) -> list[str]:
+    """What to say of norms whose weights Megatron adds 1 to, where they go to another program; nothing if it does not."""
+    return [
+        f"args say {said}: Megatron adds 1 to the weights of norms, which are stored and written without it. Elsewhere the "
+        "model computes something else until 1 is added to the weight of each norm"
+        for said in ("apply_layernorm_1p", "layernorm_zero_centered_gamma")
+        if args.get(said) is True
+    ][:1]
 
 
 def _dense_layers(args: Mapping[str, Any]) -> list[int]:

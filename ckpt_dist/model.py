@@ -17,7 +17,7 @@ from ckpt_dist import absent, configs, slots
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints, distinct, expand
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Views, padded, unwrap
-from ckpt_dist.errors import CheckpointError, UsageError, nearest
+from ckpt_dist.errors import CheckpointError, Unfit, UsageError, nearest
 from ckpt_dist.family import CANONICAL, Family, Rule
 from ckpt_dist.sources import Source
 
@@ -81,8 +81,10 @@ def recognise(
     dialect: str = "auto",
     keep: Sequence[str] = ("weights",),
     unmatched: str = "error",
+    partial: bool = False,
 ) -> Model:
-    """Family and dialect from the config's model_type and the names; what does not fit is refused or listed."""
+    """Family and dialect from the config's model_type and the names; what does not fit is refused or listed. To be
+    looked at (`partial`), a model of a family's names in other shapes is one of no known family."""
     catalog = source.catalog
     own, wrapper = _own_names(catalog)
     chosen, spoken, prefix = _best([n for n in own if n is not None], source.config, family, dialect)
@@ -119,7 +121,12 @@ def recognise(
         for e, n in enumerate(names)
     ]
     _unambiguous(names, source)
-    sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
+    try:
+        sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
+    except Unfit as error:
+        if not partial or family != "auto" or configs.is_hf(source.config):
+            raise
+        return replace(recognise(source, family="identity", keep=keep, unmatched=unmatched), lacks=str(error))
     only = _originals(names, catalog, chosen, spoken, source.config) if lacks else None
     if only and not _sizes(source, chosen, spoken, only, lost)[2]:
         names, lacks = only, ""
@@ -270,7 +277,8 @@ def _sizes(
     known = {a: int(n) for a, n in known.items()}  # JSON may say 32.0
     known.pop("v", None)  # stored vocabularies are often padded; the shape decides
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
-    sizes = families.resolve(family, dialect, shapes, known)
+    counts = {} if "l" in known else families.counted_on(family, dialect, [n for n, _ in shapes])
+    sizes = families.resolve(family, dialect, shapes, {**counts, **known})
     if _preset(source):
         _fits(
             source, family.sizes[CANONICAL](source.config)["v"], families.resolve(family, dialect, shapes, {}).get("v")
@@ -351,6 +359,55 @@ def spoken(model: Model, dialect: str) -> Model:
     names = tuple(None if e in gone else n for e, n in enumerate(model.names))
     stored = tuple(model.catalog.entries[e].name for e in sorted(gone))
     return replace(model, names=names, dropped={**model.dropped, FURTHER: stored})
+
+
+ONE = re.compile(r"(\w+\.layers)\.(\d{1,9})\.(.+)")
+
+
+def together(m: Model) -> Model:
+    """A model of no known family with one tensor for a weight of all layers, as Megatron has attention layers that are alike:
+    `decoder.layers.0.mlp.linear_fc2.weight` and so on become `decoder.layers.mlp.linear_fc2.weight`."""
+    found = {e: hit for e, n in enumerate(m.names) if n is not None and (hit := ONE.fullmatch(n))}
+    of: dict[str, dict[str, dict[int, int]]] = {}  # block -> what is inside a layer -> layer -> entry
+    for e, hit in found.items():
+        of.setdefault(hit[1], {}).setdefault(hit[3], {})[int(hit[2])] = e
+    entries, first = m.catalog.entries, dict[int, tuple[str, int, int]]()
+    for block, inside in of.items():
+        full = all(sorted(held) == list(range(len(held))) for held in inside.values())
+        alike = all(len({(entries[e].shape, entries[e].dtype) for e in held.values()}) == 1 for held in inside.values())
+        if (
+            full
+            and alike
+            and len({len(held) for held in inside.values()}) == 1
+            and any("attention." in n for n in inside)
+        ):
+            for inner, held in inside.items():
+                first |= {e: (f"{block}.{inner}", held[0], len(held)) for e in held.values()}
+    return _stacked(m, first, {e: int(found[e][2]) for e in first}) if first else m
+
+
+def _stacked(m: Model, first: Mapping[int, tuple[str, int, int]], layer: Mapping[int, int]) -> Model:
+    """Entries as slices of one: `first` has for each the name, the entry of layer 0, and how many there are."""
+    kept = [e for e in range(len(m.names)) if e not in first or first[e][1] == e]
+    number = {e: k for k, e in enumerate(kept)}
+    entries, names = [], []
+    for e in kept:
+        entry, name = m.catalog.entries[e], m.names[e]
+        if e in first:
+            name, _, count = first[e]
+            entry = replace(entry, name=name, path=(name,), shape=(count, *entry.shape))
+        entries.append(entry)
+        names.append(name)
+    c = m.catalog.chunks
+    inside = np.array([e in first for e in range(len(m.names))])[c.entry][:, None]
+    at = np.array([layer.get(e, 0) for e in range(len(m.names))], np.int64)[c.entry][:, None]
+    columns = {}
+    for key, lead, fill in (("start", at, 0), ("stop", at + 1, 1), ("strides", at * 0, 0)):
+        column = getattr(c, key)
+        columns[key] = np.where(inside, np.hstack([lead, column]), np.hstack([column, at * 0 + fill]))
+    new = np.array([number[first[e][1] if e in first else e] for e in range(len(m.names))], np.int64)
+    catalog = replace(m.catalog, entries=tuple(entries), chunks=replace(c, entry=new[c.entry], **columns))
+    return replace(m, source=replace(m.source, catalog=catalog), names=tuple(names))
 
 
 def corners(family: Family, bound: Bound, views: Views) -> dict[str, Ints]:

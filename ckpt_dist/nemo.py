@@ -48,6 +48,7 @@ def settings(tree: Mapping[str, Any]) -> dict[str, Any]:
         given["apply_layernorm_1p"] = norm == "layernorm1p"
     if isinstance(given.get("activation"), str):
         given["swiglu"] = given["activation"] in GATED
+        given["squared_relu"] = given["activation"] == "squared-relu"
     share = given.get("share_embeddings_and_output_weights")
     if isinstance(share, bool):
         given["untie_embeddings_and_output_weights"] = not share

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import beside, configs, design, formats, part, quantised, slots, task, ties
+from ckpt_dist import beside, configs, design, formats, megatron, model, part, quantised, slots, task, ties
 from ckpt_dist.catalog import Catalog, Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.fill import Combine, keep
@@ -76,6 +76,10 @@ def prepare(
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
+    if target["format"] == "torch_dist":
+        models = [
+            model.together(m) if m.family is None and m.catalog.format in ("megatron", "nemo") else m for m in models
+        ]
     models = [ties.settle(group, report, m, task.engine_of(cfg)) for m in design.spoken(models, target)]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
@@ -86,6 +90,8 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = design.of(models, target)
     _same_tensors(models, d.sources)
+    if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
+        report.warnings += megatron.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
     # a tokenizer may be on one node only, and all must write the same
@@ -121,6 +127,11 @@ def prepare(
     if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
         p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     return p
+
+
+def _zeros(m: Model) -> bool:
+    """Whether norms of this family are stored as what is added to one."""
+    return m.family is not None and m.family.init.get("*norm") == "zeros"
 
 
 def _placement(group: Group, cfg: Config) -> tuple[int, ...] | None:

@@ -21,20 +21,26 @@ from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.inert import TensorRef
 
 EXPERTS = "mlp.experts.experts."
-DIVIDED = (  # the dim that tensor-parallel ranks divide, by the end of a name; what is not here each rank has whole
+DIVIDED = (  # the dim that tensor-parallel ranks divide, by the end of a name
     (r"word_embeddings\.weight", 0),
-    (r"output_layer\.weight", 0),
+    (r"output_layer\.(weight|bias)", 0),
     (r"linear_qkv\.(weight|bias)", 0),
     (r"linear_(q|q_up|kv_up|q_down|kv_down)_proj\.weight", 0),
+    (r"cross_attention\.linear_(q|kv)\.(weight|bias)", 0),
     (r"core_attention\.softmax_offset", 0),
     (r"linear_fc1\.(weight|bias)", 0),
     (r"eh_proj\.weight", 0),
     (r"(linear_proj|linear_fc2)\.weight", 1),
 )
+ALIKE = re.compile(  # what each of them has whole; of other names nothing is known but what the ranks hold
+    r"(.+\.)?((\w+_)?layernorm\.|layer_norm_|final_norm\.|[eh]norm\.|word_embeddings\.norm\.)(weight|bias)"
+    r"|embedding\.(position|tokentype)_embeddings\.weight|(.+\.)?(linear_proj|linear_fc2)\.bias"
+    r"|(.+\.)?mlp\.(router\.(weight|bias|expert_bias)|shared_experts\.gate_weight)"
+)
 LAYER = re.compile(r"(decoder\.layers\.(\d{1,9})\.)(.*)")
 FURTHEST = re.compile(r"(mtp\.layers\.(\d{1,9})\.)(.*)")
 FURTHER = "mtp."  # of layers that predict further tokens, which are behind all others: ranks number them alike
-INSIDE = re.compile(r"((?:decoder|mtp)\.layers\.(\d{1,9})\.(?:transformer_layer\.)?)(.*)")
+INSIDE = re.compile(r"((?:encoder|decoder|mtp)\.layers\.(\d{1,9})\.(?:transformer_layer\.)?)(.*)")
 LOCAL = re.compile(r"mlp\.experts\.local_experts\.(\d{1,9})\.(linear_fc[12])\.(weight|bias)")
 TOGETHER = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d{1,9})")
 MATRIX = re.compile(r"(^|\.)(linear_\w+|word_embeddings|output_layer)\.weight\d*$|mlp\.experts\.weight[12]$")
@@ -47,7 +53,8 @@ Piece = tuple[
 
 @dataclass(frozen=True)
 class Rank:
-    """One of `tp` x `pp` x `ep` ranks: `t`, `p` and `e` count from 0. What all have alike is read from the one of `replica`."""
+    """One of `tp` x `pp` x `ep` ranks: `t`, `p` and `e` count from 0. What all have alike is read from the one of number
+    `replica`, of `tp` x `ep`."""
 
     t: int
     p: int
@@ -56,6 +63,11 @@ class Rank:
     pp: int
     ep: int
     replica: int = 0
+
+    @property
+    def chosen(self) -> bool:
+        """Whether what all have alike is read from this one."""
+        return self.t + self.tp * self.e == self.replica
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,11 @@ def of_expert(x: int, pieces: Iterator[Piece]) -> list[Piece]:
     return [([x, *lo], [x + 1, *hi], at, [0, *strides]) for lo, hi, at, strides in pieces]
 
 
+def known(name: str) -> bool:
+    """Whether a name says how ranks hold the tensor: of `mixer.in_proj.weight` nobody knows."""
+    return divided(name) is not None or ALIKE.fullmatch(name) is not None
+
+
 def divided(inner: str) -> int | None:
     """The dim that ranks divide: of `self_attention.linear_proj.weight` 1."""
     if "layer_norm" in inner:
@@ -139,14 +156,14 @@ def held(
     for name, ref in tensors.items():
         layer = INSIDE.fullmatch(name)
         own, inner = (layer[1], layer[3]) if layer else ("", name)
-        whole = f"decoder.layers.{first + int(layer[2])}." if layer and not own.startswith(FURTHER) else own
+        whole = f"decoder.layers.{first + int(layer[2])}." if layer and own.startswith("decoder.") else own
         if LOCAL.fullmatch(inner) or TOGETHER.fullmatch(inner):
             yield from _expert(whole, own, inner, ref, tensors, rank)
         elif GROUPED.fullmatch(inner):
             yield _grouped(whole, own, inner, ref, tensors, rank, args)
         else:
             cut = _cut(inner, ref, _next(tensors, name), rank, _latent(tensors, name, args)).checked(name, ref)
-            if rank.e or (cut.dim is None and rank.t != rank.replica):
+            if rank.e if cut.dim is not None else not rank.chosen:
                 continue
             pieces = list(cut.pieces(ref.shape, ref.stride, rank.t))
             if "linear_qkv." in inner and version < 2 and cut.dim is not None:
@@ -203,9 +220,10 @@ def _expert(
     local = 1 + max(int(k) for k in found if k is not None)
     name = f"{EXPERTS}{linear}.{kind}"
     cut = _cut(name, ref, _next(tensors, own + inner), rank)
-    if cut.dim is not None or rank.t == 0:
+    if cut.dim is not None or rank.t == rank.replica % rank.tp:
         pieces = of_expert(rank.e * local + int(number), cut.pieces(ref.shape, ref.stride, rank.t))
-        yield Part(whole + name, ref.dtype, (local * rank.ep, *cut.whole(ref.shape)), pieces, ref)
+        shape = (local * rank.ep, *cut.whole(ref.shape))
+        yield Part(whole + name, ref.dtype, shape, pieces, ref, cut.dim is None)
 
 
 def _grouped(

@@ -110,6 +110,7 @@ def merge(cfg: Config) -> dict[str, Any]:
     with job("merge", cfg) as (group, report):
         with report.phase("scan"):
             m = part.scanned(group, lambda more: design.open_model({**cfg["source"], **more}, cfg))
+        replicas.known(group, report, m, cfg)
         given = cfg["target"].get("path")
         into = None if given else _checkpoint_of(m)
         return writing.write(
@@ -137,6 +138,8 @@ def average(cfg: Config) -> dict[str, Any]:
     with job("average", cfg) as (group, report):
         with report.phase("scan"):
             models = part.scanned(group, lambda more: _open_all(cfg, more))
+        for m in models:
+            replicas.known(group, report, m, cfg)
         given, from_user = _coefficients(cfg.get("weights"), models, report)
         cfg = _as_stored(cfg, models[-1])
         label = _label(cfg)

@@ -383,7 +383,59 @@ def test_what_a_config_cannot_say_of_args_is_listed(llama: Path, tmp_path: Path,
     ckpt_dist.convert(llama, tmp_path / "it", format="megatron")
     rewritten(tmp_path / "it", lambda tree, number: setattr(tree["args"], key, UNTOLD[key]))
     report = ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
-    assert report["warnings"] == [f"args: not translated: {key}={UNTOLD[key]!r}"]
+    more = [w for w in report["warnings"] if "Megatron adds 1 to the weights of norms" in w]
+    assert len(more) == (key == "apply_layernorm_1p")
+    assert report["warnings"] == [*more, f"args: not translated: {key}={UNTOLD[key]!r}"]
+
+
+COMPUTED: dict[str, Any] = dict(
+    apply_layernorm_1p=True, squared_relu=True, window_size=[4, 0], position_embedding_type="rope", softmax_scale=0.3,
+    swiglu=True, qk_l2_norm=True, glu_linear_offset=1.0, activation_func_clamp_value=7.0, use_mup=True,
+    softmax_type="learnable", moe_apply_probs_on_input=True, moe_router_num_groups=2, moe_router_group_topk=2,
+    moe_router_load_balancing_type="sinkhorn",
+)  # fmt: skip
+OTHERWISE = dict(position_embedding_type="none", swiglu=False, apply_residual_connection_post_layernorm=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "llama", "mixtral", "qwen3_moe"])
+def test_args_that_change_what_is_computed_are_listed_for_every_family(tmp_path: Path, kind: str) -> None:
+    plain = kind in ("gpt2", "bloom")
+    if kind == "bloom":
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        small = AutoConfig.for_model("bloom", hidden_size=32, n_head=4, n_layer=2, vocab_size=64)
+        AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "hf")
+    else:
+        transformer(kind, tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "same")["warnings"] == []
+    changes = COMPUTED | ({} if plain else OTHERWISE)
+    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(changes))
+    adds, lost = ckpt_dist.convert(tmp_path / "it", tmp_path / "other")["warnings"]
+    assert "until 1 is added to the weight of each norm" in adds
+    assert not [
+        key for key, value in changes.items() if f"{key}={value!r}" not in lost and f"{key}={value}" not in lost
+    ]
+    keys = {"format": "dcp", "target.dialect": "hf"}
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "dcp", **keys)["warnings"] == [adds]
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "dist", format="torch_dist")["warnings"] == []
+
+
+def test_biases_of_llama_are_in_its_config(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **SMALL, attention_bias=True, mlp_bias=True), attn_implementation="eager"
+    ).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.pp": 2})
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "back")["warnings"] == []
+    ids = torch.arange(24)[None]
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert torch.equal(model(ids).logits, back(ids).logits)
 
 
 def test_whether_experts_are_weighed_before_they_are_chosen(tmp_path: Path) -> None:
@@ -681,3 +733,230 @@ def test_an_average_in_the_same_files_as_its_sources(llama: Path, tmp_path: Path
         a, b, c = (torch.load(f, weights_only=False)["model"] for f in files)
         assert list(a) == list(c)
         assert all(torch.allclose(c[n], (a[n] + b[n]) / 2, rtol=2e-7) for n in a)
+
+
+# ---- what no rule knows, what ranks should have alike
+
+
+WHOLE: dict[
+    str, tuple[tuple[int, ...], int | None]
+] = {  # an encoder and a decoder of megatron-core: shape, divided dim
+    "embedding.word_embeddings.weight": ((32, 16), 0),
+    "encoder.layers.0.input_layernorm.weight": ((16,), None),
+    "encoder.layers.0.self_attention.linear_qkv.weight": ((48, 16), 0),
+    "encoder.layers.0.self_attention.linear_proj.weight": ((16, 16), 1),
+    "encoder.final_layernorm.weight": ((16,), None),
+    "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": ((16,), None),
+    "decoder.layers.0.cross_attention.linear_q.weight": ((16, 16), 0),
+    "decoder.layers.0.cross_attention.linear_kv.weight": ((32, 16), 0),
+    "decoder.layers.0.cross_attention.linear_kv.bias": ((32,), 0),
+    "decoder.layers.0.cross_attention.linear_proj.weight": ((16, 16), 1),
+    "decoder.final_layernorm.weight": ((16,), None),
+    "lm_head.output_layer.bias": ((32,), 0),
+}
+
+
+def laid(folder: Path, tensors: dict[str, tuple[torch.Tensor, int | None]], **sizes: int) -> Path:
+    """Rank files of whole tensors, divided along a dim or held by each of two tensor-parallel ranks."""
+    args = dict(num_layers=1, hidden_size=16, num_attention_heads=4, tensor_model_parallel_size=2) | sizes
+    for t in range(2):
+        state = {n: w if dim is None else w.chunk(2, dim)[t].clone() for n, (w, dim) in tensors.items()}
+        path = folder / f"iter_0000005/mp_rank_{t:02d}/model_optim_rng.pt"
+        path.parent.mkdir(parents=True)
+        about = dict(args=argparse.Namespace(**args), checkpoint_version=3.0, iteration=5)
+        torch.save({**about, "model": state}, path)
+    return folder
+
+
+def random_of(shapes: dict[str, tuple[tuple[int, ...], int | None]]) -> dict[str, tuple[torch.Tensor, int | None]]:
+    torch.manual_seed(3)
+    return {n: (torch.randn(shape), dim) for n, (shape, dim) in shapes.items()}
+
+
+def test_an_encoder_beside_a_decoder(tmp_path: Path) -> None:
+    tensors = random_of(WHOLE)
+    ckpt_dist.convert(laid(tmp_path / "it", tensors), tmp_path / "whole.pt", format="torch")
+    found = torch.load(tmp_path / "whole.pt")
+    wanted = {
+        n.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"): w for n, (w, _) in tensors.items()
+    }
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], w) for n, w in wanted.items())
+
+
+def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
+    tensors = random_of(WHOLE)
+    tensors["decoder.final_norm.weight"] = tensors["decoder.final_layernorm.weight"]
+    with pytest.raises(
+        CheckpointError, match=r"final_layernorm.weight' and 'decoder.final_norm.weight' of one file both"
+    ):
+        ckpt_dist.inspect(laid(tmp_path / "it", tensors))
+
+
+UNKNOWN = {
+    "decoder.layers.0.mixer.in_proj.weight": ((40, 16), 0),
+    "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight": ((8, 16), 0),
+    "decoder.layers.0.mixer.A_log": ((4,), 0),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_no_rule_knows_is_read_where_ranks_hold_the_same(tmp_path: Path, name: str) -> None:
+    rest = random_of(WHOLE)
+    tensors = random_of({name: UNKNOWN[name]})
+    source, alike = (
+        laid(tmp_path / "it", rest | tensors),
+        laid(tmp_path / "alike", rest | {name: (tensors[name][0], None)}),
+    )
+    says = rf"mp_rank_00/model_optim_rng.pt and .*mp_rank_01/model_optim_rng.pt hold different values of '{name}'"
+    verbs: list[Callable[..., Any]] = [
+        lambda p: ckpt_dist.convert(p, tmp_path / f"{p.name}.pt", format="torch"),
+        lambda p: ckpt_dist.average([p, p], tmp_path / f"{p.name}-mean.pt", format="torch"),
+        ckpt_dist.verify,
+        ckpt_dist.fingerprint,
+    ]
+    for verb in verbs:
+        with pytest.raises(CheckpointError, match=says):
+            verb(source)
+        verb(alike)
+    assert not list(tmp_path.glob("it*.pt"))
+    assert torch.equal(torch.load(tmp_path / "alike.pt")[name], tensors[name][0])
+    assert any("no rule says how ranks divide them" in n for n in ckpt_dist.inspect(source)["notes"])
+    with pytest.raises(CheckpointError, match="Convert it first"):
+        ckpt_dist.dcp.reader(alike)
+
+
+def test_layers_of_two_stages_that_nobody_counts(tmp_path: Path) -> None:
+    source = laid(tmp_path / "it", random_of(WHOLE))
+    for t in range(2):
+        folder = source / "iter_0000005"
+        shutil.copytree(folder / f"mp_rank_{t:02d}", folder / f"mp_rank_{t:02d}_001")
+        (folder / f"mp_rank_{t:02d}").rename(folder / f"mp_rank_{t:02d}_000")
+    rewritten(source, lambda tree, number: vars(tree["args"]).update(pipeline_model_parallel_size=2, num_layers=2))
+    with pytest.raises(CheckpointError, match=r"both hold 'encoder.layers.0.\S+', of two stages"):
+        ckpt_dist.inspect(source)
+
+
+@pytest.mark.parametrize("replicas", ["first", "average"])
+def test_norms_of_ranks_that_drifted(llama: Path, tmp_path: Path, replicas: str) -> None:
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **{"target.tp": 2, "target.pp": 2})
+    assert ckpt_dist.verify(tmp_path / "it", llama)["warnings"] == []
+
+    def drifted(tree: dict[str, Any], number: int) -> None:
+        if number in (2, 3):  # both stages of tensor-parallel rank 1
+            tree["model"] = {n: t + 1 if "norm" in n else t for n, t in tree["model"].items()}
+
+    rewritten(tmp_path / "it", drifted)
+    says = "of 9 tensors that each of 2 ranks has, 9 differ, first 'decoder.final_layernorm.weight'"
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "hf", **{"source.replicas": replicas})
+    assert any(says in w for w in report["warnings"])
+    assert any(says in w for w in ckpt_dist.verify(tmp_path / "it", llama)["warnings"])
+    found, was = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", llama))
+    more = 0.5 if replicas == "average" else 0.0
+    for name, tensor in was.items():
+        torch.testing.assert_close(found[name], tensor + (more if "norm" in name else 0))
+
+
+def test_routers_of_expert_parallel_ranks_that_drifted(tmp_path: Path) -> None:
+    transformer("mixtral", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.ep": 2})
+    assert ckpt_dist.verify(tmp_path / "it")["warnings"] == []
+
+    def drifted(tree: dict[str, Any], number: int) -> None:
+        if number == 3:
+            tree["model"]["decoder.layers.1.mlp.router.weight"] += 1
+
+    rewritten(tmp_path / "it", drifted)
+    (said,) = ckpt_dist.verify(tmp_path / "it", tmp_path / "hf")["warnings"]
+    assert "each of 4 ranks has, 1 differ, first 'decoder.layers.1.mlp.router.weight'" in said
+
+
+def test_a_model_that_only_looks_like_a_known_one(llama: Path, tmp_path: Path) -> None:
+    """Llama's names, and no gates: twice as many columns after the activation as ranks would say."""
+    ckpt_dist.convert(llama, tmp_path / "it", format="megatron", **{"target.tp": 2})
+
+    def ungated(tree: dict[str, Any], number: int) -> None:
+        tree["args"].swiglu, model = False, tree["model"]
+        for name in [n for n in model if n.endswith("linear_fc2.weight")]:
+            model[name] = torch.cat([model[name], model[name]], 1)
+
+    rewritten(tmp_path / "it", ungated)
+    found = ckpt_dist.inspect(tmp_path / "it")
+    assert found["family"] == "unknown" and any("does not fit llama" in n for n in found["notes"])
+    with pytest.raises(CheckpointError, match=r"does not fit llama.* with model=identity"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no")
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "as-it-is.pt", format="torch", model="identity")
+
+
+@pytest.mark.parametrize("keys", [{"target.pp": 2}, {"target.ep": 2}])
+def test_folders_renamed_where_args_do_not_say_what_their_second_number_is(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    transformer("mixtral", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **keys)
+    rewritten(tmp_path / "it", lambda tree, number: tree.pop("args"))
+    with pytest.raises(CheckpointError, match=r"is not said.* Rename all folders to mp_rank_TT_PPP_EEE"):
+        ckpt_dist.inspect(tmp_path / "it")
+    for number, file in enumerate(rank_files(tmp_path / "it")):
+        stage, expert = (number, 0) if "target.pp" in keys else (0, number)
+        file.parent.rename(file.parent.with_name(f"mp_rank_00_{stage:03d}_{expert:03d}"))
+    config = {"model.config": str(tmp_path / "hf")}
+    assert ckpt_dist.fingerprint(tmp_path / "it", **config) == ckpt_dist.fingerprint(tmp_path / "hf")
+
+
+def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_missed(tmp_path: Path) -> None:
+    transformer("mixtral", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.ep": 2})
+    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(expert_tensor_parallel_size=1))
+    shutil.rmtree(tmp_path / "it/iter_0000001/mp_rank_01_000")
+    with pytest.raises(CheckpointError, match=r"experts are divided by 1 .* Save with the format torch_dist"):
+        ckpt_dist.inspect(tmp_path / "it")
+
+
+@pytest.mark.parametrize("further", [1, 2])
+def test_layers_that_predict_further_tokens_are_counted_by_their_names(tmp_path: Path, further: int) -> None:
+    """Hugging Face goes on counting: what only such layers have says where they begin."""
+    top = Path(__file__).parent / "data/megatron-core-0.16-mtp/legacy"
+    shutil.copytree(top, tmp_path / "it")
+
+    def more(tree: dict[str, Any], number: int) -> None:
+        model = tree["model"]
+        again = {n.replace("mtp.layers.0.", "mtp.layers.1."): t for n, t in model.items() if n.startswith("mtp.")}
+        model.update({n: t * 2 if t is not None else t for n, t in again.items()} if further == 2 else {})
+        tree["args"].mtp_num_layers = further
+
+    rewritten(tmp_path / "it", more)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "dcp", format="dcp", **{"target.dialect": "hf"})
+    found = ckpt_dist.inspect(tmp_path / "dcp")["sizes"]
+    assert found["n"] == further and found["l"] == ckpt_dist.inspect(tmp_path / "it")["sizes"]["l"]
+    ckpt_dist.verify(tmp_path / "dcp")
+    for source in ("it", "dcp"):
+        ckpt_dist.convert(tmp_path / source, tmp_path / f"{source}-hf")
+    one, two = (load_file(tmp_path / f"{source}-hf/model.safetensors") for source in ("it", "dcp"))
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_layers_of_an_unknown_model_between_the_formats(tmp_path: Path) -> None:
+    """megatron-core 0.16.1 calls an encoder's and a decoder's layers so (its T5Model, and GPTModel without gates)."""
+    one = random_of(WHOLE)
+    two = one | {n.replace("layers.0", "layers.1"): (w + 1, dim) for n, (w, dim) in one.items() if "layers.0" in n}
+    source = laid(tmp_path / "it", two, num_layers=2)
+    assert ckpt_dist.convert(source, tmp_path / "dist", format="torch_dist")["warnings"] == []
+    wanted = {n.replace("layers.0.", "layers."): w for n, (w, _) in one.items()}
+    fused = "encoder.layers.self_attention.linear_qkv.layer_norm_weight"
+    wanted[fused] = wanted.pop("encoder.layers.input_layernorm.weight")
+    wanted |= {n: torch.stack([w, w + 1]) for n, w in wanted.items() if "layers." in n}
+    state = state_of(tmp_path / "dist/iter_0000005")
+    found = {n: t for n, t in state.items() if torch.is_tensor(t)}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
+    assert "encoder.layers.self_attention.linear_qkv._extra_state/shard_0_2" in state
+    with pytest.raises(UsageError, match=r"not taken apart: save it with Megatron's --ckpt-format torch"):
+        ckpt_dist.convert(saved(tmp_path / "its", wanted, None), tmp_path / "no", format="megatron", model="identity")
+
+
+def test_layers_that_are_not_alike_stay_apart(tmp_path: Path) -> None:
+    one = random_of(WHOLE)
+    two = one | {n.replace("layers.0", "layers.1"): v for n, v in one.items() if "layers.0" in n and "cross" not in n}
+    ckpt_dist.convert(laid(tmp_path / "it", two, num_layers=2), tmp_path / "dist", format="torch_dist")
+    found = state_of(tmp_path / "dist/iter_0000005")
+    assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in found
+    assert found["encoder.layers.self_attention.linear_qkv.weight"].shape == (2, 48, 16)

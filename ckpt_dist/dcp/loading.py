@@ -95,6 +95,11 @@ def show(settings: Mapping[str, Any], dialect: str, key: str) -> Shown:
     """Scan a checkpoint and spell it in the dialects that are wanted."""
     settings = {**settings, "unmatched": "drop", "partial": True}  # still there under stored names
     m = design.open_model(settings["source"], settings)
+    if unknown := m.catalog.about.get("unknown"):
+        raise CheckpointError(
+            f"{m.source.folder}: how tensor-parallel ranks divide {unknown[0]!r} is not known. Convert it first, which compares "
+            "what they hold."
+        )
     wanted = _dialects(m, dialect)
     bound = _bind(m)
     offers = _as_stored(m, bound, key, weights=dialect == "auto" or not wanted)

@@ -52,7 +52,9 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
         some = ", ".join(sorted(members)[:8])
         raise CheckpointError(f"{path} has neither {nemo.WEIGHTS} nor {FOLDER}. It holds {some}.")
     opened = [pt.open_archive(path, members[n].offset, members[n].nbytes) for n in names]
-    return _in_place(nemo.assembled(path, names, opened, args), path, dict.fromkeys(names, Member(0, 0)))
+    return _in_place(
+        nemo.assembled(path, names, opened, args, options.get("replica")), path, dict.fromkeys(names, Member(0, 0))
+    )
 
 
 def _read(path: Path, member: Member) -> bytes:

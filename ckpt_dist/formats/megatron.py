@@ -50,6 +50,7 @@ OLD = (  # names from before megatron-core, and how it calls the same
     (r"^(mtp\.layers\.\d+)\.mtp_model_layer\.", r"\1.transformer_layer."),  # from core 0.17
 )
 
+DECODER = re.compile(r"((model|module)\.)*(language_model\.)?decoder\.")
 State = Mapping[str, inert.TensorRef]
 
 
@@ -70,14 +71,14 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     args = args_of(opened[0][0])
     found, master = _ranks(path, [p.name for p in folders], args), options.get("weights") == "master"
     if not master and "optimizer" not in (options.get("keep") or ()):
-        return assembled(path, files, opened, found, args)
+        return assembled(path, files, opened, found, args, None, options.get("replica"))
     flats = [f"{p.name}/{kept.FLAT}" if (p / kept.FLAT).is_file() else None for p in folders]
     try:
-        catalog = assembled(path, files, opened, found, args, flats)
+        catalog = assembled(path, files, opened, found, args, flats, options.get("replica"))
     except kept.Unread:
         if options.get("unmatched") != "drop" and not options.get("universal"):
             raise
-        return assembled(path, files, opened, found, args)
+        return assembled(path, files, opened, found, args, None, options.get("replica"))
     return slots.masters(catalog) if master else catalog
 
 
@@ -88,11 +89,13 @@ def assembled(
     found: Sequence[Rank],
     args: Mapping[str, Any],
     flats: Sequence[str | None] | None = None,
+    replica: Any = 0,
 ) -> Catalog:
     """The whole tensors of all ranks' files; `opened` are their dicts and the places of their storages. With `flats`,
     the files of distributed optimizers, also what the ranks' optimizers hold."""
+    found = [replace(rank, replica=int(replica or 0)) for rank in found]
     trees = [tree for tree, _ in opened]
-    states = [_states(tree) for tree in trees]
+    states = _states(trees)
     offsets = _offsets(path, files, states, found, args)
     parts = []
     for number, (rank, chunks, (tree, storages)) in enumerate(zip(found, states, opened, strict=True)):
@@ -100,6 +103,8 @@ def assembled(
         for chunk, state in enumerate(chunks):
             held = ranks.held(state, rank, offsets[chunk, rank.p], args, version)
             parts += [(part, number, storages) for part in held]
+    alike = alike_of(parts, found[0].tp * found[0].ep)
+    own = list(parts)
     extras = {x.name: x for tree in reversed(trees) for x in _extras(tree)}
     if flats is not None:
         more = [f for f in flats if f]
@@ -109,9 +114,10 @@ def assembled(
             extras |= {x.name: x for x in kept.beside(where, tree, storages, bool(more))}
         files = [*files, *more]
     entries, table = together(path, files, parts)
+    _one_stage(path, files, found, own)
     starts = [*(offsets[k] for k in sorted(offsets)), _count(e.name for e in entries)]
     about: dict[str, Any] = {"tp": found[0].tp, "pp": found[0].pp, "vpp": len(states[0]), "ep": found[0].ep}
-    about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)}
+    about |= {"partition": [b - a for a, b in pairwise(starts)], "spec": _spec(states)} | alike
     return Catalog("megatron", str(path), tuple(files), entries, table, tuple(extras.values()), args, about=about)
 
 
@@ -166,6 +172,35 @@ def together(path: Path, files: Sequence[str], parts: Sequence[Held]) -> tuple[t
     return tuple(entries.values()), chunk_table(rows)
 
 
+def alike_of(parts: Sequence[Held], copies: int) -> dict[str, Any]:
+    """What each of several ranks has a copy of, how many there are, and of which of them no rule says that they are alike."""
+    names = sorted({part.name for part, *_ in parts if part.alike and not slots.parted(part.name)[0]})
+    if copies < 2 or not names:
+        return {"replicated": []}
+    unknown = [n for n in names if not ranks.known(n)]
+    found: dict[str, Any] = {"replicated": names, "unknown": unknown, "copies": copies}
+    if not unknown:
+        return found
+    what = f"of {len(unknown)} tensors, first {unknown[0]!r}, no rule says how ranks divide them"
+    return found | {"notes": (f"{what}: they are read where all ranks hold the same",)}
+
+
+def _one_stage(path: Path, files: Sequence[str], found: Sequence[Rank], parts: Sequence[Held]) -> None:
+    """What is of no layer is of one stage, but for what the first and the last share: names of other stages' layers would
+    be taken for one."""
+    seen: dict[str, list[int]] = {}
+    for part, file, _ in parts:
+        if re.match(r"(decoder\.layers|embedding|output_layer|mtp)\.", part.name):
+            continue
+        before = seen.setdefault(part.name, [])
+        if before and (found[before[0]].p != found[file].p or file in before):
+            raise CheckpointError(
+                f"{path / files[before[0]]} and {path / files[file]} both hold {part.name!r}, of two stages. How these count "
+                "such layers is not known. Save with the format torch_dist, which is read."
+            )
+        before.append(file)
+
+
 def same_save(path: Path, files: Sequence[str], trees: Sequence[Any]) -> None:
     for file, tree in zip(files, trees, strict=True):
         if not isinstance(tree, Mapping) or not _models(tree):
@@ -204,22 +239,38 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
                 yield Extra(name, (name,), "state", inert.Record())
 
 
-def _states(tree: Mapping[str, Any]) -> list[State]:
-    """Each chunk's tensors under megatron-core's names; old files nest them in dicts."""
-    found: list[State] = []
-    for model in _models(tree):
-        state = {}
-        for place, leaf in pt.walk(model):
-            if isinstance(leaf, inert.TensorRef) and not str(place[-1]).endswith(STATE):
-                state[renamed(".".join(map(str, place)))] = leaf
-        found.append(state)
-    return found
+def _states(trees: Sequence[Mapping[str, Any]]) -> list[list[State]]:
+    """Each file's chunks: their tensors under megatron-core's names; old files nest them in dicts.
+
+    Before megatron-core layers were called an encoder's; beside a decoder's they are just that.
+    """
+    found = [[_tensors(model) for model in _models(tree)] for tree in trees]
+    both = any(DECODER.match(name) for chunks in found for state in chunks for name in state)
+    return [[_renamed(state, both) for state in chunks] for chunks in found]
 
 
-def renamed(name: str) -> str:
-    """What megatron-core calls a tensor, by whatever name: `encoder.layers.0.input_norm.weight` is its input_layernorm."""
+def _tensors(model: Mapping[str, Any]) -> State:
+    leaves = ((".".join(map(str, place)), leaf) for place, leaf in pt.walk(model))
+    return {n: x for n, x in leaves if isinstance(x, inert.TensorRef) and not n.endswith(STATE)}
+
+
+def _renamed(state: State, encodes: bool) -> State:
+    names = {name: renamed(name, encodes) for name in state}
+    first: dict[str, str] = {}
+    for name, new in names.items():
+        if first.setdefault(new, name) != name:
+            raise CheckpointError(
+                f"{first[new]!r} and {name!r} of one file both are {new!r}. It is of an unknown version."
+            )
+    return {names[name]: ref for name, ref in state.items()}
+
+
+def renamed(name: str, encodes: bool = False) -> str:
+    """What megatron-core calls a tensor, by whatever name: `encoder.layers.0.input_norm.weight` is its input_layernorm.
+    With `encodes` there are an encoder and a decoder."""
     for old, new in OLD:
-        name = re.sub(old, new, name)
+        if not (encodes and "encoder" in old):
+            name = re.sub(old, new, name)
     return name
 
 
@@ -233,11 +284,18 @@ def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Ra
             if said[2] < 2:
                 raise CheckpointError(
                     f"{path / name}: whether its second number is a pipeline stage or an expert-parallel rank is not said: args "
-                    f"have pipeline_model_parallel_size={said[1] or None} and expert_model_parallel_size={said[2] or None}."
+                    f"have pipeline_model_parallel_size={said[1] or None} and expert_model_parallel_size={said[2] or None}. "
+                    "Rename all folders to mp_rank_TT_PPP_EEE (mp_rank_00_001_000 is stage 1), which says it."
                 )
             p, e = None, p
         places.append((t or 0, p or 0, e or 0))
     tp, pp, ep = (max(size, *(p[k] + 1 for p in places)) for k, size in enumerate(said))
+    etp = args.get("expert_tensor_parallel_size")
+    if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
+        raise CheckpointError(
+            f"{path}: experts are divided by {etp} tensor-parallel ranks, the rest by {tp}; such files are not read. "
+            "Save with the format torch_dist."
+        )
     there = set(places)
     each = ((t, p, e) for t in range(tp) for p in range(pp) for e in range(ep))  # of as many as args say, so not a list
     if lost := next((place for place in each if place not in there), None):
@@ -245,12 +303,6 @@ def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Ra
         raise CheckpointError(
             f"{path / name} is missing: the run had {tp} x {pp} x {ep} tensor, pipeline and expert ranks, the files of "
             f"{tp * pp * ep - len(there)} of them are not there. Fetch them."
-        )
-    etp = args.get("expert_tensor_parallel_size")
-    if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
-        raise CheckpointError(
-            f"{path}: experts are divided by {etp} tensor-parallel ranks, the rest by {tp}; such files are not read. "
-            "Save with the format torch_dist."
         )
     return [Rank(*place, tp, pp, ep) for place in places]
 
@@ -398,7 +450,8 @@ def _num_layers(spec: Spec) -> int:
         if not known.match(entry.name) or re.match(r"decoder\.layers\.\D", entry.name):
             raise UsageError(
                 f"target.format=megatron: {entry.name!r} is not what a layer of Megatron is called. Leave target.dialect and "
-                "target.key out, and give the model's family if it was not found: model=FAMILY."
+                "target.key out, and give the model's family if it was not found: model=FAMILY. Of a model of no known family "
+                "tensors of all layers are not taken apart: save it with Megatron's --ckpt-format torch."
             )
     return _count(e.name for e in spec.entries)
 

@@ -23,7 +23,7 @@ from ckpt_dist.formats import Layout, Spec, _flat, _shards, _zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats._save import save
 from ckpt_dist.formats._table import Folder
-from ckpt_dist.formats.megatron import Held, partition, rank_files, renamed, together
+from ckpt_dist.formats.megatron import Held, alike_of, partition, rank_files, renamed, together
 from ckpt_dist.formats.torch_dist import args_of
 from ckpt_dist.ranks import Piecewise, Rank
 
@@ -88,11 +88,13 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     if lost := next((name for name in masters[replica] if (replica, name) not in used), None):
         raise CheckpointError(f"{path}: {lost!r} is trained and in no layer's file. The files are of two runs.")
     entries, table = together(path, files, parts)
-    alike = sorted({part.name for part, *_ in parts if part.alike}) if tp > 1 else []
     pp = max(sum(bool(STATE.fullmatch(p.name)) for p in path.iterdir()) // tp, 1)
-    facts = {"tp": tp, "pp": pp, "padded": True, "replicated": alike, **_vocabulary(about)}
+    facts: dict[str, Any] = {"tp": tp, "pp": pp, "padded": True, **alike_of(parts, tp), **_vocabulary(about)}
     if zero:
-        facts["notes"] = (f"weights: the fp32 master weights of ZeRO, of {len(zero)} files",)
+        facts["notes"] = (
+            *facts.get("notes", ()),
+            f"weights: the fp32 master weights of ZeRO, of {len(zero)} files",
+        )
     return Catalog(
         "megatron_deepspeed", str(path), tuple(files), entries, table, _extras(path, about), args,
         about=facts,

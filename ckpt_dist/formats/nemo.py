@@ -87,16 +87,18 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     opened = [pt.open_archive(root / n) for n in names]
     if options.get("as_is"):
         return _as_is(root, names, opened)
-    return assembled(root, names, opened, torch_dist.settings_beside(root))
+    return assembled(root, names, opened, torch_dist.settings_beside(root), options.get("replica"))
 
 
-def assembled(root: Path, names: Sequence[str], opened: Sequence[tuple[Any, Any]], args: Mapping[str, Any]) -> Catalog:
+def assembled(
+    root: Path, names: Sequence[str], opened: Sequence[tuple[Any, Any]], args: Mapping[str, Any], replica: Any = 0
+) -> Catalog:
     """Whole tensors from the files of all ranks."""
     ranks = _ranks(root, [Path(n).parent.name for n in names])
     trees = [_as_megatron(root / n, tree) for n, (tree, _) in zip(names, opened, strict=True)]
     megatron.same_save(root, names, trees)
     both = [(tree, storages) for tree, (_, storages) in zip(trees, opened, strict=True)]
-    return replace(megatron.assembled(root, names, both, ranks, args), format="nemo")
+    return replace(megatron.assembled(root, names, both, ranks, args, None, replica), format="nemo")
 
 
 def _as_megatron(where: Path, tree: Any) -> dict[str, Any]:

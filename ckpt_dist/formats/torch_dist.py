@@ -36,8 +36,9 @@ BUCKETS = re.compile(r"(chained_\d+\.)?optimizer\.distributed\.")
 PLAIN = (str, int, float, bool, type(None))
 NEMO = {"model": "", "module": "weights/"}  # the key that NeMo 1 and NeMo 2 put a model under, and the folder
 LINEAR = re.compile(
-    r"((?:model\.|module\.)*(?:decoder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)(?:self_attention|mlp)\."
-    r"(?:linear_\w+|(?:experts\.experts|shared_experts)\.linear_\w+)|(?:model\.|module\.)*mtp\.layers\.\d+\.eh_proj)\.weight"
+    r"((?:model\.|module\.)*(?:(?:en|de)coder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)"
+    r"(?:(?:self|cross)_attention|mlp)\.(?:(?:experts\.experts|shared_experts)\.)?linear_\w+"
+    r"|(?:model\.|module\.)*mtp\.layers\.\d+\.eh_proj)\.weight"
 )
 
 
