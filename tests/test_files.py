@@ -10,6 +10,7 @@ import os
 import pickle
 import resource
 import shutil
+import struct
 import subprocess
 import zipfile
 import zlib
@@ -264,3 +265,75 @@ def test_long_pickles_of_every_protocol_pass() -> None:
     tree = {f"k{i}": [i, (i, str(i) * 3), {"x": float(i), "b": b"y" * (1 + i % 300)}] for i in range(20_000)}
     for protocol in range(2, 6):
         assert pickles.loads(pickle.dumps(tree, protocol), "x") == tree
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def tensor(shape: bytes = b"K\x04\x85", stride: bytes = b"K\x01\x85", storage: bytes = STORAGE) -> bytes:
+    return REBUILD + b"(" + storage + b"K\x00" + shape + stride + b"\x89NtR"
+
+
+def table(**values: bytes) -> bytes:
+    return b"}(" + b"".join(text(k) + v for k, v in values.items()) + b"u"
+
+
+UNCHANGED = {
+    "a function's defaults": REBUILD + b"N" + table(__kwdefaults__=table(dtype=text("int32"))) + b"\x86b",
+    "a function's function": REBUILD + b"N" + table(function=b"N") + b"\x86b",
+    "a method of a size": b"ctorch\nSize\n" + table(function=b"N") + b"b",
+    "a function that copies": b"ccollections\nOrderedDict\nN" + table(take=b"N") + b"\x86b",
+    "a record's class": b"ctorch\ndevice\nN" + table(path=text("x")) + b"\x86b",
+    "an offset": tensor() + table(offset=b"J\xff\xff\xff\x7f") + b"b",
+    "a shape": tensor() + table(shape=text("xyz")) + b"b",
+    "a shape by slots": tensor() + b"N" + table(shape=text("xyz")) + b"\x86b",
+    "a storage": tensor(storage=STORAGE + table(numel=b"J\xff\xff\xff\x7f") + b"b"),
+}
+
+
+@pytest.mark.parametrize("what", UNCHANGED)
+def test_no_state_of_a_pickle_changes_a_fact_or_a_function(what: str) -> None:
+    honest = pickles.loads(b"\x80\x02" + tensor() + b".", "x")
+    with pytest.raises(CheckpointError, match=r"^x is damaged: its pickle holds"):
+        pickles.loads(b"\x80\x02" + UNCHANGED[what] + b".", "x")
+    assert pickles.loads(b"\x80\x02" + tensor() + b".", "x") == honest
+    assert pickle.loads(pickle.dumps(honest)) == honest
+
+
+def test_attributes_of_an_ordered_dict_are_left_out() -> None:
+    """torch gives a state dict one, `_metadata`."""
+    state = table(items=b"K\x03", get=b"K\x03")
+    found = pickles.loads(b"\x80\x02ccollections\nOrderedDict\n)R" + text("w") + b"K\x01s" + state + b"b.", "x")
+    assert found == {"w": 1} and list(found.items()) == [("w", 1)] and found.get("w") == 1
+    assert pickles.loads(pickles.dumps(found), "x") == {"w": 1}
+
+
+LONG = {
+    "a size": (b"ctorch\nSize\n", text("x" * 100_000) + b"\x85"),
+    "a record": (b"ctorch\ndevice\n", b"(" + b"N" * 100_000 + b"t"),
+    "bytes": (b"c_codecs\nencode\n", text("x" * 100_000) + b"\x85"),
+    "a path": (b"cpathlib\nPosixPath\n", text("x" * 100_000) + b"\x85"),
+    "a tuple": (b"cbuiltins\ntuple\n", b"](" + b"N" * 100_000 + b"e\x85"),
+    "a set": (b"c__builtin__\nset\n", b"](" + b"N" * 100_000 + b"e\x85"),
+    "an ordered dict": (b"ccollections\nOrderedDict\n", b"}(" + b"".join(b"J%bN" % struct.pack("<i", k) for k in range(100_000)) + b"u\x85"),
+    "a sharded tensor": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n",
+        b"(Nctorch.distributed._shard.sharded_tensor.api\nShardedTensor\n)](" + b"N" * 100_000 + b"eN\x86t",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_calls_copy_no_more_than_the_pickle_is_long(what: str) -> None:
+    """A few bytes call with the same long list again and again."""
+    called, arguments = LONG[what]
+    bomb = b"\x80\x02" + called + b"q\x000" + arguments + b"q\x010(" + b"h\x00h\x01R" * 30_000 + b"t."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"^x is damaged: its pickle holds"):
+        pickles.loads(bomb, "x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10

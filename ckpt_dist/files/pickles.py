@@ -12,7 +12,6 @@ import gc
 import io
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -21,7 +20,7 @@ from typing import Any
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import allowed
 from ckpt_dist.files.dtypes import itemsize, storage_class
-from ckpt_dist.files.inert import DEEP, Dtype, Instance, Record, Small, Storage, TensorRef, named
+from ckpt_dist.files.inert import DEEP, Dtype, Instance, Pairs, Record, Small, Storage, TensorRef, named
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 MOST_CLASSES = 1 << 12  # of a framework, in one pickle
@@ -32,7 +31,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
-        found = allowed.lookup(module, name)
+        found = allowed.lookup(module, name, self.room.take)
         if found is None and allowed.foreign(path):
             return self._foreign(path)
         if found is None:
@@ -47,6 +46,7 @@ class _Unpickler(pickle.Unpickler):
 
     persistent: Callable[[Any], Any]
     classes: dict[str, type[Record]]
+    room: _Room
 
     def persistent_load(self, pid: Any) -> Any:
         return self.persistent(pid)
@@ -67,6 +67,18 @@ def storage(pid: Any) -> Storage:
     if dtype is None or type(key) is not str or type(numel) is not int or not 0 <= numel < DEEP:
         raise pickle.UnpicklingError(f"a storage of an unknown kind: {pid!r:.60}")
     return Storage(key, dtype, numel)
+
+
+class _Room:
+    """How much calls in a pickle may copy: a call of a few bytes can name a long list again and again."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.left = 4 * nbytes
+
+    def take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise pickle.UnpicklingError("copies of more than it holds")
 
 
 class _Refused(Exception):
@@ -137,7 +149,7 @@ def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = Non
     `persistent` says what a persistent id stands for; by default those of torch.save, which are storages.
     """
     unpickler = _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER))
-    unpickler.persistent, unpickler.classes = persistent or storage, {}
+    unpickler.persistent, unpickler.classes, unpickler.room = persistent or storage, {}, _Room(len(data))
     try:
         _bounded(data)
         return unpickler.load()
@@ -245,7 +257,7 @@ class _Pickler(_PurePython):  # type: ignore[misc]
                 f"A value of type {getattr(value, 'path', '') or type(value).__name__} cannot be written."
             )
         else:
-            super().save(dict(value) if type(value) is OrderedDict else value, save_persistent_id)
+            super().save(dict(value) if type(value) is Pairs else value, save_persistent_id)
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.save(_Name(name))
