@@ -337,3 +337,54 @@ def test_calls_copy_no_more_than_the_pickle_is_long(what: str) -> None:
     with pytest.raises(CheckpointError, match=r"^x is damaged: its pickle holds"):
         pickles.loads(bomb, "x")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def doubled(first: bytes, twice: bytes) -> bytes:
+    """What holds the one before it twice, sixty times over: a few hundred bytes that a walk takes for ever with."""
+    return first + b"q\x00" + b"".join(b"0" + (twice % (k, k)) + b"q%c" % (k + 1) for k in range(60))
+
+
+TUPLES, LISTS, DICTS = (
+    doubled(b")", b"h%ch%c\x86"),
+    doubled(b"]", b"](h%ch%ce"),
+    doubled(b"}", b"}(K\x01h%cK\x02h%cu"),
+)
+SHARED = {
+    "lists": LISTS,
+    "dicts": DICTS,
+    "tuples": TUPLES,
+    "a list in itself": b"]q\x00h\x00a",
+    "an offset": REBUILD + b"(" + STORAGE + TUPLES + b"))\x89NtR",
+    "a shape": tensor(shape=LISTS),
+    "a storage": TUPLES + b"Q",
+    "a mesh": b"ctorch._tensor\n_rebuild_from_type_v2\n(Nctorch.distributed.tensor\nDTensor\n)"
+    + table(
+        _local_tensor=tensor(),
+        _spec=b"ctorch.distributed.tensor._dtensor_spec\nDTensorSpec\n)R"
+        + table(
+            tensor_meta=b"ctorch.distributed.tensor._dtensor_spec\nTensorMeta\n((K\x04tt\x81",
+            mesh=b"ctorch.distributed.device_mesh\nDeviceMesh\n)R"
+            + table(_layout=b"ctorch.distributed._mesh_layout\n_MeshLayout\n)R" + table(shape=TUPLES) + b"b")
+            + b"b",
+        )
+        + b"b",
+    )
+    + b"tR",
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_things_that_are_shared_without_end_are_refused_at_once(what: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^x is damaged: its pickle holds UnpicklingError.{0,150}$"):
+        pickles.loads(b"\x80\x02" + SHARED[what] + b".", "x")
+
+
+def test_a_tuple_that_is_held_often_passes() -> None:
+    betas = (0.9, [0.95])
+    groups = [{"betas": betas, "nested": [betas] * 20} for _ in range(300)]
+    assert pickles.loads(pickle.dumps(groups, 2), "x") == groups
+
+
+def test_a_number_that_nobody_can_print_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="x is damaged"):
+        pickles.loads(pickle.dumps({1 << 20_000: 1}, 2), "x")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from ckpt_dist.errors import shown
 from ckpt_dist.files.dtypes import FROM_STORAGE, TABLE, itemsize
 from ckpt_dist.files.inert import (
     DEEP,
@@ -201,7 +202,7 @@ def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
 def _numbers(values: Any, what: str) -> tuple[int, ...]:
     found = tuple(values) if isinstance(values, (tuple, list)) else None
     if found is None or len(found) > MOST_DIMS or not all(type(n) is int and 0 <= n < DEEP for n in found):
-        raise pickle.UnpicklingError(f"a tensor with {what} {values!r:.60}")
+        raise pickle.UnpicklingError(f"a tensor with {what} {shown(values)}")
     return found
 
 

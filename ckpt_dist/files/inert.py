@@ -64,6 +64,9 @@ class Record(list):  # type: ignore[type-arg]
             raise ValueError(f"{len(args)} arguments for {self.path}")
         super().__init__(args)
 
+    def __repr__(self) -> str:  # short: records can hold one another
+        return f"<{self.path}>"
+
     def __reduce_ex__(self, protocol: Any) -> Any:  # from rank to rank; its class has no name there
         return _again, (self.path, list(self))
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, distinct, expand, ints
+from ckpt_dist.errors import shown
 from ckpt_dist.files import allowed, inert, pickles
 from ckpt_dist.files.streams import PAD, Field, Records, Shape, Stream, Unknown, records_of, unframed
 
@@ -274,9 +275,9 @@ class Lanes:
         elif kind == "int" and type(value) is int:
             value = (value,)
         elif kind != "size" or type(value) is not tuple or any(type(v) is not int for v in value):
-            raise Unknown(f"{value!r:.60} where a {kind} should be")
+            raise Unknown(f"{shown(value)} where a {kind} should be")
         if len(value) > out.shape[1]:
-            raise Unknown(f"{value!r:.60} has more than {out.shape[1]} dims")
+            raise Unknown(f"{shown(value)} has more than {out.shape[1]} dims")
         for k, v in enumerate(value):
             out[rows, k] = v
 

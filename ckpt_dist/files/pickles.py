@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import allowed
 from ckpt_dist.files.dtypes import itemsize, storage_class
 from ckpt_dist.files.inert import DEEP, Dtype, Instance, Pairs, Record, Small, Storage, TensorRef, named
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 MOST_CLASSES = 1 << 12  # of a framework, in one pickle
+SHARED = 16  # times its length: what a pickle may stand for where it names one thing again and again
 
 
 class _Unpickler(pickle.Unpickler):
@@ -55,7 +56,7 @@ class _Unpickler(pickle.Unpickler):
 def storage(pid: Any) -> Storage:
     """What a persistent id of torch.save stands for."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-        raise pickle.UnpicklingError(f"a reference of an unknown kind: {pid!r:.60}")
+        raise pickle.UnpicklingError(f"a reference of an unknown kind: {shown(pid)}")
     kind, key, numel = pid[1], pid[2], pid[4]
     dtype = (
         str(kind)
@@ -65,7 +66,7 @@ def storage(pid: Any) -> Storage:
         else None
     )
     if dtype is None or type(key) is not str or type(numel) is not int or not 0 <= numel < DEEP:
-        raise pickle.UnpicklingError(f"a storage of an unknown kind: {pid!r:.60}")
+        raise pickle.UnpicklingError(f"a storage of an unknown kind: {shown(pid)}")
     return Storage(key, dtype, numel)
 
 
@@ -106,7 +107,7 @@ _TOKENS = (
     rb"[(012NOQR)\]}abdelostu\x81\x85-\x89\x8f-\x91\x93\x94\x97\x98]|[hqK\x80\x82].|[M\x83]..|[Jj\x84]....|[G\x95].{8}"
     rb"|c[^\n]*\n[^\n]*\n|[FILPSVg][^\n]*\n|p[0-9]{1,%d}\n|r..[\x00-\x%02x]%s"
 )
-_COUNTED = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x8B: 4, 0x54: 4, 0x55: 1, 0x96: 8}
+_COUNTED = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x54: 4, 0x55: 1, 0x96: 8}
 
 
 def _bounded(data: bytes) -> None:
@@ -143,6 +144,19 @@ def _walk(data: Any, at: int, tokens: bytes) -> int:
             raise pickle.UnpicklingError(f"a value of {length} bytes, of which {len(data)} are there")
 
 
+def _unfolded(value: Any, most: int, known: dict[int, int]) -> int:
+    """How many things a walk over lists and dicts meets, which is more than there are where one of them is held twice."""
+    if not isinstance(value, (dict, list, tuple)) or isinstance(value, Record):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = most + 1  # what holds itself has no end
+        held = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum([_unfolded(v, most, known) for v in held])
+        if known[id(value)] > most:
+            raise pickle.UnpicklingError("lists in lists that are shared without end")
+    return known[id(value)]
+
+
 def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = None) -> Any:
     """Unpickle by the allow-list. What is not on it, and what is damaged, is a CheckpointError that names `where`.
 
@@ -152,7 +166,9 @@ def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = Non
     unpickler.persistent, unpickler.classes, unpickler.room = persistent or storage, {}, _Room(len(data))
     try:
         _bounded(data)
-        return unpickler.load()
+        tree = unpickler.load()
+        _unfolded(tree, (1 << 16) + SHARED * len(data), {})
+        return tree
     except _Refused as refused:
         raise CheckpointError(
             f"{where} asks for {refused}, which no checkpoint needs and which could run code; nothing was run. "

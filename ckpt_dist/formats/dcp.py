@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, distinct, ints, row_major
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
-from ckpt_dist.errors import CheckpointError, Missing
+from ckpt_dist.errors import CheckpointError, Missing, shown
 from ckpt_dist.files import inert, metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import answers
@@ -102,7 +102,7 @@ def _arrays(record: Any, lanes: metadata.Lanes, where: str) -> _Tables:
         described = {n: d[0] if len(d) else {} for n, d in fields["state_dict_metadata"].items()}
         paths = fields.get("planner_data")
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {error!r}.") from None
+        raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {shown(error, 200)}.") from None
     lists = [metadata.Rows(d["chunks"], lanes) for d in described.values() if "chunks" in d]
     tensors = np.array([k for k, d in enumerate(described.values()) if "chunks" in d], np.int64)
     chunks = metadata.Rows([c for d in described.values() for c in d.get("chunks", ())], lanes)
@@ -347,7 +347,7 @@ def _blob(
         ref = known.setdefault(data, pickles.loads(data, where))
     if not isinstance(ref, inert.TensorRef) or ref.shape != shape or ref.dtype != entry.dtype:
         raise CheckpointError(
-            f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {ref}. The files belong to another checkpoint."
+            f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {shown(ref, 200)}. The files belong to another checkpoint."
         )
     storages = {name.split("/data/", 1)[1]: r for name, r in directory.items() if "/data/" in name}
     return pt.storage_record(storages, ref, where), ref.stride

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Key, padded, role, whole
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import inert, legacy, pickles, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Crc, Layout, Spec
@@ -122,12 +122,16 @@ def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[st
         raise CheckpointError(f"Nested deeper than {MAX_DEPTH} levels at {'.'.join(map(str, path[:4]))}...; refused.")
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
-            yield from walk(value, (*path, Key(key) if type(key) is int else str(key)))
+            yield from walk(value, (*path, _word(key)))
     elif isinstance(tree, (list, tuple)) and not isinstance(tree, inert.Record) and any(_holds_tensor(v) for v in tree):
         for index, value in enumerate(tree):
             yield from walk(value, (*path, index))
     else:
         yield path, tree
+
+
+def _word(key: Any) -> str | int:
+    return Key(key) if type(key) is int else key if isinstance(key, str) else shown(key, 200)
 
 
 def _holds_tensor(value: Any, depth: int = 0) -> bool:
