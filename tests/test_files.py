@@ -141,6 +141,18 @@ def test_very_large_records_and_very_many(tmp_path: Path) -> None:
     assert len(zipfile.ZipFile(path).namelist()) == 70_000
 
 
+def test_a_storage_is_the_record_that_torch_reads(tmp_path: Path) -> None:
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    torch.save({"w": value}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a", zipfile.ZIP_STORED) as z:
+        for name in ("a/x/data/0", "a/data/x/data/0"):
+            z.writestr(name, bytes(16))
+    assert torch.equal(torch.load(tmp_path / "a.pt")["w"], value)
+    tree, storages = pt.open_archive(tmp_path / "a.pt")
+    at = pt.storage_record(storages, tree["w"], "a.pt")
+    assert (tmp_path / "a.pt").read_bytes()[at : at + 16] == value.numpy().tobytes()
+
+
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=6))
 @FAST
 def test_crcs_combine(parts: list[bytes]) -> None:

@@ -29,6 +29,8 @@ from ckpt_dist.files.streams import Unknown
 from ckpt_dist.formats import Layout, Spec, _distcp, inside
 from ckpt_dist.formats import torch as pt
 
+MOST = 1 << 60  # elements of a tensor, an empty one's other dims too, and of all together
+
 
 def claims(path: Path) -> bool:
     return path.is_dir() and (
@@ -182,7 +184,7 @@ def _path(name: str, paths: Mapping[str, Any]) -> tuple[str | int, ...]:
 def _entry(name: str, fields: Mapping[str, Any], paths: Mapping[str, Any], where: str) -> Entry:
     shape = tuple(int(n) for n in fields["size"])
     dtype = str(fields["properties"][0][0])
-    if any(n < 0 for n in shape) or int(np.prod([float(n) for n in shape])) > 1 << 60:
+    if any(n < 0 for n in shape) or np.prod([float(max(n, 1)) for n in shape]) > MOST:
         raise CheckpointError(f"{where}: {name!r} has the shape {shape}, which no tensor has.")
     itemsize(dtype)
     path = _path(name, paths)
@@ -197,11 +199,13 @@ def _storage_rows(
     steps = row_major(shape)
     room = 2 * np.prod(np.maximum(shape, 1), axis=1, dtype=np.int64) + 2
     base = np.cumsum(room) - room
+    if room.sum(dtype=float) > MOST:
+        raise CheckpointError(f"{where}: its tensors have {room.sum(dtype=float):.0g} elements, which none have.")
     stored = base[named] + np.sum(at * steps[named], axis=1) if len(entries) else named
-    stored[named < 0] = -1
+    stored[(named < 0) | ((at < 0) | (at >= np.maximum(shape[named], 1))).any(axis=1)] = -1  # of no tensor's chunk
     order = np.argsort(stored, kind="stable")
     wanted = base[owner] + np.sum(start * steps[owner], axis=1)
-    full = np.prod(size, axis=1, dtype=np.int64) > 0
+    full = (size > 0).all(axis=1)
     found = np.searchsorted(stored[order], wanted)
     hit = np.zeros(len(owner), bool)
     inside_range = found < len(stored)
@@ -349,8 +353,7 @@ def _blob(
         raise CheckpointError(
             f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {shown(ref, 200)}. The files belong to another checkpoint."
         )
-    storages = {name.split("/data/", 1)[1]: r for name, r in directory.items() if "/data/" in name}
-    return pt.storage_record(storages, ref, where), ref.stride
+    return pt.storage_record(zips.storages(directory, record), ref, where), ref.stride
 
 
 def read_extra(catalog: Catalog, extra: Extra) -> Any:

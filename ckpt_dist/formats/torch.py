@@ -70,13 +70,13 @@ def open_archive(
             return legacy.read(fd, where)
         records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, where)
         data = zips.find(records, "/data.pkl", where)
-        order = next((r for name, r in records.items() if name.endswith("/byteorder")), None)
+        order = records.get(data.name.removesuffix("data.pkl") + "byteorder")
         if order is not None and os.pread(fd, min(order.nbytes, 16), order.offset) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine, which is not supported.")
         tree = pickles.loads(os.pread(fd, data.nbytes, data.offset), where)
     finally:
         os.close(fd)
-    return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}
+    return tree, zips.storages(records, data)
 
 
 def with_small(tree: Any, path: Path, storages: Mapping[str, zips.Record]) -> Any:
