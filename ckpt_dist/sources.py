@@ -18,6 +18,7 @@ from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 from ckpt_dist.files.elsewhere import answers
+from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import nemo
 
 STEP = re.compile(
@@ -184,7 +185,7 @@ def _tracked(asked: Path) -> tuple[Path, str] | None:
     tracker = next((asked / n for n in trackers if (asked / n).is_file()), None)
     if tracker is None:
         return None
-    text = tracker.read_bytes()[:256].decode(errors="replace").strip()
+    text = contents(tracker)[:256].decode(errors="replace").strip()
     number = text.isascii() and text.isdecimal()
     if tracker.name == megatron.TRACKER and text != "release" and not number:
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")

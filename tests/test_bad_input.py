@@ -218,6 +218,34 @@ def test_a_file_outside_the_checkpoint_is_never_opened(tmp_path: Path, refused: 
     refused(metadata)
 
 
+@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", [".metadata", "__0.metadata", "model.safetensors.index.json", "latest"])
+def test_what_is_no_plain_file_is_not_read(tmp_path: Path, refused: Refused, what: str, name: str) -> None:
+    """A pipe would be waited for, a device read until no memory is left."""
+    source = make("hf", tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    place = source / name
+    if what == "pipe":
+        os.mkfifo(place)
+    elif what == "device":
+        place.symlink_to("/dev/zero")
+    else:
+        place.mkdir()
+    assert str(place if name != "latest" else source) in refused(source)
+
+
+@pytest.mark.parametrize("name", [".metadata", "model.safetensors.index.json", "config.json"])
+def test_what_is_longer_than_a_file_of_its_kind_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 1 << 40)
+    save_file(tensors(), tmp_path / "other.safetensors")
+    place = tmp_path / ("other.safetensors" if name == "config.json" else "")
+    assert main("inspect", [f"source.path={place}", *([f"model.config={tmp_path}"] if "config" in name else [])]) == 3
+    assert f"{name} has {1 << 40} bytes" in capsys.readouterr().err
+
+
 class Evil:
     """Unpickled by pickle itself, it makes a file."""
 

@@ -26,9 +26,11 @@ from ckpt_dist.files import inert, metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.files.streams import Unknown
+from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import Layout, Spec, _distcp, inside
 from ckpt_dist.formats import torch as pt
 
+MOST_METADATA = 1 << 33
 MOST = 1 << 60  # elements of a tensor, an empty one's other dims too, and of all together
 
 
@@ -40,7 +42,7 @@ def claims(path: Path) -> bool:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """All of `.metadata` (or of the ranks' own `__R.metadata`) as arrays, checked against the files' sizes."""
-    return described(path, {str(p): p.read_bytes() for p in _metadata_files(path)}, answers(options).sizes)
+    return described(path, {str(p): contents(p, MOST_METADATA) for p in _metadata_files(path)}, answers(options).sizes)
 
 
 def described(path: Path, metadata_of: Mapping[str, bytes], elsewhere: Mapping[str, int]) -> Catalog:

@@ -20,6 +20,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, padded, whole
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import safetensors
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import Layout, Spec, inside, split
 from ckpt_dist.formats import torch as pt
 
@@ -68,7 +69,7 @@ def _files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = json.loads(contents(path))["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("weight_map is no table of names")
         return weight_map
