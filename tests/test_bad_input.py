@@ -246,6 +246,18 @@ def test_what_is_longer_than_a_file_of_its_kind_is_not_read(
     assert f"{name} has {1 << 40} bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "offsets",
+    ["[-2]", "[1e999]", "[0, 0]", "[NaN]", "[0.5]", "[true]", '"0"', "3", "null", "[]"]
+    + [f"[{n}]" for n in (2**40, 2**60, 2**63 - 1, 10**30)],
+)
+def test_a_shard_begins_inside_its_tensor(tmp_path: Path, refused: Refused, offsets: str) -> None:
+    (tmp_path / "source").mkdir()
+    info = {"DCP_SHARDING_INFO": f'{{"w": {{"saved_offsets": {offsets}}}}}'}
+    save_file({"w": torch.ones(4)}, tmp_path / "source/model.safetensors", info)
+    assert "'w'" in refused(tmp_path / "source")
+
+
 class Evil:
     """Unpickled by pickle itself, it makes a file."""
 
