@@ -144,16 +144,16 @@ def _walk(data: Any, at: int, tokens: bytes) -> int:
             raise pickle.UnpicklingError(f"a value of {length} bytes, of which {len(data)} are there")
 
 
-def _unfolded(value: Any, most: int, known: dict[int, int]) -> int:
+def unfolded(value: Any, most: int, known: dict[int, int]) -> int:
     """How many things a walk over lists and dicts meets, which is more than there are where one of them is held twice."""
     if not isinstance(value, (dict, list, tuple)) or isinstance(value, Record):
         return 1
     if id(value) not in known:
         known[id(value)] = most + 1  # what holds itself has no end
         held = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum([_unfolded(v, most, known) for v in held])
+        known[id(value)] = 1 + sum([unfolded(v, most, known) for v in held])
         if known[id(value)] > most:
-            raise pickle.UnpicklingError("lists in lists that are shared without end")
+            raise ValueError("lists in lists that are shared without end")
     return known[id(value)]
 
 
@@ -167,7 +167,7 @@ def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = Non
     try:
         _bounded(data)
         tree = unpickler.load()
-        _unfolded(tree, (1 << 16) + SHARED * len(data), {})
+        unfolded(tree, (1 << 16) + SHARED * len(data), {})
         return tree
     except _Refused as refused:
         raise CheckpointError(

@@ -20,8 +20,8 @@ from typing import Any
 from ckpt_dist import megatron, nemo, slots
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import inert
-from ckpt_dist.files.whole import MOST_SETTINGS, contents
+from ckpt_dist.files import inert, yamls
+from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import BESIDE, Layout, Spec, dcp
 from ckpt_dist.formats import _megatron_buckets as buckets
 from ckpt_dist.formats import torch as pt
@@ -111,14 +111,14 @@ def _dict(tree: Any, where: Path) -> Mapping[str, Any]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The model's part of a run's settings, by the words that args have for it."""
-    model = _yaml(contents(path, MOST_SETTINGS), str(path)).get("model") if path.is_file() else None
+    model = yamls.table(contents(path, yamls.MOST), str(path)).get("model") if path.is_file() else None
     return {str(k): v for k, v in model.items() if _plain(v)} if isinstance(model, dict) else {}
 
 
 def settings_beside(path: Path) -> dict[str, Any]:
     """Args by the first of NeMo's files that has them. One that is not plain YAML says nothing."""
     for file in (path / name for name in nemo.SETTINGS):
-        if file.is_file() and (found := settings_in(contents(file, MOST_SETTINGS))):
+        if file.is_file() and (found := settings_in(contents(file, yamls.MOST))):
             return found
     return {}
 
@@ -126,19 +126,9 @@ def settings_beside(path: Path) -> dict[str, Any]:
 def settings_in(text: bytes) -> dict[str, Any]:
     """Args by the content of one such file."""
     try:
-        return nemo.settings(_yaml(text, ""))
+        return nemo.settings(yamls.table(text, ""))
     except CheckpointError:
         return {}
-
-
-def _yaml(text: bytes, where: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is no readable YAML: {error!s:.200}") from None
-    return found if isinstance(found, dict) else {}
 
 
 def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
