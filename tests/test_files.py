@@ -395,6 +395,20 @@ TUPLES, LISTS, DICTS = (
     doubled(b"}", b"}(K\x01h%cK\x02h%cu"),
 )
 SHARED = {
+    "a key": b"}" + TUPLES + b"Ns",
+    "keys": b"}(K\x01N" + TUPLES + b"Nu",
+    "a dict of keys": b"(" + TUPLES + b"Nd",
+    "a size as a key": b"}ctorch\nSize\n" + TUPLES + b"\x85RNs",
+    "a set": b"\x8f(" + TUPLES + b"\x90",
+    "a frozen set": b"(" + TUPLES + b"\x91",
+    "a key that is doubled": b"})" + b"2\x86" * 60 + b"Ns",
+    "a key from the memo": b"}" + TUPLES + b"0h\x20h\x21\x86Ns",
+    "a key by other numbers": b"})\x94" + b"".join(b"0g%d\ng%d\n\x86\x94" % (k, k) for k in range(60)) + b"Ns",
+    "a key under what was dropped": b"})" + b"".join(b"N0q%c0h%ch%c\x86" % (k, k, k) for k in range(60)) + b"Ns",
+    "a key that was got again": b"})q\x00"
+    + b"".join(b"0h%ch%c\x86q%c0h%cq%c" % (k, k, k + 1, k + 1, k + 2) for k in range(0, 120, 2))
+    + b"Ns",
+    "many keys": b"}(" + b"(" + b"K\x01" * 9000 + b"tq\x00N" + b"h\x00N" * 9000 + b"u",
     "lists": LISTS,
     "dicts": DICTS,
     "tuples": TUPLES,

@@ -200,9 +200,10 @@ def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
 
 
 def _numbers(values: Any, what: str) -> tuple[int, ...]:
-    found = tuple(values) if isinstance(values, (tuple, list)) else None
-    if found is None or len(found) > MOST_DIMS or not all(type(n) is int and 0 <= n < DEEP for n in found):
-        raise pickle.UnpicklingError(f"a tensor with {what} {shown(values)}")
+    found = tuple(values) if isinstance(values, (tuple, list)) and len(values) <= MOST_DIMS else (None,)
+    for n in found:
+        if type(n) is not int or not 0 <= n < DEEP:
+            raise pickle.UnpicklingError(f"a tensor with {what} {shown(values)}")
     return found
 
 

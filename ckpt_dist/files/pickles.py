@@ -18,7 +18,7 @@ from math import prod
 from typing import Any
 
 from ckpt_dist.errors import CheckpointError, shown
-from ckpt_dist.files import allowed
+from ckpt_dist.files import allowed, hashes
 from ckpt_dist.files.dtypes import itemsize, storage_class
 from ckpt_dist.files.inert import DEEP, Dtype, Instance, Pairs, Record, Small, Storage, TensorRef, named
 
@@ -114,7 +114,9 @@ def _bounded(data: bytes) -> None:
     """Walk over the opcodes; raises UnpicklingError where one could take more memory than the pickle is long."""
     wide = len(data) >> 24
     last = rb"[\x00-\x%02x]" % min(wide, 255) if wide else rb"\x00"
-    _walk(data, 0, _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last))
+    fixed = list[bytes]()
+    _walk(data, 0, _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last), fixed)
+    hashes.check(data, b"".join(fixed))
 
 
 def end(data: Any, at: int, where: str) -> int:
@@ -125,12 +127,14 @@ def end(data: Any, at: int, where: str) -> int:
         raise CheckpointError(f"{where} is damaged or truncated: its pickle holds {error}.") from None
 
 
-def _walk(data: Any, at: int, tokens: bytes) -> int:
-    """The end of a pickle, over opcodes of these forms."""
+def _walk(data: Any, at: int, tokens: bytes, fixed: list[bytes] | None = None) -> int:
+    """The end of a pickle, over opcodes of these forms. They are added to `fixed`, an N in place of what has a length."""
     step = re.compile(rb"(?:" + tokens + rb"){1,4000}", re.DOTALL)
     while True:
         if run := step.match(data, at):
             at = run.end()
+            if fixed is not None:
+                fixed.append(run[0])
             continue
         op = data[at : at + 1]
         if op == b".":
@@ -140,6 +144,8 @@ def _walk(data: Any, at: int, tokens: bytes) -> int:
             raise pickle.UnpicklingError(f"{op!r} at byte {at}, which is no opcode that fits there")
         length = int.from_bytes(data[at + 1 : at + 1 + width], "little")
         at += 1 + width + length
+        if fixed is not None:
+            fixed.append(b"N")
         if at > len(data):
             raise pickle.UnpicklingError(f"a value of {length} bytes, of which {len(data)} are there")
 

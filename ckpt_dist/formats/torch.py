@@ -148,11 +148,12 @@ def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> 
     held: dict[str, int] = {}
     for number, name in enumerate(names):
         tree, storages = open_archive(root / name)
+        file = str(root / name)
         for path, leaf in walk(tree):
             label = ".".join(map(str, path))
             if isinstance(leaf, inert.Sharded):
                 raise CheckpointError(
-                    f"{root / name}: {label!r} is a shard of a tensor; give the folder with the files of all ranks."
+                    f"{file}: {label!r} is a shard of a tensor; give the folder with the files of all ranks."
                 )
             if not isinstance(leaf, inert.TensorRef):
                 extras.append(Extra(label, path, role(path) if path else "state", leaf))
@@ -162,7 +163,7 @@ def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> 
                 raise CheckpointError(f"{root}: {label!r} is stored in {names[held[label]]} and in {name}.")
             held[label] = number
             entries.append(Entry(label, leaf.dtype, leaf.shape, path or (label,), role(path) if path else "weight"))
-            refs.append((leaf, number, storage_record(storages, leaf, f"{root / name}: {label}")))
+            refs.append((leaf, number, storage_record(storages, leaf, f"{file}: {label}")))
     return Catalog("torch", str(root), tuple(names), tuple(entries), chunks(entries, refs), tuple(extras))
 
 
