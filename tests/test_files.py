@@ -318,6 +318,15 @@ def test_no_state_of_a_pickle_changes_a_fact_or_a_function(what: str) -> None:
     assert pickle.loads(pickle.dumps(honest)) == honest
 
 
+def test_a_few_bytes_are_no_large_tensor() -> None:
+    """A mask of 4096 x 4096 may repeat one element; what would be read for hours may not."""
+    shape = b"M\x00\x10M\x00\x10\x86"
+    assert pickles.loads(b"\x80\x02" + tensor(shape, b"K\x00K\x00\x86") + b".", "x").shape == (4096, 4096)
+    for shape in (b"J\x00\x00\x00\x7fK\x00", b"\x8a\x05\x00\x00\x00\x00\x40K\x00"):
+        with pytest.raises(CheckpointError, match="whose storage has 4 elements"):
+            pickles.loads(b"\x80\x02" + tensor(shape[:-2] + b"\x85", b"K\x00\x85") + b".", "x")
+
+
 def test_attributes_of_an_ordered_dict_are_left_out() -> None:
     """torch gives a state dict one, `_metadata`."""
     state = table(items=b"K\x03", get=b"K\x03")

@@ -148,6 +148,7 @@ FOREIGN = (  # whose classes and functions are settings: never run
     "torch._C._nn.",
 )
 MOST_DIMS = 64
+LARGE, SPREAD = 1 << 20, 64  # elements; a larger view of a storage repeats each of them no more often than this
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 
@@ -217,6 +218,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any, dtyp
         raise pickle.UnpicklingError(f"a tensor of shape {sizes} with strides {steps}")
     if prod(sizes) >= DEEP:  # one element may stand for all of them
         raise pickle.UnpicklingError(f"a tensor of shape {sizes}")
+    if prod(sizes) > SPREAD * max(storage.numel, LARGE):
+        raise pickle.UnpicklingError(f"a tensor of shape {sizes} whose storage has {storage.numel} elements")
     last = at + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True)) + 1 if prod(sizes) else 0
     have = storage.numel * itemsize(storage.dtype)
     if last * itemsize(kind) > have:
