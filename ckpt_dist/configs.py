@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files.whole import MOST_SETTINGS, contents
+from ckpt_dist.whole import MOST_SETTINGS, contents
 
 FIELDS = (  # config.json, params.json, and what each of them means where it does not say (None: it has to)
     ("hidden_size", "dim", None, None),

@@ -20,10 +20,10 @@ from ckpt_dist.engine.fill import Combine, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.traffic import node_of
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.model import Bound, Model, bind_plain, resized
 from ckpt_dist.report import Report, parse_size
+from ckpt_dist.whole import contents
 
 Config = Mapping[str, Any]
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from ckpt_dist.catalog import Catalog
 from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 from ckpt_dist.files.elsewhere import answers
-from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import nemo
+from ckpt_dist.whole import contents
 
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)(?:_all_dp)?"

@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from ckpt_dist.engine import journal
 from ckpt_dist.engine.files import reserve
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files.whole import contents
 from ckpt_dist.files.zips import combine_runs, crc_of_zeros
 from ckpt_dist.formats import Layout, held, inside
+from ckpt_dist.whole import contents
 
 Runs = Sequence[tuple[int, int, int, int]]
 LONGEST_NAME = 255  # bytes, in the file systems there are

@@ -26,9 +26,9 @@ from ckpt_dist.files import inert, metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.files.streams import Unknown
-from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import Layout, Spec, _distcp, inside
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.whole import contents
 
 MOST_METADATA = 1 << 33
 MOST = 1 << 60  # elements of a tensor, an empty one's other dims too, and of all together

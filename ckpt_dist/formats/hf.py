@@ -21,9 +21,9 @@ from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import safetensors
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.inert import is_shape
-from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import Layout, Spec, inside, split
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.whole import contents
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")

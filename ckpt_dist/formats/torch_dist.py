@@ -21,11 +21,11 @@ from ckpt_dist import megatron, nemo, slots
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import inert, yamls
-from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import BESIDE, Layout, Spec, dcp
 from ckpt_dist.formats import _megatron_buckets as buckets
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats._megatron_optimizer import Unread
+from ckpt_dist.whole import contents
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
 STATE = "_extra_state"  # of a layer of Transformer Engine

@@ -29,9 +29,9 @@ from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files.codecs import CODECS, Packed
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import answers
-from ckpt_dist.files.whole import contents
 from ckpt_dist.formats import Layout, Spec, torch_dist
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.whole import contents
 
 ARRAY = ".zarray"
 DTYPES = {

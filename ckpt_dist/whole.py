@@ -23,7 +23,7 @@ def contents(path: str | Path, most: int = MOST) -> bytes:
             raise CheckpointError(f"{path} is no plain file, so it is not read. Put the file itself there.")
         if about.st_size > most:
             raise CheckpointError(f"{path} has {about.st_size} bytes, {most} are the most of such a file.")
-        return file.read(most + 1)
+        return file.read(about.st_size)
 
 
 def _at_once(path: str, flags: int) -> int:
