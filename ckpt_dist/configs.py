@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist.errors import CheckpointError
+from ckpt_dist.whole import MOST_SETTINGS, contents
 
 FIELDS = (  # config.json, params.json, and what each of them means where it does not say (None: it has to)
     ("hidden_size", "dim", None, None),
@@ -72,7 +73,7 @@ class Translation:
 def read_config(path: Path) -> dict[str, Any]:
     """A model's JSON config; params.json may be wrapped as `{"model": {...}}`."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(contents(path, MOST_SETTINGS))
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is no readable JSON: {error}.") from None
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ An exit code travels with the class, so that every way out of the program agrees
 from __future__ import annotations
 
 import difflib
+import reprlib
 import threading
 from collections.abc import Iterable
 
@@ -64,3 +65,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The hint for a misspelt word, or nothing: `nearest("formt", ["format"])` -> ` Did you mean 'format'?`"""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
+
+
+def shown(value: object, most: int = 60) -> str:
+    """The beginning of what a file says. The rest is not made: lists that hold one list twice, and so on, have no end."""
+    return _SHORT.repr(value)[:most]

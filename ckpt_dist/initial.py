@@ -32,6 +32,7 @@ from ckpt_dist.sources import Source
 Config = Mapping[str, Any]
 T = TypeVar("T")
 DTYPE, ITEM = "float32", 4
+MOST_ELEMENTS, MOST_TENSORS = 1 << 43, 1 << 20  # of all weights, and of one
 HOW = re.compile(r"(?P<kind>ones|zeros|normal (?P<std>.+?))(, zero row (?P<row>\w+))?")
 
 
@@ -137,6 +138,9 @@ def _sizes(family: Family, weights: Sequence[str], config: Config, path: Path) -
     lacking = sorted({a for w in weights for a in family.axes(w)} - set(sizes))
     if lacking:
         raise CheckpointError(f"{path}: the lengths of {', '.join(lacking)} of {family.name} do not follow from it.")
+    elements = sum(prod(sizes[a] for a in family.axes(w)) for w in weights)
+    if elements > MOST_ELEMENTS or sizes.get("l", 1) * sizes.get("x", 1) > MOST_TENSORS:
+        raise CheckpointError(f"{path}: {elements} parameters in lengths of {sizes} are more than any model has.")
     return sizes
 
 

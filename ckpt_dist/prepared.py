@@ -23,6 +23,7 @@ from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.model import Bound, Model, bind_plain, resized
 from ckpt_dist.report import Report, parse_size
+from ckpt_dist.whole import contents
 
 Config = Mapping[str, Any]
 T = TypeVar("T")
@@ -117,7 +118,7 @@ def prepare(
     if into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not staging.there(n)}
     if node is not None:  # the first node may be the only one that has them
-        small = group.on_first(lambda: {n: f if isinstance(f, bytes) else f.read_bytes() for n, f in small.items()})
+        small = group.on_first(lambda: {n: f if isinstance(f, bytes) else contents(f) for n, f in small.items()})
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
     beside.account(report, models, lost | design.unsaid(models[0], d))
     combine = combination(d)

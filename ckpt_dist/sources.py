@@ -19,6 +19,7 @@ from ckpt_dist.configs import read_config
 from ckpt_dist.errors import CheckpointError, Missing, UsageError, nearest
 from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.formats import nemo
+from ckpt_dist.whole import contents
 
 STEP = re.compile(
     r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)(?:_all_dp)?"
@@ -184,7 +185,7 @@ def _tracked(asked: Path) -> tuple[Path, str] | None:
     tracker = next((asked / n for n in trackers if (asked / n).is_file()), None)
     if tracker is None:
         return None
-    text = tracker.read_bytes()[:256].decode(errors="replace").strip()
+    text = contents(tracker)[:256].decode(errors="replace").strip()
     number = text.isascii() and text.isdecimal()
     if tracker.name == megatron.TRACKER and text != "release" and not number:
         raise CheckpointError(f"{tracker} says {text!r}: neither a number nor release. Give source.step=NUMBER.")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 
 ROOMS = (
-    "errors", "box configs draw", "pattern parallel megatron merak", "catalog files nemo", "families", "family", "conditions",
+    "errors", "whole", "box configs draw", "pattern parallel megatron merak", "catalog files nemo", "families", "family", "conditions",
     "absent plan report quantised ranks slots zero stages", "formats", "sources", "model",
     "averages initial", "engine", "part", "design", "task", "ties", "cost replicas", "beside", "prepared", "writing", "run", "sums",
     "check facts", "keys", "config", "api", "cli dcp",

@@ -5,6 +5,7 @@ were; and nothing in a file is ever run. Not checked here: the parsers by themse
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -218,6 +219,46 @@ def test_a_file_outside_the_checkpoint_is_never_opened(tmp_path: Path, refused: 
     refused(metadata)
 
 
+@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", [".metadata", "__0.metadata", "model.safetensors.index.json", "latest"])
+def test_what_is_no_plain_file_is_not_read(tmp_path: Path, refused: Refused, what: str, name: str) -> None:
+    """A pipe would be waited for, a device read until no memory is left."""
+    source = make("hf", tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    place = source / name
+    if what == "pipe":
+        os.mkfifo(place)
+    elif what == "device":
+        place.symlink_to("/dev/zero")
+    else:
+        place.mkdir()
+    assert str(place if name != "latest" else source) in refused(source)
+
+
+@pytest.mark.parametrize("name", [".metadata", "model.safetensors.index.json", "config.json"])
+def test_what_is_longer_than_a_file_of_its_kind_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 1 << 40)
+    save_file(tensors(), tmp_path / "other.safetensors")
+    place = tmp_path / ("other.safetensors" if name == "config.json" else "")
+    assert main("inspect", [f"source.path={place}", *([f"model.config={tmp_path}"] if "config" in name else [])]) == 3
+    assert f"{name} has {1 << 40} bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    ["[-2]", "[1e999]", "[0, 0]", "[NaN]", "[0.5]", "[true]", '"0"', "3", "null", "[]"]
+    + [f"[{n}]" for n in (2**40, 2**60, 2**63 - 1, 10**30)],
+)
+def test_a_shard_begins_inside_its_tensor(tmp_path: Path, refused: Refused, offsets: str) -> None:
+    (tmp_path / "source").mkdir()
+    info = {"DCP_SHARDING_INFO": f'{{"w": {{"saved_offsets": {offsets}}}}}'}
+    save_file({"w": torch.ones(4)}, tmp_path / "source/model.safetensors", info)
+    assert "'w'" in refused(tmp_path / "source")
+
+
 class Evil:
     """Unpickled by pickle itself, it makes a file."""
 
@@ -274,6 +315,34 @@ def test_sizes_that_no_machine_has(tmp_path: Path, refused: Refused) -> None:
 def chunks(source: Path, name: str) -> tuple[Any, Any]:
     data = pickle.loads((source / ".metadata").read_bytes())
     return data, data.state_dict_metadata[name]
+
+
+@pytest.mark.parametrize("size", [(0, 2**63 - 6), (0, 2**62 - 4), (0, 2**61), (2**30, 2**31)])
+def test_no_shape_makes_one_tensor_of_another(tmp_path: Path, refused: Refused, size: tuple[int, ...]) -> None:
+    """Names and offsets are looked up as one number; those of an empty tensor could wrap round to another's."""
+    source = tmp_path / "source"
+    dcp.save({"a": torch.arange(4.0), "b": torch.arange(4.0) + 10}, checkpoint_id=source, no_dist=True)
+    data, first = chunks(source, "a")
+    odd = copy.deepcopy(first)
+    odd.chunks, odd.size = [], size
+    data.state_dict_metadata = {"a": first, "odd": odd, "b": data.state_dict_metadata["b"]}
+    (source / ".metadata").write_bytes(pickle.dumps(data))
+    assert "which no" in refused(source)
+
+
+@pytest.mark.parametrize("offset", [10, -10])
+def test_no_offset_makes_one_tensor_of_another(tmp_path: Path, offset: int) -> None:
+    source, target = tmp_path / "source", tmp_path / "model.safetensors"
+    state = {"a": torch.arange(4.0), "b": torch.arange(4.0) + 10}
+    dcp.save(state, checkpoint_id=source, no_dist=True)
+    data, _ = chunks(source, "a")
+    named = {i.fqn: (i, info) for i, info in data.storage_data.items()}
+    name, other = ("a", "b") if offset > 0 else ("b", "a")
+    odd = type(named[name][0])(name, torch.Size([offset]), 0)
+    data.storage_data = {odd: named[name][1], **data.storage_data}
+    (source / ".metadata").write_bytes(pickle.dumps(data))
+    assert main("convert", [f"source.path={source}", f"target.path={target.parent / 'out'}"]) == 0
+    assert torch.equal(load_file(target.parent / "out/model.safetensors")[other], state[other])
 
 
 def test_an_overlap_does_not_hide_a_hole(tmp_path: Path, refused: Refused) -> None:

@@ -190,6 +190,22 @@ def test_patterns_of_the_training_program_are_those_of_ds_to_universal(tmp_path:
             assert made.pop("param").shape == model["module"][name].shape and made == said, name
 
 
+@pytest.mark.parametrize(
+    "patterns", [["(first|last)+$"], ["(f|fi|.*)+$!"], [r"\d+\d+\d+\d+x"], ["a{1,9}"], ["["], [3], 3, "(a"]
+)
+def test_a_pattern_that_could_take_for_ever_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], patterns: Any
+) -> None:
+    folder = Path(shutil.copytree(tags(DATA / "two_fp32-2"), tmp_path / "s"))
+    file = folder / "mp_rank_00_model_states.pt"
+    model = torch.load(file, weights_only=True)
+    model["universal_checkpoint_info"] |= {"parameter_to_average_patterns": patterns}
+    torch.save(model, file)
+    words = [f"source.path={folder}", f"target.path={tmp_path / 'u'}", "target.format=deepspeed"]
+    assert main("convert", [*words, "target.universal=true"]) == 3
+    assert "universal_checkpoint_info has the pattern" in capsys.readouterr().err
+
+
 def test_universal_keeps_the_names_of_the_engine(tmp_path: Path) -> None:
     """A wrapper around a model of a known family is part of the names that its engine asks for."""
     folder = Path(shutil.copytree(tags(DATA / "llama_three-2"), tmp_path / "s"))

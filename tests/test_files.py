@@ -6,10 +6,12 @@ write and read.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import resource
 import shutil
+import struct
 import subprocess
 import zipfile
 import zlib
@@ -23,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import pickles, safetensors, zips
+from ckpt_dist.files import pickles, safetensors, yamls, zips
 from ckpt_dist.files.dtypes import TABLE, itemsize
 from ckpt_dist.formats import torch as pt
 
@@ -138,6 +140,18 @@ def test_very_large_records_and_very_many(tmp_path: Path) -> None:
     with open(path, "rb") as file:
         assert len(zips.directory(file.fileno(), 0, path.stat().st_size, "many")) == 70_000
     assert len(zipfile.ZipFile(path).namelist()) == 70_000
+
+
+def test_a_storage_is_the_record_that_torch_reads(tmp_path: Path) -> None:
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    torch.save({"w": value}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt", "a", zipfile.ZIP_STORED) as z:
+        for name in ("a/x/data/0", "a/data/x/data/0"):
+            z.writestr(name, bytes(16))
+    assert torch.equal(torch.load(tmp_path / "a.pt")["w"], value)
+    tree, storages = pt.open_archive(tmp_path / "a.pt")
+    at = pt.storage_record(storages, tree["w"], "a.pt")
+    assert (tmp_path / "a.pt").read_bytes()[at : at + 16] == value.numpy().tobytes()
 
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=6))
@@ -264,3 +278,181 @@ def test_long_pickles_of_every_protocol_pass() -> None:
     tree = {f"k{i}": [i, (i, str(i) * 3), {"x": float(i), "b": b"y" * (1 + i % 300)}] for i in range(20_000)}
     for protocol in range(2, 6):
         assert pickles.loads(pickle.dumps(tree, protocol), "x") == tree
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def tensor(shape: bytes = b"K\x04\x85", stride: bytes = b"K\x01\x85", storage: bytes = STORAGE) -> bytes:
+    return REBUILD + b"(" + storage + b"K\x00" + shape + stride + b"\x89NtR"
+
+
+def table(**values: bytes) -> bytes:
+    return b"}(" + b"".join(text(k) + v for k, v in values.items()) + b"u"
+
+
+UNCHANGED = {
+    "a function's defaults": REBUILD + b"N" + table(__kwdefaults__=table(dtype=text("int32"))) + b"\x86b",
+    "a function's function": REBUILD + b"N" + table(function=b"N") + b"\x86b",
+    "a method of a size": b"ctorch\nSize\n" + table(function=b"N") + b"b",
+    "a function that copies": b"ccollections\nOrderedDict\nN" + table(take=b"N") + b"\x86b",
+    "a record's class": b"ctorch\ndevice\nN" + table(path=text("x")) + b"\x86b",
+    "an offset": tensor() + table(offset=b"J\xff\xff\xff\x7f") + b"b",
+    "a shape": tensor() + table(shape=text("xyz")) + b"b",
+    "a shape by slots": tensor() + b"N" + table(shape=text("xyz")) + b"\x86b",
+    "a storage": tensor(storage=STORAGE + table(numel=b"J\xff\xff\xff\x7f") + b"b"),
+}
+
+
+@pytest.mark.parametrize("what", UNCHANGED)
+def test_no_state_of_a_pickle_changes_a_fact_or_a_function(what: str) -> None:
+    honest = pickles.loads(b"\x80\x02" + tensor() + b".", "x")
+    with pytest.raises(CheckpointError, match=r"^x is damaged: its pickle holds"):
+        pickles.loads(b"\x80\x02" + UNCHANGED[what] + b".", "x")
+    assert pickles.loads(b"\x80\x02" + tensor() + b".", "x") == honest
+    assert pickle.loads(pickle.dumps(honest)) == honest
+
+
+def test_a_few_bytes_are_no_large_tensor() -> None:
+    """A mask of 4096 x 4096 may repeat one element; what would be read for hours may not."""
+    shape = b"M\x00\x10M\x00\x10\x86"
+    assert pickles.loads(b"\x80\x02" + tensor(shape, b"K\x00K\x00\x86") + b".", "x").shape == (4096, 4096)
+    for shape in (b"J\x00\x00\x00\x7fK\x00", b"\x8a\x05\x00\x00\x00\x00\x40K\x00"):
+        with pytest.raises(CheckpointError, match="whose storage has 4 elements"):
+            pickles.loads(b"\x80\x02" + tensor(shape[:-2] + b"\x85", b"K\x00\x85") + b".", "x")
+
+
+def test_attributes_of_an_ordered_dict_are_left_out() -> None:
+    """torch gives a state dict one, `_metadata`."""
+    state = table(items=b"K\x03", get=b"K\x03")
+    found = pickles.loads(b"\x80\x02ccollections\nOrderedDict\n)R" + text("w") + b"K\x01s" + state + b"b.", "x")
+    assert found == {"w": 1} and list(found.items()) == [("w", 1)] and found.get("w") == 1
+    assert pickles.loads(pickles.dumps(found), "x") == {"w": 1}
+
+
+YAMLS = {
+    "merge keys": "x0: &x0 {a: 1}\n" + "".join(f"x{k}: &x{k}\n  <<: [*x{k - 1}, *x{k - 1}]\n" for k in range(1, 40)),
+    "shared lists": "a: &a [1]\n" + "".join(f"{'b' * k}: &{'b' * k} [*{'b' * (k - 1) or 'a'}, *{'b' * (k - 1) or 'a'}]\n" for k in range(1, 40)),
+    "a long text": "a: " + "x" * (1 << 20),
+    "an int of nothing": 'a: !!int ""',
+    "a float of nothing": 'a: !!float ""',
+    "no bool": "a: !!bool foo",
+    "an object": "a: !!python/object/apply:os.system [true]",
+    "bytes": "a: !!binary zzz",
+    "brackets": "[" * 3000,
+    "no text": "\0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", YAMLS)
+def test_yaml_is_plain_or_refused_at_once(what: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^x "):
+        yamls.table(YAMLS[what].encode(), "x")
+
+
+def test_yaml_of_words_and_numbers() -> None:
+    text = (
+        "{a: 1, b: [1.5, .inf], c: {d: yes, e: ~}, f: '1', g: &x [1], h: *x, i: 0x10, j: 2001-02-03, k: -1.0e-05, 3: l}"
+    )
+    assert yamls.table(text.encode(), "x") == {
+        **{"a": 1, "b": [1.5, math.inf], "c": {"d": True, "e": None}, "f": "1", "g": [1], "h": [1], "i": 16},
+        **{"j": "2001-02-03", "k": -1e-5, 3: "l"},
+    }
+    for number in ("1" + ":1" * 100_000, "1:1:1.5", "1:" * 400 + "1.5", "9" * 5000):
+        assert yamls.table(f"a: {number}".encode(), "x") == {"a": number}
+
+
+LONG = {
+    "a size": (b"ctorch\nSize\n", text("x" * 100_000) + b"\x85"),
+    "a record": (b"ctorch\ndevice\n", b"(" + b"N" * 100_000 + b"t"),
+    "bytes": (b"c_codecs\nencode\n", text("x" * 100_000) + b"\x85"),
+    "a path": (b"cpathlib\nPosixPath\n", text("x" * 100_000) + b"\x85"),
+    "a tuple": (b"cbuiltins\ntuple\n", b"](" + b"N" * 100_000 + b"e\x85"),
+    "a set": (b"c__builtin__\nset\n", b"](" + b"N" * 100_000 + b"e\x85"),
+    "an ordered dict": (b"ccollections\nOrderedDict\n", b"}(" + b"".join(b"J%bN" % struct.pack("<i", k) for k in range(100_000)) + b"u\x85"),
+    "a sharded tensor": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n",
+        b"(Nctorch.distributed._shard.sharded_tensor.api\nShardedTensor\n)](" + b"N" * 100_000 + b"eN\x86t",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_calls_copy_no_more_than_the_pickle_is_long(what: str) -> None:
+    """A few bytes call with the same long list again and again."""
+    called, arguments = LONG[what]
+    bomb = b"\x80\x02" + called + b"q\x000" + arguments + b"q\x010(" + b"h\x00h\x01R" * 30_000 + b"t."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"^x is damaged: its pickle holds"):
+        pickles.loads(bomb, "x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def doubled(first: bytes, twice: bytes) -> bytes:
+    """What holds the one before it twice, sixty times over: a few hundred bytes that a walk takes for ever with."""
+    return first + b"q\x00" + b"".join(b"0" + (twice % (k, k)) + b"q%c" % (k + 1) for k in range(60))
+
+
+TUPLES, LISTS, DICTS = (
+    doubled(b")", b"h%ch%c\x86"),
+    doubled(b"]", b"](h%ch%ce"),
+    doubled(b"}", b"}(K\x01h%cK\x02h%cu"),
+)
+SHARED = {
+    "a key": b"}" + TUPLES + b"Ns",
+    "keys": b"}(K\x01N" + TUPLES + b"Nu",
+    "a dict of keys": b"(" + TUPLES + b"Nd",
+    "a size as a key": b"}ctorch\nSize\n" + TUPLES + b"\x85RNs",
+    "a set": b"\x8f(" + TUPLES + b"\x90",
+    "a frozen set": b"(" + TUPLES + b"\x91",
+    "a key that is doubled": b"})" + b"2\x86" * 60 + b"Ns",
+    "a key from the memo": b"}" + TUPLES + b"0h\x20h\x21\x86Ns",
+    "a key by other numbers": b"})\x94" + b"".join(b"0g%d\ng%d\n\x86\x94" % (k, k) for k in range(60)) + b"Ns",
+    "a key under what was dropped": b"})" + b"".join(b"N0q%c0h%ch%c\x86" % (k, k, k) for k in range(60)) + b"Ns",
+    "a key that was got again": b"})q\x00"
+    + b"".join(b"0h%ch%c\x86q%c0h%cq%c" % (k, k, k + 1, k + 1, k + 2) for k in range(0, 120, 2))
+    + b"Ns",
+    "many keys": b"}(" + b"(" + b"K\x01" * 9000 + b"tq\x00N" + b"h\x00N" * 9000 + b"u",
+    "lists": LISTS,
+    "dicts": DICTS,
+    "tuples": TUPLES,
+    "a list in itself": b"]q\x00h\x00a",
+    "an offset": REBUILD + b"(" + STORAGE + TUPLES + b"))\x89NtR",
+    "a shape": tensor(shape=LISTS),
+    "a storage": TUPLES + b"Q",
+    "a mesh": b"ctorch._tensor\n_rebuild_from_type_v2\n(Nctorch.distributed.tensor\nDTensor\n)"
+    + table(
+        _local_tensor=tensor(),
+        _spec=b"ctorch.distributed.tensor._dtensor_spec\nDTensorSpec\n)R"
+        + table(
+            tensor_meta=b"ctorch.distributed.tensor._dtensor_spec\nTensorMeta\n((K\x04tt\x81",
+            mesh=b"ctorch.distributed.device_mesh\nDeviceMesh\n)R"
+            + table(_layout=b"ctorch.distributed._mesh_layout\n_MeshLayout\n)R" + table(shape=TUPLES) + b"b")
+            + b"b",
+        )
+        + b"b",
+    )
+    + b"tR",
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_things_that_are_shared_without_end_are_refused_at_once(what: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^x is damaged: its pickle holds (UnpicklingError|ValueError).{0,150}$"):
+        pickles.loads(b"\x80\x02" + SHARED[what] + b".", "x")
+
+
+def test_a_tuple_that_is_held_often_passes() -> None:
+    betas = (0.9, [0.95])
+    groups = [{"betas": betas, "nested": [betas] * 20} for _ in range(300)]
+    assert pickles.loads(pickle.dumps(groups, 2), "x") == groups
+
+
+def test_a_number_that_nobody_can_print_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="x is damaged"):
+        pickles.loads(pickle.dumps({1 << 20_000: 1}, 2), "x")

@@ -386,6 +386,8 @@ def test_a_dry_run_writes_nothing_and_verify_reads_it_again(tmp_path: Path) -> N
         (dict(hidden_size=None), "do not fit|lengths of axes"),
         (dict(num_hidden_layers=0), "'l': 0"),
         (dict(num_hidden_layers="two"), "'l': 'two'"),
+        (dict(num_hidden_layers=10**9), "more than any model has"),
+        (dict(vocab_size=10**15), "more than any model has"),
         (dict(num_attention_heads=0), "sizes do not fit"),
         (dict(num_attention_heads=3), "3 heads in 2 groups"),
         (dict(hidden_size=50), "hidden size 50"),

@@ -36,6 +36,7 @@ from ckpt_dist.engine.files import reserve
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.zips import combine_runs, crc_of_zeros
 from ckpt_dist.formats import Layout, held, inside
+from ckpt_dist.whole import contents
 
 Runs = Sequence[tuple[int, int, int, int]]
 LONGEST_NAME = 255  # bytes, in the file systems there are
@@ -275,7 +276,7 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
             path = staging.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(
-                content if isinstance(content, bytes) else content() if callable(content) else content.read_bytes()
+                content if isinstance(content, bytes) else content() if callable(content) else contents(content)
             )
         if staging.into and staging.target.is_dir():
             order = dict.fromkeys([*small, *reversed(layout.catalog.files), *layout.late])  # what finds others is last

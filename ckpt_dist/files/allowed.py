@@ -10,13 +10,27 @@ from __future__ import annotations
 
 import pickle
 import signal
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from ckpt_dist.errors import shown
 from ckpt_dist.files.dtypes import FROM_STORAGE, TABLE, itemsize
-from ckpt_dist.files.inert import DEEP, Dtype, Record, Sharded, Storage, TensorRef, named, state_of
+from ckpt_dist.files.inert import (
+    DEEP,
+    MOST_ARGUMENTS,
+    Call,
+    Copy,
+    Dtype,
+    Pairs,
+    Record,
+    Sharded,
+    Storage,
+    TensorRef,
+    named,
+    state_of,
+)
 
 _CHECKPOINT = "torch.distributed.checkpoint."
 _SHARD = "torch.distributed._shard."
@@ -133,24 +147,34 @@ FOREIGN = (  # whose classes and functions are settings: never run
     "torch.nn.init.",
     "torch._C._nn.",
 )
+MOST_DIMS = 64
+LARGE, SPREAD = 1 << 20, 64  # elements; a larger view of a storage repeats each of them no more often than this
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"}
 
 
-def _join(*parts: Any) -> str:
+Take = Callable[[int], None]  # says how much will be copied, and refuses more than the pickle has room for
+
+
+def _join(take: Take, *parts: Any) -> str:
     if not all(type(p) is str for p in parts):
         raise pickle.UnpicklingError("a path of something else than strings")
+    take(sum(len(p) + 1 for p in parts))
     return "/".join(parts)
 
 
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+def _encode(take: Take, text: Any, encoding: Any = "latin1") -> bytes:
     if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
         raise pickle.UnpicklingError("_codecs.encode of something else than a text")
+    take(len(text))
     return text.encode(encoding)
 
 
-def _pairs(*args: Any) -> dict[Any, Any]:
+def _pairs(take: Take, *args: Any) -> dict[Any, Any]:
     """`OrderedDict` and `defaultdict` as a plain dict; a default factory is left out."""
-    return OrderedDict(args[0]) if len(args) == 1 and isinstance(args[0], (list, dict)) else OrderedDict()
+    if len(args) != 1 or not isinstance(args[0], (list, dict)):
+        return Pairs()
+    take(2 * len(args[0]))  # keys and values
+    return Pairs(args[0])
 
 
 def _member(owner: Any, name: Any = "") -> type[Record]:
@@ -158,8 +182,18 @@ def _member(owner: Any, name: Any = "") -> type[Record]:
     return Record
 
 
-def _items(values: Any = ()) -> tuple[Any, ...]:
-    return tuple(values) if type(values) in (list, tuple, Record) else ()
+def _items(take: Take, values: Any = ()) -> tuple[Any, ...]:
+    if type(values) is not list:
+        return values if type(values) is tuple else ()
+    take(len(values))
+    return tuple(values)
+
+
+def _size(values: Any = ()) -> tuple[Any, ...]:
+    """`torch.Size`; there are a million of them in a large `.metadata`."""
+    if type(values) is not tuple:
+        raise pickle.UnpicklingError("a size of something else than a tuple")
+    return values
 
 
 def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
@@ -167,9 +201,10 @@ def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
 
 
 def _numbers(values: Any, what: str) -> tuple[int, ...]:
-    found = tuple(values) if isinstance(values, (tuple, list)) else None
-    if found is None or len(found) > 64 or not all(type(n) is int and 0 <= n < DEEP for n in found):
-        raise pickle.UnpicklingError(f"a tensor with {what} {values!r:.60}")
+    found = tuple(values) if isinstance(values, (tuple, list)) and len(values) <= MOST_DIMS else (None,)
+    for n in found:
+        if type(n) is not int or not 0 <= n < DEEP:
+            raise pickle.UnpicklingError(f"a tensor with {what} {shown(values)}")
     return found
 
 
@@ -183,6 +218,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any, dtyp
         raise pickle.UnpicklingError(f"a tensor of shape {sizes} with strides {steps}")
     if prod(sizes) >= DEEP:  # one element may stand for all of them
         raise pickle.UnpicklingError(f"a tensor of shape {sizes}")
+    if prod(sizes) > SPREAD * max(storage.numel, LARGE):
+        raise pickle.UnpicklingError(f"a tensor of shape {sizes} whose storage has {storage.numel} elements")
     last = at + sum((n - 1) * s for n, s in zip(sizes, steps, strict=True)) + 1 if prod(sizes) else 0
     have = storage.numel * itemsize(storage.dtype)
     if last * itemsize(kind) > have:
@@ -216,21 +253,23 @@ class _Wrapper(Record):
     path = "torch._utils._rebuild_wrapper_subclass"
 
 
-def _from_type(function: Any = None, kind: Any = None, args: Any = (), state: Any = None, *more: Any) -> Any:
+def _from_type(
+    take: Take, function: Any = None, kind: Any = None, args: Any = (), state: Any = None, *more: Any
+) -> Any:
     """`_rebuild_from_type_v2`: a DTensor, or a plain tensor with attributes (which are left out)."""
     name = getattr(kind, "path", "") if isinstance(kind, type) else ""
     if name.endswith("ShardedTensor"):
-        return _sharded_tensor(state)
+        return _sharded_tensor(take, state)
     if name.endswith("DTensor"):
         return _dtensor(args, state)
-    if callable(function) and function in (_tensor, _tensor_v3, _first) and isinstance(args, tuple):
+    if isinstance(function, Call) and function.function in (_tensor, _tensor_v3, _first) and isinstance(args, tuple):
         return function(*args)
     raise pickle.UnpicklingError("an unknown kind of tensor")
 
 
 def _dtensor(args: Any, state: Any) -> Sharded:
     slots = state[1] if isinstance(state, tuple) and len(state) > 1 and isinstance(state[1], dict) else state
-    slots = {**(state[0] or {} if isinstance(state, tuple) else {}), **slots} if isinstance(slots, dict) else {}
+    slots = ChainMap(slots, (state[0] or {}) if isinstance(state, tuple) else {}) if isinstance(slots, dict) else {}
     local, spec = slots.get("_local_tensor"), slots.get("_spec")
     if not isinstance(local, TensorRef) or not isinstance(spec, Record):
         raise pickle.UnpicklingError("a DTensor without a local tensor")
@@ -242,14 +281,14 @@ def _dtensor(args: Any, state: Any) -> Sharded:
         if isinstance(meta, Record) and meta and isinstance(meta[0], (tuple, list))
         else state_of(meta).get("shape", args[2] if len(args) > 2 else ())
     )
-    placements = tuple(_placement(p) for p in _items(fields.get("placements")))
+    placements = tuple(_placement(p) for p in _few(fields.get("placements")))
     return Sharded(_numbers(shape, "shape"), local.dtype, local, placements, *_mesh(mesh))
 
 
 def _placement(record: Any) -> tuple[object, ...]:
     name = getattr(record, "path", "").rpartition(".")[2]
     fields = state_of(record)
-    positional = [a for a in record if type(a) is int] if isinstance(record, Record) else []
+    positional = [a for a in record[:MOST_ARGUMENTS] if type(a) is int] if isinstance(record, Record) else []
     dim = fields.get("dim", positional[0] if positional else None)
     if name in ("Shard", "_StridedShard") and type(dim) is int:
         factor = fields.get("split_factor", positional[1] if len(positional) > 1 else None)
@@ -277,18 +316,26 @@ def _mesh(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] |
 
 def _flat(shape: Any) -> tuple[int, ...]:
     """A mesh's shape; a dim may itself be several: `((2, 2), 2)` -> `(4, 2)`."""
-    if type(shape) is int:
-        return (shape,)
     if isinstance(shape, Record):
         shape = state_of(shape).get("shape", ())
-    return tuple(prod(_flat(s)) for s in shape) if isinstance(shape, (tuple, list)) else ()
+    dims = _few((shape,) if type(shape) is int else shape)
+    return tuple(prod(_numbers((d,) if type(d) is int else d, "a mesh of")) for d in dims)
 
 
-def _sharded_tensor(state: Any) -> Sharded:
+def _few(values: Any) -> Sequence[Any]:
+    """A list of what there is one of for each dim."""
+    found = values if isinstance(values, (tuple, list)) else ()
+    if len(found) > MOST_DIMS:
+        raise pickle.UnpicklingError(f"{len(found)} dims")
+    return found
+
+
+def _sharded_tensor(take: Take, state: Any) -> Sharded:
     """A ShardedTensor's state: (local shards, metadata, process group, sharding spec, ...)."""
     if not isinstance(state, tuple) or len(state) < 2:
         raise pickle.UnpicklingError("a ShardedTensor without shards")
-    shards, meta = _items(state[0]), state_of(state[1])
+    shards, meta = _items(take, state[0]), state_of(state[1])
+    take(len(shards))
     parts, dtype = [], None
     for shard in shards:
         fields = state_of(shard)
@@ -299,7 +346,7 @@ def _sharded_tensor(state: Any) -> Sharded:
         parts.append((_numbers(box.get("shard_offsets"), "offsets"), _numbers(box.get("shard_sizes"), "sizes"), tensor))
         dtype = tensor.dtype
     properties = meta.get("tensor_properties")
-    listed = [a for a in _items(_last(properties)) if isinstance(a, Dtype)]
+    listed = [a for a in _items(take, _last(properties)) if isinstance(a, Dtype)]
     return Sharded(
         _numbers(meta.get("size"), "size"), dtype or (str(listed[0]) if listed else "float32"), parts=tuple(parts)
     )
@@ -309,42 +356,40 @@ def _last(record: Any) -> Any:
     return record[-1] if isinstance(record, Record) and len(record) else ()
 
 
+SIZE = Call(_size)
 CALLS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch._utils._rebuild_tensor_v2": Call(_tensor),
+    "torch._utils._rebuild_tensor": Call(_tensor),
+    "torch._utils._rebuild_tensor_v3": Call(_tensor_v3),
+    "torch._utils._rebuild_parameter": Call(_first),
+    "torch._utils._rebuild_parameter_with_state": Call(_first),
     "torch._utils._rebuild_wrapper_subclass": _Wrapper,
+    "torch.Size": SIZE,
+    "builtins.complex": Call(_complex),
+    "builtins.getattr": Call(_member),
+    **{f"builtins.{n}": named(n) for n in ("int", "float", "str", "bool", "bytearray", "list", "dict")},
+}
+COPIES: dict[str, Callable[..., Any]] = {  # of what they are given
+    "torch._tensor._rebuild_from_type_v2": _from_type,
     "collections.OrderedDict": _pairs,
     "collections.defaultdict": _pairs,
-    "torch.Size": _items,
     "builtins.tuple": _items,
-    "builtins.list": list,
-    "builtins.dict": dict,
     "builtins.set": _items,
     "builtins.frozenset": _items,
-    "builtins.complex": _complex,
-    "builtins.getattr": _member,
     "_codecs.encode": _encode,
-    "builtins.int": named("int"),
-    "builtins.float": named("float"),
-    "builtins.str": named("str"),
-    "builtins.bool": named("bool"),
-    "builtins.bytearray": named("bytearray"),
 }
-CALLS["torch.Size"] = tuple  # a million of them in a large .metadata; a tuple of a tuple is itself
-CALLS["builtins.list"], CALLS["builtins.dict"] = named("list"), named("dict")
 CALLS |= {name.replace("builtins", "__builtin__"): made for name, made in CALLS.items() if name.startswith("builtins")}
+COPIES |= {n.replace("builtins", "__builtin__"): made for n, made in COPIES.items() if n.startswith("builtins")}
 CALLS |= {"__builtin__.long": CALLS["builtins.int"], "__builtin__.unicode": CALLS["builtins.str"]}  # by protocol 2
 
 
-def lookup(module: str, name: str) -> Any:
+def lookup(module: str, name: str, take: Take) -> Any:
     """What a name becomes; None if it is not on the list."""
     path = f"{module}.{name}"
     if path in CALLS:
         return CALLS[path]
+    if path in COPIES:
+        return Copy(COPIES[path], take)
     if path in INERT:
         return INERT[path]
     if module in ("torch", "torch.storage") and name in FROM_STORAGE:
@@ -352,7 +397,7 @@ def lookup(module: str, name: str) -> Any:
     if module == "torch" and name in TABLE:
         return Dtype(name)
     if module in ("pathlib", "pathlib._local") and name in _PATHS:
-        return _join
+        return Copy(_join, take)
     return None
 
 

@@ -5,11 +5,50 @@ Invariant: facts only; nothing here reads a pickle or knows which names are allo
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 DEEP = 1 << 40  # elements of a tensor, and more than any has
+MOST_ARGUMENTS = 64  # of a record: they are copied, and a pickle can call with the same ones again and again
+
+
+class Fact:
+    """What no state of a pickle changes: it was checked when it was made."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError(f"a state for a {type(self).__name__}, which has none")
+
+    def __reduce__(self) -> Any:  # from rank to rank
+        return type(self), tuple(vars(self).values())
+
+
+class Call(Fact):
+    """A function that a pickle may name. Python's own would let a pickle set its defaults."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+class Copy(Call):
+    """One that copies what it is given, as much as it may still `take`."""
+
+    __slots__ = ("take",)
+
+    def __init__(self, function: Callable[..., Any], take: Callable[[int], None]) -> None:
+        self.function, self.take = function, take
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(self.take, *args)
 
 
 class Record(list):  # type: ignore[type-arg]
@@ -21,13 +60,27 @@ class Record(list):  # type: ignore[type-arg]
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, *args: Any) -> None:
+        if len(args) > MOST_ARGUMENTS:
+            raise ValueError(f"{len(args)} arguments for {self.path}")
         super().__init__(args)
+
+    def __repr__(self) -> str:  # short: records can hold one another
+        return f"<{self.path}>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # from rank to rank; its class has no name there
         return _again, (self.path, list(self))
 
     def __setitem__(self, key: Any, value: Any) -> None:  # items of a subclass of dict
         self.append((key, value))
+
+
+class Pairs(dict):  # type: ignore[type-arg]
+    """An OrderedDict. Its attributes, as torch gives one to a state dict, are left out."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class Instance(dict):  # type: ignore[type-arg]
@@ -47,7 +100,7 @@ class Dtype(str):
 
 
 @dataclass(frozen=True)
-class Storage:
+class Storage(Fact):
     """A record of the archive: `numel` elements of `dtype` (bytes of an untyped one)."""
 
     key: str
@@ -56,7 +109,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class TensorRef:
+class TensorRef(Fact):
     """A view of a storage; offset and strides in elements."""
 
     storage: Storage
@@ -67,7 +120,7 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
-class Small:
+class Small(Fact):
     """A tensor of a few elements with their bytes, such as the step of an optimizer: a value like a number is one."""
 
     dtype: str
@@ -76,7 +129,7 @@ class Small:
 
 
 @dataclass(frozen=True)
-class Sharded:
+class Sharded(Fact):
     """What one rank holds of a tensor.
 
     Of a DTensor: `local`, `placements` (("shard", dim), ("strided", dim, factor), ("replicate",), ("partial",)), the
@@ -101,7 +154,9 @@ def named(path: str) -> type[Record]:
 
 
 def _again(path: str, content: list[Any]) -> Record:
-    return named(path)(*content)
+    record = named(path)()
+    record.extend(content)
+    return record
 
 
 def is_shape(value: Any) -> bool:
@@ -115,11 +170,11 @@ def is_shape(value: Any) -> bool:
     )
 
 
-def state_of(record: Any) -> dict[str, Any]:
+def state_of(record: Any) -> Mapping[str, Any]:
     """The state of a record: the dict that was appended last, or ((None, slots))."""
     if not isinstance(record, Record) or not len(record):
         return {}
     last = record[-1]
     if isinstance(last, tuple) and len(last) == 2 and isinstance(last[1], dict):
-        return {**(last[0] or {}), **last[1]}
+        return ChainMap(last[1], last[0] or {})
     return last if isinstance(last, dict) else {}

@@ -15,7 +15,7 @@ import struct
 from pickle import UnpicklingError
 from typing import Any
 
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import inert, pickles
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import Record
@@ -48,7 +48,7 @@ def read(fd: int, where: str) -> tuple[Any, dict[str, Record]]:
         magic, version, machine, tree, keys = found
         if (magic, version) != (MAGIC, VERSION) or not isinstance(keys, list):
             raise CheckpointError(
-                f"{where} is of version {version!r:.20} of torch's old format; only {VERSION} is known."
+                f"{where} is of version {shown(version, 20)} of torch's old format; only {VERSION} is known."
             )
         if not (isinstance(machine, dict) and machine.get("little_endian")):
             raise CheckpointError(f"{where} was written on a big-endian machine, which is not supported.")
@@ -61,7 +61,7 @@ def _records(data: Any, at: int, keys: list[Any], storages: dict[str, inert.Stor
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None:
-            raise CheckpointError(f"{where} is damaged: it lists a storage {key!r:.40} that no tensor has.")
+            raise CheckpointError(f"{where} is damaged: it lists a storage {shown(key, 40)} that no tensor has.")
         nbytes = storage.numel * itemsize(storage.dtype)
         if at + 8 + nbytes > len(data):
             raise CheckpointError(

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, distinct, expand, ints
-from ckpt_dist.files import inert, pickles
+from ckpt_dist.errors import shown
+from ckpt_dist.files import allowed, inert, pickles
 from ckpt_dist.files.streams import PAD, Field, Records, Shape, Stream, Unknown, records_of, unframed
 
 
-class Run:
+class Run(inert.Fact):
     """Stands for the cut records first..last."""
 
     __slots__ = ("first", "last")
@@ -33,7 +34,7 @@ class Run:
         self.first, self.last = first, last
 
 
-class Ref:
+class Ref(inert.Fact):
     """Stands for what a cut record has put under a memo number; `used` once it was a field's value, which it must be."""
 
     __slots__ = ("number", "used")
@@ -231,7 +232,7 @@ class Lanes:
             out[into, 0] = self._text(shape.values[f.first][rows])
             return
         if f.kind == "size" and any(
-            self.kept.get(int(k)) is not tuple for k in distinct(shape.values[f.first - 1][rows])
+            self.kept.get(int(k)) is not allowed.SIZE for k in distinct(shape.values[f.first - 1][rows])
         ):
             raise Unknown
         if f.last - f.first > out.shape[1]:
@@ -274,9 +275,9 @@ class Lanes:
         elif kind == "int" and type(value) is int:
             value = (value,)
         elif kind != "size" or type(value) is not tuple or any(type(v) is not int for v in value):
-            raise Unknown(f"{value!r:.60} where a {kind} should be")
+            raise Unknown(f"{shown(value)} where a {kind} should be")
         if len(value) > out.shape[1]:
-            raise Unknown(f"{value!r:.60} has more than {out.shape[1]} dims")
+            raise Unknown(f"{shown(value)} has more than {out.shape[1]} dims")
         for k, v in enumerate(value):
             out[rows, k] = v
 

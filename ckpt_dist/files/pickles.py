@@ -12,19 +12,19 @@ import gc
 import io
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files import allowed
+from ckpt_dist.errors import CheckpointError, shown
+from ckpt_dist.files import allowed, hashes
 from ckpt_dist.files.dtypes import itemsize, storage_class
-from ckpt_dist.files.inert import DEEP, Dtype, Instance, Record, Small, Storage, TensorRef, named
+from ckpt_dist.files.inert import DEEP, Dtype, Instance, Pairs, Record, Small, Storage, TensorRef, named
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 MOST_CLASSES = 1 << 12  # of a framework, in one pickle
+SHARED = 16  # times its length: what a pickle may stand for where it names one thing again and again
 
 
 class _Unpickler(pickle.Unpickler):
@@ -32,7 +32,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
-        found = allowed.lookup(module, name)
+        found = allowed.lookup(module, name, self.room.take)
         if found is None and allowed.foreign(path):
             return self._foreign(path)
         if found is None:
@@ -47,6 +47,7 @@ class _Unpickler(pickle.Unpickler):
 
     persistent: Callable[[Any], Any]
     classes: dict[str, type[Record]]
+    room: _Room
 
     def persistent_load(self, pid: Any) -> Any:
         return self.persistent(pid)
@@ -55,7 +56,7 @@ class _Unpickler(pickle.Unpickler):
 def storage(pid: Any) -> Storage:
     """What a persistent id of torch.save stands for."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-        raise pickle.UnpicklingError(f"a reference of an unknown kind: {pid!r:.60}")
+        raise pickle.UnpicklingError(f"a reference of an unknown kind: {shown(pid)}")
     kind, key, numel = pid[1], pid[2], pid[4]
     dtype = (
         str(kind)
@@ -65,8 +66,20 @@ def storage(pid: Any) -> Storage:
         else None
     )
     if dtype is None or type(key) is not str or type(numel) is not int or not 0 <= numel < DEEP:
-        raise pickle.UnpicklingError(f"a storage of an unknown kind: {pid!r:.60}")
+        raise pickle.UnpicklingError(f"a storage of an unknown kind: {shown(pid)}")
     return Storage(key, dtype, numel)
+
+
+class _Room:
+    """How much calls in a pickle may copy: a call of a few bytes can name a long list again and again."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.left = 4 * nbytes
+
+    def take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise pickle.UnpicklingError("copies of more than it holds")
 
 
 class _Refused(Exception):
@@ -94,14 +107,16 @@ _TOKENS = (
     rb"[(012NOQR)\]}abdelostu\x81\x85-\x89\x8f-\x91\x93\x94\x97\x98]|[hqK\x80\x82].|[M\x83]..|[Jj\x84]....|[G\x95].{8}"
     rb"|c[^\n]*\n[^\n]*\n|[FILPSVg][^\n]*\n|p[0-9]{1,%d}\n|r..[\x00-\x%02x]%s"
 )
-_COUNTED = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x8B: 4, 0x54: 4, 0x55: 1, 0x96: 8}
+_COUNTED = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x54: 4, 0x55: 1, 0x96: 8}
 
 
 def _bounded(data: bytes) -> None:
     """Walk over the opcodes; raises UnpicklingError where one could take more memory than the pickle is long."""
     wide = len(data) >> 24
     last = rb"[\x00-\x%02x]" % min(wide, 255) if wide else rb"\x00"
-    _walk(data, 0, _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last))
+    fixed = list[bytes]()
+    _walk(data, 0, _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last), fixed)
+    hashes.check(data, b"".join(fixed))
 
 
 def end(data: Any, at: int, where: str) -> int:
@@ -112,12 +127,14 @@ def end(data: Any, at: int, where: str) -> int:
         raise CheckpointError(f"{where} is damaged or truncated: its pickle holds {error}.") from None
 
 
-def _walk(data: Any, at: int, tokens: bytes) -> int:
-    """The end of a pickle, over opcodes of these forms."""
+def _walk(data: Any, at: int, tokens: bytes, fixed: list[bytes] | None = None) -> int:
+    """The end of a pickle, over opcodes of these forms. They are added to `fixed`, an N in place of what has a length."""
     step = re.compile(rb"(?:" + tokens + rb"){1,4000}", re.DOTALL)
     while True:
         if run := step.match(data, at):
             at = run.end()
+            if fixed is not None:
+                fixed.append(run[0])
             continue
         op = data[at : at + 1]
         if op == b".":
@@ -127,8 +144,23 @@ def _walk(data: Any, at: int, tokens: bytes) -> int:
             raise pickle.UnpicklingError(f"{op!r} at byte {at}, which is no opcode that fits there")
         length = int.from_bytes(data[at + 1 : at + 1 + width], "little")
         at += 1 + width + length
+        if fixed is not None:
+            fixed.append(b"N")
         if at > len(data):
             raise pickle.UnpicklingError(f"a value of {length} bytes, of which {len(data)} are there")
+
+
+def unfolded(value: Any, most: int, known: dict[int, int]) -> int:
+    """How many things a walk over lists and dicts meets, which is more than there are where one of them is held twice."""
+    if not isinstance(value, (dict, list, tuple)) or isinstance(value, Record):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = most + 1  # what holds itself has no end
+        held = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum([unfolded(v, most, known) for v in held])
+        if known[id(value)] > most:
+            raise ValueError("lists in lists that are shared without end")
+    return known[id(value)]
 
 
 def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -137,10 +169,12 @@ def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = Non
     `persistent` says what a persistent id stands for; by default those of torch.save, which are storages.
     """
     unpickler = _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER))
-    unpickler.persistent, unpickler.classes = persistent or storage, {}
+    unpickler.persistent, unpickler.classes, unpickler.room = persistent or storage, {}, _Room(len(data))
     try:
         _bounded(data)
-        return unpickler.load()
+        tree = unpickler.load()
+        unfolded(tree, (1 << 16) + SHARED * len(data), {})
+        return tree
     except _Refused as refused:
         raise CheckpointError(
             f"{where} asks for {refused}, which no checkpoint needs and which could run code; nothing was run. "
@@ -245,7 +279,7 @@ class _Pickler(_PurePython):  # type: ignore[misc]
                 f"A value of type {getattr(value, 'path', '') or type(value).__name__} cannot be written."
             )
         else:
-            super().save(dict(value) if type(value) is OrderedDict else value, save_persistent_id)
+            super().save(dict(value) if type(value) is Pairs else value, save_persistent_id)
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.save(_Name(name))

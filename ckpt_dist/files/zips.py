@@ -139,6 +139,12 @@ def find(records: Mapping[str, Record], ending: str, where: str) -> Record:
     return found[0]
 
 
+def storages(records: Mapping[str, Record], data_pkl: Record) -> dict[str, Record]:
+    """The records of an archive's tensors by key: those in the folder `data` beside its data.pkl, as torch finds them."""
+    folder = data_pkl.name.removesuffix("data.pkl") + "data/"
+    return {name.removeprefix(folder): r for name, r in records.items() if name.startswith(folder)}
+
+
 @dataclass(frozen=True)
 class Layout:
     """An archive to be: fixed `pieces`, the `addresses` of all records' data, and where their CRCs stand."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from ckpt_dist import zero
 from ckpt_dist.box import ints
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import torch as pt
@@ -57,7 +57,7 @@ def masters(opened: Sequence[File], bucket: Any = None) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for number, shapes in enumerate(groups):
         if odd := next((n for n, s in shapes.items() if not isinstance(n, str) or not inert.is_shape(s)), None):
-            raise CheckpointError(f"{opened[0].path} is damaged: param_shapes has {odd!r:.60}.")
+            raise CheckpointError(f"{opened[0].path} is damaged: param_shapes has {shown(odd)}.")
         slices = _in_turn(opened, number, bucket)
         sizes = ints([prod(shape) for shape in shapes.values()])
         runs = zero.cut(np.cumsum(sizes) - sizes, sizes, [one.length for one in slices])

@@ -65,7 +65,7 @@ def _scaler(value: Any, universal: bool) -> Any:
     if path not in SCALERS or not (state.get("dynamic") or state.get("cur_scale") != 1):
         return value
     if not universal:
-        return state
+        return dict(state)
     made = inert.Instance(state)
     made.path = path
     return made

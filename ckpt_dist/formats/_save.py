@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist.box import Ints, ints
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import inert
 from ckpt_dist.formats._table import File, Folder
 
@@ -103,7 +103,7 @@ def _lines(main: File, shards: Sequence[Shard]) -> Iterator[Line]:
         ranks = counts[k] if isinstance(counts, (list, tuple)) and k < len(counts) else len(shards)
         if type(ranks) is not int or ranks < 1 or len(shards) % ranks:
             raise CheckpointError(
-                f"{main.path.parent}: {ranks!r:.20} of {len(shards)} ranks share a group of parameters."
+                f"{main.path.parent}: {shown(ranks, 20)} of {len(shards)} ranks share a group of parameters."
             )
         sets = len(shards) // ranks
         settings = main.tree.get("ds_config")
@@ -129,7 +129,7 @@ def _global(main: File, name: str, e: int, local: Mapping[str, int]) -> str:
     hit = EXPERT.fullmatch(name)
     if hit is None:
         raise CheckpointError(
-            f"{main.path.parent}: {name!r:.80} is shared by fewer than all ranks, and is no expert of a mixture "
+            f"{main.path.parent}: {shown(name, 80)} is shared by fewer than all ranks, and is no expert of a mixture "
             "(deepspeed_experts.N). Such layouts are not read."
         )
     return f"{hit[1]}{e * local[hit[1]] + int(hit[2])}{hit[3]}"
@@ -144,7 +144,7 @@ def _groups(main: File) -> tuple[Shapes, ...]:
         )
     for name, shape in (one for group in groups for one in group.items()):
         if not isinstance(name, str) or not inert.is_shape(shape):
-            raise CheckpointError(f"{main.path} is damaged: param_shapes has {name!r:.60} of shape {shape!r:.60}.")
+            raise CheckpointError(f"{main.path} is damaged: param_shapes has {shown(name)} of shape {shown(shape)}.")
     return tuple(groups)
 
 

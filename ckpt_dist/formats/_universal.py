@@ -25,7 +25,7 @@ import numpy as np
 
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Entry, Extra, Key
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, UsageError, shown
 from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import is_floating
 from ckpt_dist.formats import Layout, Spec, _moments, _zero
@@ -39,6 +39,7 @@ OPTIMIZER = ("optimizer", "state")
 NESTED = ("optimizer_state_dict", "state", Key(0), "step")
 INFO = "universal_checkpoint_info"
 Values = Mapping[Any, Any]  # by path
+PATTERN = re.compile(r"\^?(?:(?:[\w. -]|\\[.dw_-])[+*?]?)+\$?")  # of names of weights, as training programs write them
 VERSION = "0.19.8"  # whose engines were seen to load what is written
 
 
@@ -241,11 +242,23 @@ def _model_of(step: int | None) -> dict[Any, Any]:
     return {**counters, ("module",): {}, ("ds_version",): VERSION, (INFO, "universal_checkpoint_version"): 0.4}
 
 
+def _matches(pattern: Any, name: str) -> bool:
+    """Whether the name of a weight begins as a pattern says, if that is one that takes no time."""
+    text = pattern if isinstance(pattern, str) else ""
+    if not PATTERN.fullmatch(text) or len(re.findall("[+*?]", text)) > 3 or len(name) > 255:
+        raise CheckpointError(
+            f"{INFO} has the pattern {shown(pattern)}; words, \\d and three repetitions of one character are read. "
+            "Use another target.format."
+        )
+    return re.match(text, name) is not None
+
+
 def _flags(name: str, info: Mapping[str, Any]) -> dict[Any, Any]:
     """How tensor-parallel ranks of a loading engine divide a weight, by the patterns that the training program gave."""
 
     def listed(key: str) -> bool:
-        return any(re.match(str(pattern), name) for pattern in info.get(key) or ())
+        patterns = info.get(key) or ()
+        return any(_matches(p, name) for p in (patterns if isinstance(patterns, (list, tuple)) else [patterns]))
 
     if info.get("parameter_with_sub_params"):
         raise UsageError(

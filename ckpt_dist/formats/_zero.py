@@ -14,7 +14,7 @@ import numpy as np
 
 from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats._save import FLAT, Line, Save, Shapes
@@ -131,7 +131,7 @@ def _mapped(file: File, mappings: Any, line: Line, found: Mapping[str, Part]) ->
     wrong = [n for n in {**have, **said} if said.get(n, 0) != have.get(n, 0)]
     if wrong:
         raise CheckpointError(
-            f"{file.path} says that it holds {said.get(wrong[0], 0)} elements of {wrong[0]!r}; by the order of parameters in the "
+            f"{file.path} says that it holds {said.get(wrong[0], 0)} elements of {shown(wrong[0])}; by the order of parameters in the "
             f"model's file it is {have.get(wrong[0], 0)}. The files are of two runs, or of a layout that is not known."
         )
 
@@ -148,7 +148,7 @@ def frozen(files: Sequence[File]) -> dict[str, Part]:
         )
     for name, shape in shapes.items() if isinstance(shapes, Mapping) else ():
         if not isinstance(name, str) or not inert.is_shape(shape):
-            raise CheckpointError(f"{files[0].path} is damaged: {name!r:.60} is of shape {shape!r:.60}.")
+            raise CheckpointError(f"{files[0].path} is damaged: {shown(name)} is of shape {shown(shape)}.")
         what = f"a part of the frozen {name!r}"
         fragments = [f.tree.get("frozen_param_fragments") for f in files]
         refs = [of.get(name) if isinstance(of, Mapping) else None for of in fragments]

@@ -58,6 +58,8 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
 
 
 def _read(path: Path, member: Member) -> bytes:
+    if member.nbytes > dcp.MOST_METADATA:
+        raise CheckpointError(f"{path}: a member of {member.nbytes} bytes is no description of a model.")
     with open(path, "rb") as file:
         return os.pread(file.fileno(), member.nbytes, member.offset)
 

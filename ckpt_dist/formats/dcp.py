@@ -21,13 +21,17 @@ from numpy.typing import NDArray
 
 from ckpt_dist.box import Ints, distinct, ints, row_major
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
-from ckpt_dist.errors import CheckpointError, Missing
+from ckpt_dist.errors import CheckpointError, Missing, shown
 from ckpt_dist.files import inert, metadata, pickles, safetensors, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.files.streams import Unknown
 from ckpt_dist.formats import Layout, Spec, _distcp, inside
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.whole import contents
+
+MOST_METADATA = 1 << 33
+MOST = 1 << 60  # elements of a tensor, an empty one's other dims too, and of all together
 
 
 def claims(path: Path) -> bool:
@@ -38,7 +42,7 @@ def claims(path: Path) -> bool:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """All of `.metadata` (or of the ranks' own `__R.metadata`) as arrays, checked against the files' sizes."""
-    return described(path, {str(p): p.read_bytes() for p in _metadata_files(path)}, answers(options).sizes)
+    return described(path, {str(p): contents(p, MOST_METADATA) for p in _metadata_files(path)}, answers(options).sizes)
 
 
 def described(path: Path, metadata_of: Mapping[str, bytes], elsewhere: Mapping[str, int]) -> Catalog:
@@ -102,7 +106,7 @@ def _arrays(record: Any, lanes: metadata.Lanes, where: str) -> _Tables:
         described = {n: d[0] if len(d) else {} for n, d in fields["state_dict_metadata"].items()}
         paths = fields.get("planner_data")
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {error!r}.") from None
+        raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {shown(error, 200)}.") from None
     lists = [metadata.Rows(d["chunks"], lanes) for d in described.values() if "chunks" in d]
     tensors = np.array([k for k, d in enumerate(described.values()) if "chunks" in d], np.int64)
     chunks = metadata.Rows([c for d in described.values() for c in d.get("chunks", ())], lanes)
@@ -182,7 +186,7 @@ def _path(name: str, paths: Mapping[str, Any]) -> tuple[str | int, ...]:
 def _entry(name: str, fields: Mapping[str, Any], paths: Mapping[str, Any], where: str) -> Entry:
     shape = tuple(int(n) for n in fields["size"])
     dtype = str(fields["properties"][0][0])
-    if any(n < 0 for n in shape) or int(np.prod([float(n) for n in shape])) > 1 << 60:
+    if any(n < 0 for n in shape) or np.prod([float(max(n, 1)) for n in shape]) > MOST:
         raise CheckpointError(f"{where}: {name!r} has the shape {shape}, which no tensor has.")
     itemsize(dtype)
     path = _path(name, paths)
@@ -197,11 +201,13 @@ def _storage_rows(
     steps = row_major(shape)
     room = 2 * np.prod(np.maximum(shape, 1), axis=1, dtype=np.int64) + 2
     base = np.cumsum(room) - room
+    if room.sum(dtype=float) > MOST:
+        raise CheckpointError(f"{where}: its tensors have {room.sum(dtype=float):.0g} elements, which none have.")
     stored = base[named] + np.sum(at * steps[named], axis=1) if len(entries) else named
-    stored[named < 0] = -1
+    stored[(named < 0) | ((at < 0) | (at >= np.maximum(shape[named], 1))).any(axis=1)] = -1  # of no tensor's chunk
     order = np.argsort(stored, kind="stable")
     wanted = base[owner] + np.sum(start * steps[owner], axis=1)
-    full = np.prod(size, axis=1, dtype=np.int64) > 0
+    full = (size > 0).all(axis=1)
     found = np.searchsorted(stored[order], wanted)
     hit = np.zeros(len(owner), bool)
     inside_range = found < len(stored)
@@ -347,10 +353,9 @@ def _blob(
         ref = known.setdefault(data, pickles.loads(data, where))
     if not isinstance(ref, inert.TensorRef) or ref.shape != shape or ref.dtype != entry.dtype:
         raise CheckpointError(
-            f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {ref}. The files belong to another checkpoint."
+            f"{where}: .metadata says {entry.dtype}{list(shape)}, the blob holds {shown(ref, 200)}. The files belong to another checkpoint."
         )
-    storages = {name.split("/data/", 1)[1]: r for name, r in directory.items() if "/data/" in name}
-    return pt.storage_record(storages, ref, where), ref.stride
+    return pt.storage_record(zips.storages(directory, record), ref, where), ref.stride
 
 
 def read_extra(catalog: Catalog, extra: Extra) -> Any:

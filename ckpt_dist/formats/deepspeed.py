@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_dist.catalog import Catalog, Entry, Extra
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, UsageError, shown
 from ckpt_dist.files import inert
 from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.formats import Layout, Spec, _model_states, _moments, _pipeline, _shards, _universal, _zero
@@ -142,7 +142,7 @@ def _experts(
     for file in folder.opened(here.experts, first):
         for name, ref in file.tree.items():
             if not isinstance(ref, inert.TensorRef):
-                raise CheckpointError(f"{file.path}: {name!r:.60} is no tensor, as all of an expert's file are.")
+                raise CheckpointError(f"{file.path}: {shown(name)} is no tensor, as all of an expert's file are.")
             if name not in held:
                 table.whole(Entry(str(name), ref.dtype, ref.shape, (str(name),)), ref, file)
             elif held[name].shape != ref.shape:

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist.catalog import Catalog, Chunks, Entry, padded, whole
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import safetensors
 from ckpt_dist.files.dtypes import itemsize
+from ckpt_dist.files.inert import is_shape
 from ckpt_dist.formats import Layout, Spec, inside, split
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.whole import contents
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -68,7 +70,7 @@ def _files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = json.loads(contents(path))["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("weight_map is no table of names")
         return weight_map
@@ -99,7 +101,7 @@ def _scan_safetensors(root: Path, names: list[str]) -> Catalog:
         if not (root / name).is_file():
             raise CheckpointError(f"{root / name} is missing: the index names it. Fetch the shard again.")
         tensors, metadata = safetensors.read_header(root / name)
-        sharding = _sharding(metadata, root / name)
+        sharding = _sharding(metadata, {t.name: len(t.shape) for t in tensors}, root / name)
         stored += tensors
         files += [number] * len(tensors)
         starts += [sharding.get(t.name) for t in tensors]
@@ -116,15 +118,21 @@ def _scan_safetensors(root: Path, names: list[str]) -> Catalog:
     return Catalog("hf", str(root), tuple(names), entries, whole(entries, files, [t.offset for t in stored]))
 
 
-def _sharding(metadata: Mapping[str, str], path: Path) -> dict[str, list[int]]:
+def _sharding(metadata: Mapping[str, str], dims: Mapping[str, int], path: Path) -> dict[str, list[int]]:
     """Offsets of the shards that torch's distributed HF writer notes in a header."""
     if "DCP_SHARDING_INFO" not in metadata:
         return {}
     try:
         table = json.loads(metadata["DCP_SHARDING_INFO"])
-        return {name: [int(n) for n in info["saved_offsets"]] for name, info in table.items()}
+        found = {name: info["saved_offsets"] for name, info in table.items() if name in dims}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: DCP_SHARDING_INFO is damaged: {error!r}.") from None
+        raise CheckpointError(f"{path}: DCP_SHARDING_INFO is damaged: {error!r:.200}.") from None
+    for name, at in found.items():
+        if not is_shape(at) or len(at) != dims[name]:
+            raise CheckpointError(
+                f"{path}: DCP_SHARDING_INFO says that {name!r} of {dims[name]} dims begins at {shown(at)}."
+            )
+    return found
 
 
 def _distributed(
@@ -139,6 +147,9 @@ def _distributed(
         shapes[tensor.name] = tuple(map(max, shapes.get(tensor.name, end), end))
         if dtypes.setdefault(tensor.name, tensor.dtype) != tensor.dtype:
             raise CheckpointError(f"{root}: shards of {tensor.name!r} are {dtypes[tensor.name]} and {tensor.dtype}.")
+    for name, shape in shapes.items():
+        if not is_shape(shape):
+            raise CheckpointError(f"{root}: by its shards {name!r} is of shape {list(shape)}, which no tensor has.")
     entries = tuple(Entry(n, dtypes[n], shape, (n,)) for n, shape in shapes.items())
     row = {e.name: i for i, e in enumerate(entries)}
     width = max((len(e.shape) for e in entries), default=0)

@@ -22,7 +22,7 @@ from ckpt_dist import megatron, ranks, slots
 from ckpt_dist import stages as pipeline
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, UsageError, shown
 from ckpt_dist.files import inert
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.zips import Record
@@ -148,7 +148,7 @@ def _version(where: Path, tree: Mapping[str, Any]) -> float:
     """Which order the rows of a fused QKV have."""
     said = tree.get("checkpoint_version") or 0
     if type(said) not in (int, float):
-        raise CheckpointError(f"{where} is damaged: checkpoint_version is {said!r:.60}, not a number.")
+        raise CheckpointError(f"{where} is damaged: checkpoint_version is {shown(said)}, not a number.")
     return float(said)
 
 
@@ -326,7 +326,7 @@ def _offsets(
     layers = [counts[k] for k in sorted(counts)]
     if (said := args.get(pipeline.KEY)) and pipeline.read(said) != layers:
         raise CheckpointError(
-            f"{path}: its stages hold {layers} layers, by args {pipeline.read(said)} ({said!r:.80}). The files are of two runs."
+            f"{path}: its stages hold {layers} layers, by args {pipeline.read(said)} ({shown(said, 80)}). The files are of two runs."
         )
     offsets, first = {}, 0
     for key in sorted(counts):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckpt_dist import ranks
 from ckpt_dist.catalog import Catalog, Extra
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, UsageError, shown
 from ckpt_dist.files import inert, zips
 from ckpt_dist.formats import Layout, Spec, _flat, _shards, _zero
 from ckpt_dist.formats import torch as pt
@@ -165,7 +165,9 @@ def _kind(path: Path) -> str:
     if set(tree) <= {"weight", "bias"}:
         flat = len(getattr(tree.get("weight"), "shape", ())) == 1
         return ENDS if flat else "language_model.output_layer."
-    raise CheckpointError(f"{path}: {next(iter(tree), 'nothing')!r} is no tensor of an embedding, a layer or a norm.")
+    raise CheckpointError(
+        f"{path}: {shown(next(iter(tree), 'nothing'))} is no tensor of an embedding, a layer or a norm."
+    )
 
 
 def _all_there(path: Path, kinds: Mapping[int, str], args: Mapping[str, Any]) -> None:

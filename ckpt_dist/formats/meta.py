@@ -20,7 +20,7 @@ import numpy as np
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
 from ckpt_dist.configs import read_config
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, UsageError, shown
 from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec, holders
 from ckpt_dist.formats import torch as pt
@@ -80,7 +80,7 @@ def _params(path: Path) -> dict[str, Any]:
     for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size"):
         value = params.get(key)
         if value is not None and (type(value) is not int or (value < 1 and key != "vocab_size")):
-            raise CheckpointError(f"{path / PARAMS}: {key} is {value!r}, a whole number of 1 or more is expected.")
+            raise CheckpointError(f"{path / PARAMS}: {key} is {shown(value)}, a whole number of 1 or more is expected.")
     for key in ("quantization_args", "lora_args"):
         if params.get(key):
             raise CheckpointError(f"{path / PARAMS} has {key}: quantised files and adapters are not read yet.")

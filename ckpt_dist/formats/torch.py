@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, Key, padded, role, whole
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import inert, legacy, pickles, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.formats import Crc, Layout, Spec
@@ -70,13 +70,13 @@ def open_archive(
             return legacy.read(fd, where)
         records = zips.directory(fd, base, os.fstat(fd).st_size if length is None else length, where)
         data = zips.find(records, "/data.pkl", where)
-        order = next((r for name, r in records.items() if name.endswith("/byteorder")), None)
+        order = records.get(data.name.removesuffix("data.pkl") + "byteorder")
         if order is not None and os.pread(fd, min(order.nbytes, 16), order.offset) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine, which is not supported.")
         tree = pickles.loads(os.pread(fd, data.nbytes, data.offset), where)
     finally:
         os.close(fd)
-    return tree, {name.split("/data/", 1)[1]: r for name, r in records.items() if "/data/" in name}
+    return tree, zips.storages(records, data)
 
 
 def with_small(tree: Any, path: Path, storages: Mapping[str, zips.Record]) -> Any:
@@ -122,12 +122,16 @@ def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[st
         raise CheckpointError(f"Nested deeper than {MAX_DEPTH} levels at {'.'.join(map(str, path[:4]))}...; refused.")
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
-            yield from walk(value, (*path, Key(key) if type(key) is int else str(key)))
+            yield from walk(value, (*path, _word(key)))
     elif isinstance(tree, (list, tuple)) and not isinstance(tree, inert.Record) and any(_holds_tensor(v) for v in tree):
         for index, value in enumerate(tree):
             yield from walk(value, (*path, index))
     else:
         yield path, tree
+
+
+def _word(key: Any) -> str | int:
+    return Key(key) if type(key) is int else key if isinstance(key, str) else shown(key, 200)
 
 
 def _holds_tensor(value: Any, depth: int = 0) -> bool:
@@ -144,11 +148,12 @@ def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> 
     held: dict[str, int] = {}
     for number, name in enumerate(names):
         tree, storages = open_archive(root / name)
+        file = str(root / name)
         for path, leaf in walk(tree):
             label = ".".join(map(str, path))
             if isinstance(leaf, inert.Sharded):
                 raise CheckpointError(
-                    f"{root / name}: {label!r} is a shard of a tensor; give the folder with the files of all ranks."
+                    f"{file}: {label!r} is a shard of a tensor; give the folder with the files of all ranks."
                 )
             if not isinstance(leaf, inert.TensorRef):
                 extras.append(Extra(label, path, role(path) if path else "state", leaf))
@@ -158,7 +163,7 @@ def scan_files(root: Path, names: Sequence[str], options: Mapping[str, Any]) -> 
                 raise CheckpointError(f"{root}: {label!r} is stored in {names[held[label]]} and in {name}.")
             held[label] = number
             entries.append(Entry(label, leaf.dtype, leaf.shape, path or (label,), role(path) if path else "weight"))
-            refs.append((leaf, number, storage_record(storages, leaf, f"{root / name}: {label}")))
+            refs.append((leaf, number, storage_record(storages, leaf, f"{file}: {label}")))
     return Catalog("torch", str(root), tuple(names), tuple(entries), chunks(entries, refs), tuple(extras))
 
 

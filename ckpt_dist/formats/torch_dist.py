@@ -20,11 +20,12 @@ from typing import Any
 from ckpt_dist import megatron, nemo, slots
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files import inert
+from ckpt_dist.files import inert, yamls
 from ckpt_dist.formats import BESIDE, Layout, Spec, dcp
 from ckpt_dist.formats import _megatron_buckets as buckets
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats._megatron_optimizer import Unread
+from ckpt_dist.whole import contents
 
 METADATA, COMMON, COMMON_OBJECT = "metadata.json", "common.pt", "common_state/shard_0_1"
 STATE = "_extra_state"  # of a layer of Transformer Engine
@@ -111,14 +112,14 @@ def _dict(tree: Any, where: Path) -> Mapping[str, Any]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The model's part of a run's settings, by the words that args have for it."""
-    model = _yaml(path.read_bytes(), str(path)).get("model") if path.is_file() else None
+    model = yamls.table(contents(path, yamls.MOST), str(path)).get("model") if path.is_file() else None
     return {str(k): v for k, v in model.items() if _plain(v)} if isinstance(model, dict) else {}
 
 
 def settings_beside(path: Path) -> dict[str, Any]:
     """Args by the first of NeMo's files that has them. One that is not plain YAML says nothing."""
     for file in (path / name for name in nemo.SETTINGS):
-        if file.is_file() and (found := settings_in(file.read_bytes())):
+        if file.is_file() and (found := settings_in(contents(file, yamls.MOST))):
             return found
     return {}
 
@@ -126,19 +127,9 @@ def settings_beside(path: Path) -> dict[str, Any]:
 def settings_in(text: bytes) -> dict[str, Any]:
     """Args by the content of one such file."""
     try:
-        return nemo.settings(_yaml(text, ""))
+        return nemo.settings(yamls.table(text, ""))
     except CheckpointError:
         return {}
-
-
-def _yaml(text: bytes, where: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is no readable YAML: {error!s:.200}") from None
-    return found if isinstance(found, dict) else {}
 
 
 def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +175,7 @@ def placed(spec: Spec, layout: Layout, backend: str) -> Layout:
     if key is None:
         late[megatron.TRACKER] = lambda: str(step).encode()
     else:
-        late |= {name: file.read_bytes for name, file in _context(spec, folder).items()}
+        late |= {name: partial(contents, file) for name, file in _context(spec, folder).items()}
     catalog = replace(layout.catalog, format=backend, files=tuple(folder + f for f in layout.catalog.files))
     return replace(layout, catalog=catalog, late=late)
 
@@ -210,7 +201,7 @@ def _common_of_nemo(spec: Spec, step: int) -> bytes:
     """As it is in the source, where NeMo wrote that: settings of classes that only NeMo can read are among it."""
     file = Path(spec.source.root) / COMMON if spec.source else None
     if spec.source and file and spec.source.about.get("lightning") and file.is_file():
-        return file.read_bytes()
+        return contents(file)
     made = {"state_dict": {}, "epoch": 0, "global_step": step, "pytorch-lightning_version": "2.4.0"}
     return pt.archive(made, "common")
 

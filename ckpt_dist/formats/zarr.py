@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import answers
 from ckpt_dist.formats import Layout, Spec, torch_dist
 from ckpt_dist.formats import torch as pt
+from ckpt_dist.whole import contents
 
 ARRAY = ".zarray"
 DTYPES = {
@@ -47,7 +49,7 @@ def claims(path: Path) -> bool:
     if not file.is_file() or file.stat().st_size > 1 << 20:
         return False
     try:
-        said = json.loads(file.read_bytes())
+        said = json.loads(contents(file))
     except (ValueError, RecursionError):
         return False
     return isinstance(said, dict) and said.get("sharded_backend") == "zarr"
@@ -82,7 +84,7 @@ class Grid:
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
     """Every `.zarray`, and the sizes of its chunks' files."""
-    catalog = described(path, _sizes(path), lambda name: (path / name).read_bytes(), answers(options).sizes)
+    catalog = described(path, _sizes(path), lambda name: contents(path / name), answers(options).sizes)
     common = torch_dist.common_of(path / torch_dist.COMMON)
     config = torch_dist.args_of(common) or torch_dist.settings_beside(path)
     return replace(catalog, config=config, about={**catalog.about, "lightning": torch_dist.of_lightning(common)})
@@ -261,4 +263,6 @@ def _states(spec: Spec) -> dict[str, Any]:
     """A layer's state: the source's where that has it, else none."""
     names = [f"{key}/shard_{place}.pt" for key, place in torch_dist.layer_states(spec.entries)]
     held = torch_dist.held_states(spec, "zarr")
-    return {name: lambda: pt.archive(None) for name in names} | {name: path.read_bytes for name, path in held.items()}
+    return {name: lambda: pt.archive(None) for name in names} | {
+        name: partial(contents, path) for name, path in held.items()
+    }
