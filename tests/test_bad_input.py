@@ -625,6 +625,18 @@ def test_files_that_are_open_stay_on_a_disk_of_the_network(
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".other*"))
 
 
+@pytest.mark.parametrize("kind", ["conj", "neg"])
+def test_values_that_are_not_those_stored_are_refused(tmp_path: Path, refused: Refused, kind: str) -> None:
+    """torch notes that a tensor is the conjugate of its storage, or its negative, and stores what it was made of."""
+    made = torch.randn(4, dtype=torch.complex64)
+    value = {"conj": made.conj(), "neg": made.conj().imag}[kind]
+    torch.save({"w": value}, tmp_path / "w.pt")
+    dcp.save({"w": value}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    torch.save({"w": value}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for source in ("w.pt", "old.pt", *(["dcp"] if kind == "conj" else [])):  # DCP saves what a real one is
+        assert f"resolve_{kind}()" in refused(tmp_path / source), source
+
+
 def test_integers_that_are_one_apart_differ(tmp_path: Path) -> None:
     for name, value in (("a", 1 << 53), ("b", (1 << 53) + 1)):
         save_file({"count": torch.tensor([value, 1])}, tmp_path / f"{name}.safetensors")

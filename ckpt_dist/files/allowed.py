@@ -209,7 +209,12 @@ def _numbers(values: Any, what: str) -> tuple[int, ...]:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any, dtype: str | None = None) -> TensorRef:
-    """`_rebuild_tensor_v2`: the view must lie in its storage."""
+    """`_rebuild_tensor_v2`: the view must lie in its storage. `more` ends with what torch has noted of the tensor."""
+    for note in ("conj", "neg"):
+        if any(isinstance(one, Mapping) and one.get(note) for one in more):
+            raise pickle.UnpicklingError(
+                f"a tensor whose values are not those stored ({note}); save it after .resolve_{note}()"
+            )
     if not isinstance(storage, Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     kind = dtype or storage.dtype
@@ -239,7 +244,7 @@ def _tensor_v3(
 ) -> TensorRef:
     if not isinstance(dtype, Dtype):
         raise pickle.UnpicklingError("a tensor without a dtype")
-    return _tensor(storage, offset, shape, stride, dtype=str(dtype))
+    return _tensor(storage, offset, shape, stride, *more, dtype=str(dtype))
 
 
 def _first(value: Any = None, *more: Any) -> Any:
