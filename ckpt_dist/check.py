@@ -47,7 +47,7 @@ def _open(group: Group, report: Report, keys: Config, cfg: Config, verb: str) ->
         settings = {**cfg, "source": keys, "keep": ["weights"], "unmatched": "error"}
         m = scanned(group, lambda more: design.open_model({**keys, **more}, settings))
         m = ties.settle(group, report, m, engine)
-        copies = replicas.others(group, m, settings)
+        copies = replicas.others(group, report, m, settings)
     if copies:
         replicas.settle(group, report, [m, *copies], engine, average=False)
     match = cfg.get("match")

@@ -63,9 +63,10 @@ def convert(cfg: Config) -> dict[str, Any]:
             m = part.scanned(group, lambda more: design.open_model({**cfg["source"], **more}, cfg))
             if "replicated" not in m.catalog.about:
                 replicas.first_only(cfg["source"], m.catalog.format)
-            copies = replicas.others(group, m, cfg)
+            average = cfg["source"]["replicas"] == "average"
+            copies = replicas.others(group, report, m, cfg, average)
         cfg = _as_stored(cfg, m)
-        target, average = Path(cfg["target"]["path"]), cfg["source"]["replicas"] == "average"
+        target = Path(cfg["target"]["path"])
         if copies:
             replicas.settle(group, report, [m, *copies], task.engine_of(cfg), average)
         if average and copies:

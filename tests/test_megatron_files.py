@@ -848,7 +848,10 @@ def test_norms_of_ranks_that_drifted(llama: Path, tmp_path: Path, replicas: str)
     rewritten(tmp_path / "it", drifted)
     says = "of 9 tensors that each of 2 ranks has, 9 differ, first 'decoder.final_layernorm.weight'"
     report = ckpt_dist.convert(tmp_path / "it", tmp_path / "hf", **{"source.replicas": replicas})
-    assert any(says in w for w in report["warnings"])
+    if replicas == "average":
+        assert any(says in w for w in report["warnings"])
+    else:  # Megatron adds up their gradients, so they are alike; who wants to be sure asks
+        assert any("first rank's are taken, not compared; verify compares them" in n for n in report["notes"])
     assert any(says in w for w in ckpt_dist.verify(tmp_path / "it", llama)["warnings"])
     found, was = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", llama))
     more = 0.5 if replicas == "average" else 0.0
