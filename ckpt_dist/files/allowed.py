@@ -319,12 +319,15 @@ def _mesh(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] |
     )
 
 
-def _flat(shape: Any) -> tuple[int, ...]:
-    """A mesh's shape; a dim may itself be several: `((2, 2), 2)` -> `(4, 2)`."""
+def _flat(shape: Any, deep: int = 3) -> tuple[int, ...]:
+    """A mesh's shape; a dim may itself be several, and a layout of layouts: `((2, 2), 2)` -> `(4, 2)`."""
+    if type(shape) is int:
+        return _numbers((shape,), "a mesh of")
     if isinstance(shape, Record):
         shape = state_of(shape).get("shape", ())
-    dims = _few((shape,) if type(shape) is int else shape)
-    return tuple(prod(_numbers((d,) if type(d) is int else d, "a mesh of")) for d in dims)
+    if not deep:
+        raise pickle.UnpicklingError("a mesh in a mesh in a mesh")
+    return tuple(prod(_flat(s, deep - 1)) for s in _few(shape))
 
 
 def _few(values: Any) -> Sequence[Any]:
