@@ -171,9 +171,8 @@ def unlike_titan(d: design.Design, m: Model) -> str:
     config = m.source.config
     if d.dialect != "torchtitan" or m.family is None or m.family.name != "llama" or not configs.is_hf(config):
         return ""
-    odd = [f"{k}={config[k]!r}" for k, usual in configs.IMPLIED.items() if config.get(k, usual) not in (None, usual)]
-    if config.get("model_type") in m.family.model_types:
-        odd = [text for text in odd if not text.startswith("model_type")]
+    usual = {k: (None, v) for k, v in configs.IMPLIED.items()} | {"model_type": (None, *m.family.model_types)}
+    odd = [f"{k}={config[k]!r}" for k, values in usual.items() if config.get(k) not in values]
     return f"torchtitan's Llama does not compute what config.json says: {', '.join(odd)}" if odd else ""
 
 

@@ -45,12 +45,11 @@ WORKER_BYTES = 24 << 20
 
 @dataclass(frozen=True)
 class Staged:
-    """A target that is being made: where its journal is, what earlier attempts have done, and the sources' sizes and times."""
+    """A target that is being made: where its journal is, and what earlier attempts have done."""
 
     folder: Path
     finished: Sequence[tuple[int, int]]
     done: Done
-    times: Mapping[str, tuple[int, int]]
 
 
 def run_tiles(

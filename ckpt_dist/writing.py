@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from ckpt_dist.prepared import Prepared, prepare
 from ckpt_dist.report import Report, peak_memory, size
 
 Config = Mapping[str, Any]
+Times: TypeAlias = "Mapping[str, tuple[int, int]]"
 T = TypeVar("T")
 
 
@@ -56,11 +57,12 @@ def write(
 
         device = group.together(lambda: use(str(engine["device"]), group.local_rank))
         report.notes.append(f"computed on {device}")
-    staged = _begun(group, p, lambda: begin(p, cfg, about, given))
+    times = saved(p.models) if group.local_rank == 0 else {}  # of each node what it sees
+    staged = _begun(group, p, lambda: begin(p, cfg, about, given, times))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")
     try:
-        prints = _fill(group, report, p, cfg, engine, about, given, staged)
+        prints = _fill(group, report, p, cfg, engine, about, given, staged, times)
     except CheckpointError as error:  # nobody will go on with what is wrong; anything else may be resumed
         if not isinstance(error, Stopped) and (group.rank == 0 or (p.local and group.local_rank == 0)):
             stage.discard(p.staging)
@@ -101,7 +103,7 @@ def _begun(group: Group, p: Prepared, work: Callable[[], task.Staged]) -> task.S
         raise
 
 
-def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> task.Staged:
+def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float], times: Times) -> task.Staged:
     """The staging folder: new, or as an earlier attempt at the very same job left it."""
     settings = {k: cfg.get(k) for k in ("source", "target", "model", "keep", "unmatched")}
     entries = [(e.name, e.dtype, e.shape) for e in p.layout.catalog.entries]
@@ -110,23 +112,22 @@ def begin(p: Prepared, cfg: Config, about: Config, given: Sequence[float]) -> ta
     understood = [
         (m.dialect, m.sizes, repr(m.source.config)) for m in p.models
     ]  # a config.json beside may say other heads
-    times = saved(p.models)
     facts = (__version__, about, given, settings, cfg["engine"]["verify"], times, understood, laid_out, p.staging.node)
     resumed = stage.create(p.staging, p.layout, journal.plan_key(*facts), bool(cfg.get("resume", True)))
     finished, done = journal.read(p.staging.folder) if resumed else ([], Done())
-    return task.Staged(p.staging.folder, finished, done, times)
+    return task.Staged(p.staging.folder, finished, done)
 
 
-def saved(models: Sequence[Model]) -> dict[str, tuple[int, int]]:
+def saved(models: Sequence[Model]) -> Times:
     """Size and time of each file of the sources that this node sees."""
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for path in {os.path.join(m.catalog.root, f) for m in models for f in m.catalog.files if f != ZEROS}:
         with suppress(OSError):
             found[path] = (s := os.stat(path)).st_size, s.st_mtime_ns
     return found
 
 
-def _unchanged(models: Sequence[Model], before: Mapping[str, tuple[int, int]]) -> None:
+def _unchanged(models: Sequence[Model], before: Times) -> None:
     """Refuse to publish what was read from two saves."""
     now = saved(models)
     changed = sorted(path for path in {*now, *before} if now.get(path) != before.get(path))
@@ -147,6 +148,7 @@ def _fill(
     about: Config,
     given: Sequence[float],
     staged: task.Staged,
+    times: Times,
 ) -> dict[str, Any]:
     """Make the tiles, read them again if asked, publish; the fingerprints that were taken on the way."""
     digests, quiet = p.combine is not keep or bool(engine.get("verify")), bool(cfg.get("quiet"))
@@ -183,7 +185,7 @@ def _fill(
         kept = {} if p.staging.single else beside.record(cfg, about, p.models, given, prints, report)
         if p.local:  # the ranks have phases of their own, and all nodes get the first one's record
             kept = group.broadcast(kept)
-        p.on_disks(group, lambda: _unchanged(p.models, staged.times))
+        group.together(lambda: _unchanged(p.models, times) if group.local_rank == 0 else None)
         finish(p, lambda work: p.on_disks(group, work), runs, {**p.small, **kept}, cfg)
     return prints
 

@@ -70,6 +70,21 @@ def test_nodes_may_have_unlike_numbers_of_ranks(tmp_path: Path) -> None:
     assert [code for code, _ in plan] == [0, 0, 0], plan
 
 
+def test_two_saves_are_not_mixed_on_any_node(tmp_path: Path) -> None:
+    """The file that is saved again lies where the first node does not see it."""
+    source, here, there = model(tmp_path / "source"), tmp_path / "here", tmp_path / "there"
+    ckpt_dist.convert(source, here / "src", format="dcp", max_shard_size="140KB", quiet=True)
+    (there / "src").mkdir(parents=True)
+    for path in sorted((here / "src").glob("*.distcp"))[1::2]:
+        shutil.move(path, there / "src" / path.name)
+    again = "import os, glob; from ckpt_dist import task; real = task.fill; other = glob.glob('../there/src/*')[0]"
+    again += "; task.fill = task.exchange.fill = lambda *given: (real(*given), os.utime(other, (1, 1)))[0]"
+    words = ("convert", "source.path=src", f"target.path={tmp_path / 'out'}")
+    every = nodes([here, there], *words, first=again)
+    assert all(code == 3 for code, _ in every), every
+    assert "changed while it was read" in every[0][1] and not list(tmp_path.glob("*out*"))
+
+
 def test_a_damaged_file_that_one_rank_reads_is_said_at_once(tmp_path: Path) -> None:
     source = model(tmp_path / "source")
     ckpt_dist.convert(source, tmp_path / "dcp", format="dcp", max_shard_size="140KB", quiet=True)

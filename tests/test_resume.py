@@ -6,6 +6,7 @@ that names it. Not checked here: several nodes (test_nodes.py, test_local.py) an
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -249,6 +250,19 @@ def test_two_saves_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read; nothing was published"):
         ckpt_dist.convert(run / "step-1", tmp_path / "out", quiet=True)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_was_abandoned_before_its_skeleton_was_whole_goes_away(tmp_path: Path) -> None:
+    """But not what a job that goes on is making."""
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    old, live = (tmp_path / f".out.ckpt_dist-new-{name}" for name in ("old", "live"))
+    for folder in (old, live):
+        journal.begin(folder, "of another job")
+    with open(live / ".ckpt_dist/plan") as claimed:
+        fcntl.flock(claimed, fcntl.LOCK_EX)
+        ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+        assert not old.exists() and live.exists()
+    assert ckpt_dist.verify(tmp_path / "out", source)["bit_equal"]
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.3])

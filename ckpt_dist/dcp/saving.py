@@ -124,7 +124,7 @@ class Writer(StorageWriter):
         path = Path(self.settings["target"]["path"])
         p = prepare(Group(alone=True), self.report, [m], self.settings, path, lambda d: keep, False)
         errands = _errands(p, m.catalog, plans)
-        writing.begin(p, self.settings, ABOUT, ())
+        writing.begin(p, self.settings, ABOUT, (), {})
         self.prepared = p
         return [replace(one, storage_data=errand) for one, errand in zip(plans, errands, strict=True)]
 
