@@ -6,7 +6,7 @@ tensors, no files. A box with `start == stop` on any axis is empty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,6 +37,16 @@ def row_major(lengths: Sequence[int] | Ints) -> Ints:
     sizes = np.maximum(ints(lengths), 1)
     inner = np.cumprod(sizes[..., ::-1], axis=-1, dtype=np.int64)[..., ::-1]
     return np.concatenate([inner[..., 1:], np.ones_like(inner[..., :1])], axis=-1)
+
+
+def wider(rows: Ints, width: int, fill: int) -> Ints:
+    """Boxes with more dims: `wider([[2], [3]], 2, 1)` -> `[[2, 1], [3, 1]]`."""
+    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=fill)
+
+
+def stacked(tables: Iterable[Ints], width: int, fill: int) -> Ints:
+    """Boxes of differing numbers of dims as one table: `stacked([[[2]], [[3, 4]]], 2, 1)` -> `[[2, 1], [3, 4]]`."""
+    return np.concatenate([np.zeros((0, width), np.int64), *(wider(rows, width, fill) for rows in tables)])
 
 
 def distinct(values: Ints, axis: int | None = None) -> Ints:

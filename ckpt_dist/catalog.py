@@ -26,18 +26,13 @@ class Key(int):
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored name. `shape` is the frame's; `frame` bounds the axes the frame holds when it is not the whole weight.
-
-    `Entry("layers.0.wq.weight", "bfloat16", (64, 64), frame=(("g", 2, 4),))` is what one of several tensor-parallel
-    ranks calls its whole wq. `path` is the name as the framework nests it; `role` is weight, optimizer or state.
-    """
+    """A stored name and its whole shape. `path` is the name as the framework nests it; `role` is weight, optimizer or state."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     path: tuple[str | int, ...] = ()
     role: str = "weight"
-    frame: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

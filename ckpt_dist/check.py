@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import design, model, replicas, task, ties
+from ckpt_dist import design, model, plan, replicas, task, ties
 from ckpt_dist.design import Design
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
@@ -21,7 +21,7 @@ from ckpt_dist.model import Model
 from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report
 from ckpt_dist.run import job
-from ckpt_dist.sums import own_design, read, statistics, tile_names
+from ckpt_dist.sums import own_design, read, statistics
 from ckpt_dist.writing import drain
 
 Config = Mapping[str, Any]
@@ -44,7 +44,7 @@ def _open(group: Group, report: Report, keys: Config, cfg: Config, verb: str) ->
     replicas.first_only(keys, verb)
     engine = task.engine_of(cfg)
     with report.phase("scan"):
-        settings = {**cfg, "source": keys, "keep": ["weights"], "unmatched": "error"}
+        settings = {**cfg, "source": keys, "keep": ["weights"], "unmatched": "keep"}
         m = scanned(group, lambda more: design.open_model({**keys, **more}, settings))
         m = ties.settle(group, report, m, engine)
         copies = replicas.others(group, report, m, settings)
@@ -126,7 +126,7 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
     rtol, atol = float(cfg.get("rtol") or 0), float(cfg.get("atol") or 0)
     va, vb = (wholly(bound) for bound in d.sources)
     _same_names(a, b, va, vb, d)
-    names = tile_names(d.canon)
+    names = plan.tile_names(d.canon.entries)
     mine: dict[int, Gap] = {}
 
     def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:

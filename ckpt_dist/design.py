@@ -139,7 +139,7 @@ def _uniform(m: Model) -> bool:
 def plain_entries(first: Model) -> Bound:
     """Every selected name as a tensor of its own, under that name."""
     named = [(first.catalog.entries[e], n) for e, n in enumerate(first.names) if n is not None]
-    picked = [(replace(e, name=n if e.role == "weight" else e.name, frame=()), n) for e, n in named]
+    picked = [(replace(e, name=n if e.role == "weight" else e.name), n) for e, n in named]
     entries = tuple(e for e, _ in picked)
     return Bound(entries, tuple(families.plain(e, n) for e, n in picked), {}, {})
 
@@ -183,12 +183,17 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
 
 
 def _with_others(side: Bound, source: Bound, family: families.Family) -> Bound:
-    """Also what is no weight and no slot of one, as the source has it."""
-    more = [
-        (replace(e, frame=()), r)
-        for e, r in zip(source.entries, source.rules, strict=True)
-        if r and e.role != "weight" and not slots.is_slot(family, r)
-    ]
+    """Also what is no weight of the family and no slot of one, as the source has it."""
+    more = []
+    for e, r in zip(source.entries, source.rules, strict=True):
+        if r and e.role == "weight" and r.weights[0] not in source.axes:
+            if any(r.weights[0] == known.name for known in side.entries):
+                raise UsageError(
+                    f"unmatched=keep: {r.weights[0]!r} is another weight's name in the target. Use unmatched=drop."
+                )
+            more.append((replace(e, name=r.weights[0], path=(r.weights[0],)), r))
+        elif r and e.role != "weight" and not slots.is_slot(family, r):
+            more.append((e, r))
     return replace(side, entries=(*side.entries, *(e for e, _ in more)), rules=(*side.rules, *(r for _, r in more)))
 
 

@@ -61,9 +61,9 @@ STOPPED = "Stopped by a signal; nothing was published. Run the same command agai
 STOP = threading.Event()  # set by the signal handler of the command line; looked at between batches of tiles
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The hint for a misspelt word, or nothing: `nearest("formt", ["format"])` -> ` Did you mean 'format'?`"""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 

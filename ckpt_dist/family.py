@@ -211,7 +211,7 @@ def bind(
     """Views of all chunks whose entry has a rule. `axes` orders a weight's axes; a plain weight keeps its dims."""
     keys: dict[str, int] = {}
     lengths: list[tuple[int, ...]] = []
-    groups: dict[tuple[Pattern, tuple[str, ...], tuple[tuple[str, int, int], ...], bool], list[int]] = {}
+    groups: dict[tuple[Pattern, tuple[str, ...], bool], list[int]] = {}
     orders: dict[str, tuple[str, ...]] = {}
     for e, rule in enumerate(rules):
         if rule is None:
@@ -225,11 +225,11 @@ def bind(
                 keys[weight] = len(keys)
                 lengths.append(tuple(sizes[a] for a in order) if known else entries[e].shape)
         names = tuple(a for a, _ in rule.fixed)
-        groups.setdefault((rule.pattern, names, entries[e].frame, known), []).append(e)
+        groups.setdefault((rule.pattern, names, known), []).append(e)
     width = max((len(n) for n in lengths), default=0)
     row_of_entry = np.full(len(entries), -1, np.int64)
     parts = []
-    for (pattern, names, frame, known), members in groups.items():
+    for (pattern, names, known), members in groups.items():
         row_of_entry[:] = -1
         row_of_entry[members] = np.arange(len(members))
         rows = np.flatnonzero(row_of_entry[chunks.entry] >= 0)
@@ -239,9 +239,7 @@ def bind(
             ids = ints([keys[rules[m].weights[branch]] for m in members])  # type: ignore[union-attr]
             weight = rules[members[0]].weights[branch]  # type: ignore[union-attr]
             order = axes[weight] if known else pattern.axes(0)
-            parts.append(
-                _group(pattern, branch, names, fixed, frame, sizes, order, width, chunks, rows, local, ids, known)
-            )
+            parts.append(_group(pattern, branch, names, fixed, sizes, order, width, chunks, rows, local, ids, known))
     if not parts:
         none = np.zeros(0, np.int64)
         return Views(tuple(keys), padded(lengths, width, 1), none, none, *(np.zeros((0, width), np.int64),) * 3, none)
@@ -263,7 +261,6 @@ def _group(
     branch: int,
     names: tuple[str, ...],
     fixed: Ints,
-    frame: tuple[tuple[str, int, int], ...],
     sizes: Mapping[str, int],
     order: tuple[str, ...],
     width: int,
@@ -274,22 +271,20 @@ def _group(
     known: bool,
 ) -> tuple[Ints, ...]:
     """The views of one branch of one pattern, for all chunks of the entries that share it."""
-    low = {a: lo for a, lo, _ in frame}
-    inside = {**sizes, **{a: hi - lo for a, lo, hi in frame}} if known else dict.fromkeys(pattern.axes(0), 1)
+    inside = sizes if known else dict.fromkeys(pattern.axes(0), 1)
     row, start, stop, stride, origin = boxes(
         pattern, branch, inside, chunks.start[rows], chunks.stop[rows], chunks.strides[rows]
     )
-    shift = ints([low.get(a, 0) for a in pattern.axes(branch)])
     place = {a: k for k, a in enumerate(pattern.axes(branch))}
     out_start, out_stop = np.zeros((len(row), width), np.int64), np.ones((len(row), width), np.int64)
     out_stride = np.zeros((len(row), width), np.int64)
     for k, axis in enumerate(order):
         if axis in place:
             at = place[axis]
-            out_start[:, k], out_stop[:, k] = start[:, at] + shift[at], stop[:, at] + shift[at]
+            out_start[:, k], out_stop[:, k] = start[:, at], stop[:, at]
             out_stride[:, k] = stride[:, at]
         elif axis in names:
-            out_start[:, k] = fixed[local[row], names.index(axis)] + low.get(axis, 0)
+            out_start[:, k] = fixed[local[row], names.index(axis)]
             out_stop[:, k] = out_start[:, k] + 1
     return ids[local[row]], rows[row], out_start, out_stop, out_stride, origin
 
@@ -327,5 +322,5 @@ def missing_names(family: Family, dialect: str, name: str) -> str:
     """The nearest known stored name, for an error about an unknown one."""
     number = iter(re.findall(r"\d+", name))
     known = [PLACE.sub("{}", k) for k in family.dialects[dialect]]
-    hint = nearest(re.sub(r"\d+", "{}", name), known)
+    hint = nearest(re.sub(r"\d+", "{}", name), known, 0.8)  # all end with .weight
     return re.sub(r"\{\}", lambda _: next(number, "0"), hint)

@@ -217,7 +217,7 @@ KEYS: dict[str, Kind] = {
     "engine.bandwidth.read": SIZE,
     "engine.bandwidth.exchange": SIZE,
     "engine.bandwidth.write": SIZE,
-    "unmatched": choice("error", "drop"),
+    "unmatched": choice("error", "drop", "keep"),
     "overwrite": FLAG,
     "resume": FLAG,
     "dry_run": FLAG,

@@ -94,6 +94,7 @@ def recognise(
     names: list[str | None] = [n[len(prefix) :] if n is not None and n.startswith(prefix) else n for n in own]
     dropped: dict[str, list[str]] = {}
     lost: list[str] = []
+    own_way: list[str] = []
     for e, name in enumerate(names):
         entry = catalog.entries[e]
         if entry.role != "weight":
@@ -104,13 +105,16 @@ def recognise(
             names[e] = None
             dropped.setdefault("derived buffer", []).append(entry.name)
         elif name is not None and chosen and families.match(chosen, spoken, name) is None:
+            if unmatched == "keep" and name not in chosen.weights:
+                own_way.append(name)
+                continue
             names[e] = None
             lost.append(name)
-    if lost and unmatched == "error" and chosen:
+    if lost and unmatched != "drop" and chosen:
         hint = families.missing_names(chosen, spoken, lost[0])
         raise CheckpointError(
             f"{source.folder}: {len(lost)} of {len(names)} stored names are unknown to {chosen.name} ({spoken}), first {lost[0]!r}.{hint} "
-            "Leave them out with unmatched=drop, or convert the names as they are with model=identity."
+            "Leave them out with unmatched=drop, keep these under their names with unmatched=keep, or all with model=identity."
         )
     if lost:
         dropped["unmatched"] = lost
@@ -137,6 +141,8 @@ def recognise(
     ]
     if only and not lacks:
         guesses.append("of tied weights only the copy is stored; it is taken for both")
+    if own_way:
+        guesses.append(f"what {chosen.name} has no name for is kept as it is: {len(own_way)}, first {min(own_way)!r}")  # type: ignore[union-attr]
     if _preset(source):
         guesses.append("config.json as such models were published; tokenizer files have to be brought")
     return Model(
@@ -338,13 +344,12 @@ def bind_family(model: Model) -> Bound:
 
 
 def rules(model: Model) -> tuple[Rule | None, ...]:
-    """What each stored name says, as the family's dialect reads it; what is no weight, and no slot of one, is itself."""
+    """What each stored name says, as the family's dialect reads it; what it does not know, and no slot of that, is itself."""
     family, dialect = model.family, model.dialect
     assert family is not None
 
-    def rule(entry: Entry, name: str) -> Rule | None:
-        found = slots.match(family, dialect, name, model.sizes)
-        return families.plain(entry, name) if found is None and entry.role != "weight" else found
+    def rule(entry: Entry, name: str) -> Rule:
+        return slots.match(family, dialect, name, model.sizes) or families.plain(entry, name)
 
     pairs = zip(model.catalog.entries, model.names, strict=True)
     return tuple(None if n is None else rule(e, n) for e, n in pairs)

@@ -183,7 +183,7 @@ def boxes(
 ) -> tuple[Ints, Ints, Ints, Ints, Ints]:
     """Where the branch-th weight lies in slices of the stored array.
 
-    `start`, `stop`: (slices, dims), what each chunk holds of the frame; `strides`: (slices, dims), elements.
+    `start`, `stop`: (slices, dims), what each slice holds of the array; `strides`: (slices, dims), elements.
     Returns `(row, start, stop, stride, origin)`: for each box the slice it lies in, its bounds and strides per
     axis in the order of `pattern.axes(branch)`, and the element of the chunk where the box starts.
     """

@@ -11,12 +11,12 @@ Invariant: pure integers. No files, no tensors, no process group; the same answe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_dist.box import Ints, distinct, expand, ints, row_major, volume
+from ckpt_dist.box import Ints, distinct, expand, ints, row_major, volume, wider
 from ckpt_dist.catalog import Chunks, Entry, Views, padded
 from ckpt_dist.errors import CheckpointError
 
@@ -69,11 +69,7 @@ def align(a: Views, b: Views) -> tuple[Views, Views]:
 
 
 def _widened(views: Views, ids: Ints, keys: tuple[str, ...], sizes: Ints) -> Views:
-    more = sizes.shape[1] - views.start.shape[1]
-    start, stop, stride = (
-        np.pad(getattr(views, c), ((0, 0), (0, more)), constant_values=fill)
-        for c, fill in (("start", 0), ("stop", 1), ("stride", 0))
-    )
+    start, stop, stride = (wider(getattr(views, c), sizes.shape[1], c == "stop") for c in ("start", "stop", "stride"))
     weight = ids[views.weight] if len(views) else views.weight
     return Views(keys, sizes, weight, views.chunk, start, stop, stride, views.origin)
 
@@ -215,6 +211,12 @@ def _cuts(entries: Sequence[Entry], elements: int) -> Cuts:
 def tile_counts(entries: Sequence[Entry]) -> Ints:
     """How many tiles each entry has."""
     return _cuts(entries, TILE).counts
+
+
+def tile_names(entries: Sequence[Entry]) -> Callable[[int], str]:
+    """The entry that a tile is of, by its name."""
+    ends = np.cumsum(tile_counts(entries))
+    return lambda tile: entries[int(np.searchsorted(ends, tile, "right"))].name
 
 
 def tile_numel(entries: Sequence[Entry]) -> Ints:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_dist.box import stacked
 from ckpt_dist.catalog import Catalog, Chunks, Entry, whole
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files.codecs import Packed
@@ -275,10 +276,12 @@ def _replaced(catalog: Catalog, found: Sequence[Quantised], spare: set[str]) -> 
     made = [Entry(q.name, q.dtype, q.shape, (q.name,)) for q in placed]
     more = whole(made, [q.file for q in placed], [q.offset for q in placed])
     width = max(chunks.start.shape[1], more.start.shape[1])
-    one, two = (_widened(c, width) for c in (replace(chunks, entry=number[chunks.entry]), more))
-    columns = ("entry", "start", "stop", "strides", "file", "offset")
-    two = replace(two, entry=two.entry + len(kept))
-    joined = Chunks(*(np.concatenate([getattr(one, c), getattr(two, c)]) for c in columns))
+    both = (replace(chunks, entry=number[chunks.entry]), replace(more, entry=more.entry + len(kept)))
+    start, stop, strides = (
+        stacked([getattr(c, n) for c in both], width, n == "stop") for n in ("start", "stop", "strides")
+    )
+    entry, file, offset = (np.concatenate([getattr(c, n) for c in both]) for n in ("entry", "file", "offset"))
+    joined = Chunks(entry, start, stop, strides, file, offset)
     left_out = (f"{len(spare)} scales of activations are left out: {min(spare)}, ...",) if spare else ()
     about = {**catalog.about, "quantised": tuple(placed), "left_out": left_out}
     return replace(catalog, files=files, entries=(*kept, *made), chunks=joined, about=about)
@@ -294,12 +297,3 @@ def _placed(catalog: Catalog, found: Sequence[Quantised]) -> tuple[list[Quantise
         placed.append(replace(q, file=len(catalog.files) + holders.index(q.values.file), offset=at))
         used[q.values.file] += q.nbytes
     return placed, (*catalog.files, *(catalog.files[f] for f in holders))
-
-
-def _widened(chunks: Chunks, width: int) -> Chunks:
-    """The same chunks, padded to more dims."""
-    more = ((0, 0), (0, width - chunks.start.shape[1]))
-    start, stop, strides = (
-        np.pad(a, more, constant_values=fill) for a, fill in ((chunks.start, 0), (chunks.stop, 1), (chunks.strides, 0))
-    )
-    return replace(chunks, start=start, stop=stop, strides=strides)

@@ -18,7 +18,7 @@ from typing import Any
 from ckpt_dist import megatron
 from ckpt_dist.catalog import Entry
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files.inert import TensorRef
+from ckpt_dist.files.inert import TensorRef, strides_of
 
 EXPERTS = "mlp.experts.experts."
 DIVIDED = (  # the dim that tensor-parallel ranks divide, by the end of a name
@@ -47,8 +47,8 @@ MATRIX = re.compile(r"(^|\.)(linear_\w+|word_embeddings|output_layer)\.weight\d*
 GROUPED = re.compile(r"mlp\.experts\.weight([12])")
 
 Piece = tuple[
-    list[int], list[int], int, list[int]
-]  # a box of the whole; its first element in the rank's tensor, strides
+    list[int], list[int], int, Sequence[int]
+]  # a box of the whole; where it begins in the rank's tensor, strides
 
 
 @dataclass(frozen=True)
@@ -364,10 +364,3 @@ def _experts(
         name = f"local_experts.{k}.{linear}.{kind}" if spec == "local" else f"{linear}.{kind}{k}"
         pieces = of_expert(rank.e * local + k, cut.pieces(shape, strides_of(shape), rank.t))
         yield Piecewise((key, f"{layer}mlp.experts.{name}"), number, shape, pieces)
-
-
-def strides_of(shape: Sequence[int]) -> list[int]:
-    steps = [1] * len(shape)
-    for k in range(len(shape) - 1, 0, -1):
-        steps[k - 1] = steps[k] * shape[k]
-    return steps

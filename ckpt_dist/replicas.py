@@ -1,8 +1,8 @@
 """What all tensor-parallel ranks hold alike: norms, biases. Training may let these copies drift apart.
 
 A format that can read each rank's copies says which tensors they are (`about["replicated"]`), of which of them it only
-supposes that they are alike (`unknown`), how many copies there are, and takes a `replica`; of others the first rank's are
-read.
+supposes that they are alike (`unknown`), whether training is known to let them `drift`, how many copies there are, and takes
+a `replica`; of others the first rank's are read.
 
 Invariant: whether the copies are equal is known and said before one of them, or their mean, is taken; what is not known
 to be alike is never taken where it differs.
@@ -41,7 +41,7 @@ def others(group: Group, report: Report, m: Model, cfg: Mapping[str, Any], asked
     up their gradients), they are compared if somebody `asked`, and are not too many: each takes a scan of its own."""
     about = m.catalog.about
     copies = int(about["copies"]) if about.get("replicated") and "saved" not in about else 1
-    by_rule = m.catalog.format != "megatron_deepspeed" and not about.get("unknown")  # whose copies do drift
+    by_rule = not about.get("drift") and not about.get("unknown")
     if copies > 1 and by_rule and not (asked and copies <= MOST_COPIES):
         what = f"{len(about['replicated'])} tensors that each of {copies} ranks has: the first rank's are taken"
         report.notes.append(f"{what}, not compared" + ("; verify compares them" if copies <= MOST_COPIES else ""))
@@ -106,12 +106,12 @@ def differing(
     for m in models:
         rules = tuple(families.plain(e, e.name) if e.name in names else None for e in m.catalog.entries)
         sides.append((m, Bound(m.catalog.entries, rules, {}, {})))
-    ends = np.cumsum(plan.tile_counts(entries))
+    name = plan.tile_names(entries)
 
     def compare(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
         first = next(values).copy()
         if wrong := [k for k, other in enumerate(values, 1) if not np.array_equal(first, other)]:
-            found.setdefault(entries[int(np.searchsorted(ends, tile, "right"))].name, wrong[0])
+            found.setdefault(name(tile), wrong[0])
 
     task.run_tiles(group, report, engine, "compare ranks", canon, sides, None, compare, digests=False, quiet=True)
     return dict(sorted((name, k) for part in group.gather(found) for name, k in part.items()))

@@ -5,11 +5,9 @@ Invariant: nothing is written; each rank reads its own tiles, and what it finds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from ckpt_dist import design, model, plan, task
 from ckpt_dist.engine.group import Group
@@ -80,14 +78,9 @@ def read(
     )
 
 
-def tile_names(canon: Bound) -> Callable[[int], str]:
-    ends = np.cumsum(plan.tile_counts(canon.entries))
-    return lambda tile: canon.entries[int(np.searchsorted(ends, tile, "right"))].name
-
-
 def statistics(group: Group, report: Report, m: Model, cfg: Config) -> dict[str, Sums]:
     bound, canon = own_design(m)
-    names = tile_names(canon)
+    names = plan.tile_names(canon.entries)
     mine: dict[int, Sums] = {}
 
     def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:

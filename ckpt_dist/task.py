@@ -219,13 +219,13 @@ def _named(combine: Combine, canon: Bound) -> Combine:
     if combine is keep:
         return keep
 
-    ends = np.cumsum(plan.tile_counts(canon.entries))
+    name = plan.tile_names(canon.entries)
 
     def named(tile: int, values: Any, dtypes: Sequence[str], want: str) -> Array | None:
         try:
             return combine(tile, values, dtypes, want)
         except CheckpointError as error:
-            raise type(error)(f"{canon.entries[int(np.searchsorted(ends, tile, 'right'))].name}: {error}") from None
+            raise type(error)(f"{name(tile)}: {error}") from None
 
     return named
 

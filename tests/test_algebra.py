@@ -20,7 +20,7 @@ from ckpt_dist.box import expand, intersect, ints, row_major, split_interval, vo
 from ckpt_dist.catalog import Chunks, Entry, Views
 from ckpt_dist.engine.moves import by_tile
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.family import Rule, bind, plain
+from ckpt_dist.family import bind, plain
 from ckpt_dist.parallel import bounds, chunked, even, placed
 from ckpt_dist.pattern import Pattern, PatternError, boxes, identity, parse, shape, solve
 from ckpt_dist.task import WORKER_BYTES, worker_count
@@ -298,20 +298,6 @@ def test_cuts() -> None:
     assert bounds([3, 4]) == [(0, 3), (3, 7)]
     with pytest.raises(ValueError, match="7 cannot be divided evenly by 2"):
         even(7, 2)
-
-
-def test_frames_of_tensor_parallel_ranks_interleave_by_themselves() -> None:
-    """Two ranks that each hold a fused QKV of their own groups: the pattern is laid over the frame."""
-    sizes = dict(l=1, g=4, q=2, c=1, r=2, e=3)
-    axes = {"q": ("l", "g", "q", "c", "r", "e"), "k": ("l", "g", "c", "r", "e"), "v": ("l", "g", "c", "r", "e")}
-    rule = Rule(parse("q, k, v: (g (q + 1 + 1) c r) e"), ("q", "k", "v"), (("l", 0),))
-    entries = [Entry("qkv", "float32", (16, 3), frame=(("g", 2 * r, 2 * r + 2),)) for r in range(2)]
-    chunks = Chunks.dense([0, 1], [[0, 0], [0, 0]], [[16, 3], [16, 3]], [0, 1], [0, 0])
-    views = bind(entries, [rule, rule], chunks, sizes, axes)
-    whole = Entry("qkv", "float32", (32, 3))
-    target = bind([whole], [rule], Chunks.dense([0], [[0, 0]], [[32, 3]], [0], [0]), sizes, axes)
-    assert len(plan.prove(views, target)) == 6
-    assert {tuple(r) for r in views.start[views.weight == 0][:, 1:2].tolist()} == {(0,), (2,)}
 
 
 TORCH_PLACEMENTS = [

@@ -482,6 +482,46 @@ def test_a_layer_that_is_left_out_on_request_is_not_missed(
     assert load_file(tmp_path / "out/model.safetensors").keys() == tensors.keys() - {"model.layers.2.strange.weight"}
 
 
+def test_a_head_of_another_kind_is_kept_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward model: transformers' class has a `score` in place of the head, which no framework's Llama has."""
+    config = transformers.LlamaConfig(
+        **dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+        **dict(vocab_size=64, num_labels=1, pad_token_id=0, tie_word_embeddings=False),
+    )
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    words = [f"source.path={tmp_path / 'hf'}", f"target.path={tmp_path / 'titan'}", "target.format=dcp"]
+    words += ["target.dialect=torchtitan"]
+    assert main("convert", words) == 3
+    said = capsys.readouterr().err
+    assert "first 'score.weight'." in said and "Did you mean" not in said and "unmatched=keep" in said
+    assert main("convert", [*words, "unmatched=keep"]) == 0
+    assert {"score.weight", "layers.1.attention.qkv_linear.wq.weight"} <= dcp.FileSystemReader(
+        tmp_path / "titan"
+    ).read_metadata().state_dict_metadata.keys()
+    more = {"model.config": str(tmp_path / "hf"), "quiet": True, "unmatched": "keep"}
+    ckpt_dist.convert(tmp_path / "titan", tmp_path / "back", format="hf", **more)
+    assert ckpt_dist.fingerprint(tmp_path / "back") == ckpt_dist.fingerprint(tmp_path / "hf")
+    assert equal(tmp_path / "hf", tmp_path / "back")
+    again = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "back").eval()
+    tokens = torch.arange(1, 13)[None]
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_what_is_kept_has_no_name_of_another_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.LlamaConfig(
+        **dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2),
+        **dict(vocab_size=64, tie_word_embeddings=False),
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    save_file({**tensors, "norm.weight": torch.ones(32)}, tmp_path / "hf/model.safetensors")
+    words = [f"source.path={tmp_path / 'hf'}", f"target.path={tmp_path / 'titan'}", "target.format=dcp"]
+    assert main("convert", [*words, "target.dialect=torchtitan", "unmatched=keep"]) == 2
+    assert "unmatched=keep: 'norm.weight' is another weight's name in the target" in capsys.readouterr().err
+    assert not (tmp_path / "titan").exists()
+
+
 @pytest.mark.parametrize("format", ["merak", "megatron", "torch_dist", "dcp", "torch", "sfpt"])
 def test_a_config_that_says_more_layers_is_refused_in_every_format(
     format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path

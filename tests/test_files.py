@@ -417,6 +417,12 @@ SHARED = {
     "a key that was got again": b"})q\x00"
     + b"".join(b"0h%ch%c\x86q%c0h%cq%c" % (k, k, k + 1, k + 1, k + 2) for k in range(0, 120, 2))
     + b"Ns",
+    "pairs": b"ccollections\nOrderedDict\n]" + TUPLES + b"N\x86a\x85R",
+    "lists as pairs": b"ccollections\nOrderedDict\n](](" + TUPLES + b"Nee\x85R",
+    "tuples of lists": b"}"
+    + doubled(b"]", b"](cbuiltins\ntuple\nh%c\x85Rcbuiltins\ntuple\nh%c\x85Re")
+    + b"0cbuiltins\ntuple\nh\x3c\x85RNs",
+    "frozen sets": b"(" + doubled(b")", b"((h%cK\x00\x86h%cK\x01\x86\x91") + b"\x85\x91",
     "many keys": b"}(" + b"(" + b"K\x01" * 9000 + b"tq\x00N" + b"h\x00N" * 9000 + b"u",
     "lists": LISTS,
     "dicts": DICTS,

@@ -160,7 +160,7 @@ def _as_stored(m: Model, bound: Bound, key: str, weights: bool) -> dict[str, Off
     offers: dict[str, Offer] = {}
     again: dict[str, Offer] = {}
     for entry, rule, own in zip(bound.entries, bound.rules, m.names, strict=True):
-        if entry.frame or (entry.role == "weight" and not weights):
+        if entry.role == "weight" and not weights:
             continue
         assert rule is not None
         offers[entry.name] = Offer(entry, rule, STORED)

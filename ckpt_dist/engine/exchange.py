@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist.box import Ints, ints, row_major
+from ckpt_dist.box import Ints, ints, row_major, wider
 from ckpt_dist.engine.files import Files, Reader
 from ckpt_dist.engine.fill import Crew, Done, Job, Side, fill
 from ckpt_dist.engine.group import Group
@@ -115,10 +115,8 @@ def _rows(rank: int, wanted: Sequence[Wanted], wave_of_tile: Callable[[Ints], In
     who: list[Ints] = [np.zeros(0, np.int64)]
     for k, want in enumerate(wanted):
         m = want.moves
-        more = width - m.extent.shape[1]
         head = (wave_of_tile(m.tile), np.full(len(m.tile), k), want.file, m.at, want.item, want.nbytes)
-        extent = np.pad(m.extent, ((0, 0), (0, more)), constant_values=1)
-        rows.append(np.hstack([np.stack(head, 1), extent, np.pad(m.stride, ((0, 0), (0, more)))]))
+        rows.append(np.hstack([np.stack(head, 1), wider(m.extent, width, 1), wider(m.stride, width, 0)]))
         who.append(want.reader(rank))
     return np.concatenate(rows), np.concatenate(who)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ckpt_dist.errors import shown
 from ckpt_dist.files.dtypes import FROM_STORAGE, TABLE, itemsize
+from ckpt_dist.files.hashes import weigh
 from ckpt_dist.files.inert import (
     DEEP,
     MOST_ARGUMENTS,
@@ -174,7 +175,13 @@ def _pairs(take: Take, *args: Any) -> dict[Any, Any]:
     if len(args) != 1 or not isinstance(args[0], (list, dict)):
         return Pairs()
     take(2 * len(args[0]))  # keys and values
-    return Pairs(args[0])
+    found = Pairs()
+    for pair in args[0].items() if isinstance(args[0], dict) else args[0]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise pickle.UnpicklingError("an item of a dict that is no pair")
+        weigh(pair[:1], take)
+        found[pair[0]] = pair[1]
+    return found
 
 
 def _member(owner: Any, name: Any = "") -> type[Record]:
@@ -185,7 +192,7 @@ def _member(owner: Any, name: Any = "") -> type[Record]:
 def _items(take: Take, values: Any = ()) -> tuple[Any, ...]:
     if type(values) is not list:
         return values if type(values) is tuple else ()
-    take(len(values))
+    weigh(values, take)  # what it holds is hashed with it
     return tuple(values)
 
 

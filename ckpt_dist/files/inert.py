@@ -6,7 +6,7 @@ Invariant: facts only; nothing here reads a pickle or knows which names are allo
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -146,6 +146,11 @@ class Sharded(Fact):
     mesh: TensorRef | None = None
     rank: int | None = None
     parts: tuple[tuple[tuple[int, ...], tuple[int, ...], TensorRef], ...] = ()
+
+
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense array, in elements: `strides_of((2, 3, 4))` -> `(12, 4, 1)`."""
+    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
 def named(path: str) -> type[Record]:

@@ -14,25 +14,28 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import allowed, hashes
 from ckpt_dist.files.dtypes import itemsize, storage_class
-from ckpt_dist.files.inert import DEEP, Dtype, Instance, Pairs, Record, Small, Storage, TensorRef, named
+from ckpt_dist.files.inert import DEEP, Dtype, Instance, Pairs, Record, Small, Storage, TensorRef, named, strides_of
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 MOST_CLASSES = 1 << 12  # of a framework, in one pickle
 SHARED = 16  # times its length: what a pickle may stand for where it names one thing again and again
 
 
-class _Unpickler(pickle.Unpickler):
+class _Names:
     """Names become records; storages become references."""
+
+    persistent: Callable[[Any], Any]
+    classes: dict[str, type[Record]]
+    take: Callable[[int], None]
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
-        found = allowed.lookup(module, name, self.room.take)
+        found = allowed.lookup(module, name, self.take)
         if found is None and allowed.foreign(path):
             return self._foreign(path)
         if found is None:
@@ -45,12 +48,16 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"more than {MOST_CLASSES} classes")
         return self.classes.get(path) or self.classes.setdefault(path, named(path))
 
-    persistent: Callable[[Any], Any]
-    classes: dict[str, type[Record]]
-    room: _Room
-
     def persistent_load(self, pid: Any) -> Any:
         return self.persistent(pid)
+
+
+class _Quick(_Names, pickle.Unpickler):
+    """In C."""
+
+
+class _Weighing(_Names, hashes.Unpickler):
+    """In Python, ten times as slow: for pickles that may make what is hashed for ever."""
 
 
 def storage(pid: Any) -> Storage:
@@ -71,7 +78,7 @@ def storage(pid: Any) -> Storage:
 
 
 class _Room:
-    """How much calls in a pickle may copy: a call of a few bytes can name a long list again and again."""
+    """How much a pickle may have copied and hashed: a few bytes can name a long list again and again."""
 
     def __init__(self, nbytes: int) -> None:
         self.left = 4 * nbytes
@@ -79,7 +86,7 @@ class _Room:
     def take(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise pickle.UnpicklingError("copies of more than it holds")
+            raise pickle.UnpicklingError("copies, or keys, of more than it holds")
 
 
 class _Refused(Exception):
@@ -110,13 +117,16 @@ _TOKENS = (
 _COUNTED = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x54: 4, 0x55: 1, 0x96: 8}
 
 
-def _bounded(data: bytes) -> None:
-    """Walk over the opcodes; raises UnpicklingError where one could take more memory than the pickle is long."""
+def _bounded(data: bytes) -> bool:
+    """Walk over the opcodes; raises UnpicklingError where one could take more memory than the pickle is long.
+
+    Returns whether keys are bounded so, too.
+    """
     wide = len(data) >> 24
     last = rb"[\x00-\x%02x]" % min(wide, 255) if wide else rb"\x00"
     fixed = list[bytes]()
     _walk(data, 0, _TOKENS % (max(len(str(len(data))) - 1, 1), 255 if wide else len(data) >> 16, last), fixed)
-    hashes.check(data, b"".join(fixed))
+    return not hashes.again(b"".join(fixed))
 
 
 def end(data: Any, at: int, where: str) -> int:
@@ -168,10 +178,10 @@ def loads(data: bytes, where: str, persistent: Callable[[Any], Any] | None = Non
 
     `persistent` says what a persistent id stands for; by default those of torch.save, which are storages.
     """
-    unpickler = _Unpickler(io.BufferedReader(io.BytesIO(data), BUFFER))
-    unpickler.persistent, unpickler.classes, unpickler.room = persistent or storage, {}, _Room(len(data))
     try:
-        _bounded(data)
+        quick = _bounded(data)
+        unpickler = _Quick(io.BufferedReader(io.BytesIO(data), BUFFER)) if quick else _Weighing(io.BytesIO(data))
+        unpickler.persistent, unpickler.classes, unpickler.take = persistent or storage, {}, _Room(len(data)).take
         tree = unpickler.load()
         unfolded(tree, (1 << 16) + SHARED * len(data), {})
         return tree
@@ -221,10 +231,6 @@ def dumps(tree: Any, small: list[bytes] | None = None, first: int = 0) -> bytes:
     return out.getvalue()
 
 
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
-
-
 _PurePython: Any = pickle._Pickler  # its types do not show what a subclass needs
 
 
@@ -260,7 +266,9 @@ class _Pickler(_PurePython):  # type: ignore[misc]
         elif isinstance(value, Small):
             key, numel = str(self.first + len(self.small)), len(value.data) // itemsize(value.dtype)
             self.small.append(value.data)
-            self._tensor(TensorRef(Storage(key, value.dtype, numel), value.dtype, 0, value.shape, _dense(value.shape)))
+            self._tensor(
+                TensorRef(Storage(key, value.dtype, numel), value.dtype, 0, value.shape, strides_of(value.shape))
+            )
         elif isinstance(value, Dtype):
             self.save(_Name(f"torch {value}"))
         elif isinstance(value, Instance):

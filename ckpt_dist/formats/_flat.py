@@ -15,8 +15,8 @@ import numpy as np
 from ckpt_dist import zero
 from ckpt_dist.box import ints
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files.inert import TensorRef
-from ckpt_dist.ranks import Part, Piece, strides_of
+from ckpt_dist.files.inert import TensorRef, strides_of
+from ckpt_dist.ranks import Part, Piece
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Run:
 
 def dense(ref: TensorRef, name: str) -> TensorRef:
     """The same tensor as if it lay row by row, which is how its runs count its elements, in a storage of that name."""
-    return TensorRef(replace(ref.storage, key=name), ref.dtype, 0, ref.shape, tuple(strides_of(ref.shape)))
+    return TensorRef(replace(ref.storage, key=name), ref.dtype, 0, ref.shape, strides_of(ref.shape))
 
 
 def boxes(where: Path, part: Part, runs: Sequence[Run]) -> Iterator[tuple[Part, int, int]]:
@@ -44,7 +44,7 @@ def boxes(where: Path, part: Part, runs: Sequence[Run]) -> Iterator[tuple[Part, 
             f"{where}: the optimizer's files have {have} elements of {part.name!r}, the model's file has {list(shape)}. They are of "
             "two runs."
         )
-    if any(list(steps) != strides_of(shape) for *_, steps in part.pieces):
+    if any(tuple(steps) != strides_of(shape) for *_, steps in part.pieces):
         raise CheckpointError(
             f"{where}: the rows of {part.name!r} lie in an order of their own (checkpoint version 1), of which only the model's own "
             "weights are read. Leave source.weights out."

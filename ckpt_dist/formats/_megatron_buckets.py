@@ -21,10 +21,11 @@ import numpy as np
 from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
+from ckpt_dist.files.inert import strides_of
 from ckpt_dist.formats import BESIDE, dcp
 from ckpt_dist.formats import _megatron_order as order
 from ckpt_dist.formats._megatron_optimizer import ALIGNED, RESHARDABLE, Unread
-from ckpt_dist.ranks import Piecewise, strides_of
+from ckpt_dist.ranks import Piecewise
 
 NAME = re.compile(
     r"(?:chained_(\d)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(torch\.(\w+), [^)]*\)\.bucket_idx_(\d+)\.(\w+)"
@@ -134,7 +135,7 @@ def _of_line(
                 continue
             row = int(flat.rows[int(runs.slice[r])])
             for lo, hi, past in _boxes(one, int(runs.lo[r]), int(runs.hi[r])):
-                steps = [0] * (len(lo) - len(one.shape)) + strides_of(one.shape)
+                steps = [*[0] * (len(lo) - len(one.shape)), *strides_of(one.shape)]
                 yield flat.slot, one.entry, lo, hi, steps, row, int(runs.at[r]) + past
 
 

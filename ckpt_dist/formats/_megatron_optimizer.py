@@ -18,10 +18,9 @@ from typing import Any
 
 from ckpt_dist.catalog import Extra
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.files.inert import TensorRef
+from ckpt_dist.files.inert import TensorRef, strides_of
 from ckpt_dist.files.zips import Record as Place
 from ckpt_dist.formats import torch as pt
-from ckpt_dist.ranks import strides_of
 
 FLAT = "distrib_optim.pt"
 ALIGNED = 64  # elements
@@ -201,7 +200,7 @@ def _of_line(where: Path, buffer: Any, dtype: str, line: Sequence[Param]) -> Ite
             yield (
                 param,
                 str(slot),
-                replace(ref, offset=ref.offset + start, shape=shape, stride=tuple(strides_of(shape))),
+                replace(ref, offset=ref.offset + start, shape=shape, stride=strides_of(shape)),
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist import zero
-from ckpt_dist.box import Ints, ints, row_major
+from ckpt_dist.box import Ints, ints, row_major, stacked
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files import inert, zips
@@ -154,14 +154,8 @@ class Table:
     def catalog(self, format: str, root: Path, files: Sequence[str], extras: Sequence[Extra], about: Any) -> Catalog:
         width = max((len(e.shape) for e in self.entries.values()), default=0)
         head = np.concatenate([r[0] for r in self.rows]) if self.rows else np.zeros((0, 3), np.int64)
-        start, stop, strides = (_stack([r[k] for r in self.rows], width, fill) for k, fill in ((1, 0), (2, 1), (3, 0)))
+        start, stop, strides = (stacked([r[k] for r in self.rows], width, fill) for k, fill in ((1, 0), (2, 1), (3, 0)))
         chunks = Chunks(head[:, 0], start, stop, strides, head[:, 1], head[:, 2])
         return Catalog(
             format, str(root), tuple(files), tuple(self.entries.values()), chunks, tuple(extras), about=about
         )
-
-
-def _stack(rows: Sequence[Ints], width: int, fill: int) -> Ints:
-    """Boxes of differing numbers of dims as one array: `_stack([[[2]], [[3, 4]]], 2, 1)` -> `[[2, 1], [3, 4]]`."""
-    wide = [np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=fill) for r in rows]
-    return np.concatenate(wide) if wide else np.zeros((0, width), np.int64)

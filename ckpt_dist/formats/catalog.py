@@ -72,7 +72,7 @@ def save(path: Path, catalog: Catalog, asked: Path, folder: Path, step: int | No
         "folder": str(folder.absolute()),
         "step": step,
         "files": catalog.files,
-        "entries": [[e.name, e.dtype, e.shape, e.role, _plain(e.path), e.frame] for e in catalog.entries],
+        "entries": [[e.name, e.dtype, e.shape, e.role, _plain(e.path)] for e in catalog.entries],
         "extras": [[x.name, x.role] for x in catalog.extras],
         "config": catalog.config,
         "about": {k: v for k, v in catalog.about.items() if isinstance(v, str) or (k in NUMBERS and v is not None)},
@@ -155,13 +155,12 @@ def _catalog(path: Path, head: Mapping[str, Any], columns: Mapping[str, Ints]) -
     return Catalog(head["format"], root, files, entries, chunks, extras, head["config"], about=about)
 
 
-def _entry(name: Any, dtype: Any, shape: Any, role: Any, path: Any, frame: Any) -> Entry:
+def _entry(name: Any, dtype: Any, shape: Any, role: Any, path: Any, *_: Any) -> Entry:
     itemsize(_text(dtype))
     lengths = tuple(_count(n, "a length", MOST_ELEMENTS) for n in shape)
     if len(lengths) > MOST_DIMS:
         raise CheckpointError(f"{name!r:.100} has {len(lengths)} dims, more than {MOST_DIMS}")
-    bounds = tuple((_text(a), _count(s, "a frame"), _count(t, "a frame")) for a, s, t in frame)
-    return Entry(_text(name), dtype, lengths, _path(path), _role(role), bounds)
+    return Entry(_text(name), dtype, lengths, _path(path), _role(role))
 
 
 def _packed(file: Any, codec: Any, stored_bytes: Any, nbytes: Any) -> Packed:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist.box import Ints, distinct, ints, row_major
+from ckpt_dist.box import Ints, distinct, ints, row_major, stacked
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing, shown
 from ckpt_dist.files import inert, metadata, pickles, safetensors, zips
@@ -150,9 +150,7 @@ def _catalog(path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int]
     width = max((len(e.shape) for e in entries), default=0)
     number = {n: e for e, n in enumerate(names)}
     owner = np.concatenate([ints([number.get(n, -1) for n in t.described])[t.owner] for t in tables])
-    start = np.concatenate([_wider(t.start, width, 0) for t in tables])
-    size = np.concatenate([_wider(t.size, width, 1) for t in tables])
-    at = np.concatenate([_wider(t.at, width, 0) for t in tables])
+    start, size, at = (stacked([getattr(t, k) for t in tables], width, k == "size") for k in ("start", "size", "at"))
     named = np.concatenate([ints([number.get(x, -1) for x in t.texts])[t.names] for t in tables])
     is_tensor = np.concatenate([t.is_tensor for t in tables])
     files, file, offset, length = _addresses(path, tables, elsewhere, where)
@@ -171,10 +169,6 @@ def _catalog(path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int]
     extras = _extras(described, paths, dict(zip(stored, addresses, strict=True)))
     about = {"length": length[row], "ranks": len(tables), "nested": bool(paths)}
     return Catalog("dcp", str(path), tuple(files), entries, chunks, extras, about=about)
-
-
-def _wider(rows: Ints, width: int, fill: int) -> Ints:
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=fill)
 
 
 def _path(name: str, paths: Mapping[str, Any]) -> tuple[str | int, ...]:

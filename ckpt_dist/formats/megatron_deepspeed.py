@@ -89,7 +89,14 @@ def scan(path: Path, options: Mapping[str, Any]) -> Catalog:
         raise CheckpointError(f"{path}: {lost!r} is trained and in no layer's file. The files are of two runs.")
     entries, table = together(path, files, parts)
     pp = max(sum(bool(STATE.fullmatch(p.name)) for p in path.iterdir()) // tp, 1)
-    facts: dict[str, Any] = {"tp": tp, "pp": pp, "padded": True, **alike_of(parts, tp), **_vocabulary(about)}
+    facts: dict[str, Any] = {
+        "tp": tp,
+        "pp": pp,
+        "padded": True,
+        "drift": True,
+        **alike_of(parts, tp),
+        **_vocabulary(about),
+    }
     if zero:
         facts["notes"] = (
             *facts.get("notes", ()),

@@ -18,12 +18,13 @@ from ckpt_dist import megatron, merak
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import inert
+from ckpt_dist.files.inert import strides_of
 from ckpt_dist.files.zips import Record
 from ckpt_dist.formats import Layout, Spec, _flat, _merak_zero
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.formats.megatron import Held, rank_files, together
 from ckpt_dist.formats.torch_dist import args_of
-from ckpt_dist.ranks import Cut, Part, Piece, Piecewise, Rank, strides_of
+from ckpt_dist.ranks import Cut, Part, Piece, Piecewise, Rank
 
 FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_pp_rank_(\d{3,}))?")
 WHOLE, PART = "model_optim.pt", "partial_model_optim.pt"

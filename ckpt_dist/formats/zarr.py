@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist.box import Ints, ints, row_major
+from ckpt_dist.box import Ints, ints, row_major, stacked
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files.codecs import CODECS, Packed
@@ -140,10 +140,7 @@ def described(
             (start, np.minimum(start + ints(grid.chunk), ints(grid.shape)), np.tile(grid.strides(), (len(places), 1)))
         )
     width = max((len(e.shape) for e in entries), default=0)
-    start, stop, strides = (
-        np.concatenate([np.zeros((0, width), np.int64), *(_wider(r[k], width, fill) for r in rows)])
-        for k, fill in enumerate((0, 1, 0))
-    )
+    start, stop, strides = (stacked([r[k] for r in rows], width, fill) for k, fill in enumerate((0, 1, 0)))
     owner = np.repeat(np.arange(len(rows)), [len(r[0]) for r in rows])
     chunks = Chunks(owner, start, stop, strides, np.arange(len(files)), np.zeros(len(files), np.int64))
     objects = sorted(n for n in sizes if OBJECT.search(n))
@@ -151,10 +148,6 @@ def described(
     extras = tuple(Extra(o.removesuffix(".pt"), (o,), role((o,)), None) for o in objects if o not in states)
     about = {"states": states, **({"packed": tuple(packed)} if packed else {})}
     return Catalog("zarr", str(path), tuple(files), entries, chunks, extras, about=about)
-
-
-def _wider(rows: Ints, width: int, fill: int) -> Ints:
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=fill)
 
 
 def _array(name: str, text: bytes, path: Path) -> tuple[Entry, Grid]:
@@ -224,7 +217,7 @@ def lay_out(spec: Spec) -> Layout:
     owner = np.repeat(np.arange(len(grids)), [len(p) for p in places])
     width = max((len(g.shape) for g in grids), default=0)
     shape, chunk = padded([g.shape for g in grids], width, 1)[owner], padded([g.chunk for g in grids], width, 1)[owner]
-    start = np.concatenate([np.zeros((0, width), np.int64), *(_wider(p, width, 0) for p in places)]) * chunk
+    start = stacked(places, width, 0) * chunk
     number, stop = np.arange(len(names)), np.minimum(start + chunk, shape)
     catalog = Catalog("zarr", "", tuple(names), spec.entries, Chunks.dense(owner, start, stop, number, number * 0))
     items = ints([itemsize(e.dtype) for e in spec.entries])[owner]
