@@ -189,17 +189,17 @@ def _member(owner: Any, name: Any = "") -> type[Record]:
     return Record
 
 
-def _items(take: Take, values: Any = ()) -> tuple[Any, ...]:
-    if type(values) is not list:
-        return values if type(values) is tuple else ()
-    weigh(values, take)  # what it holds is hashed with it
-    return tuple(values)
+def _items(take: Take, values: Any = ()) -> list[Any]:
+    """A set or a tuple as a list, which nobody hashes."""
+    found = values if type(values) in (list, tuple) else ()
+    take(len(found))
+    return list(found)
 
 
 def _size(values: Any = ()) -> tuple[Any, ...]:
     """`torch.Size`; there are a million of them in a large `.metadata`."""
-    if type(values) is not tuple:
-        raise pickle.UnpicklingError("a size of something else than a tuple")
+    if type(values) is not tuple or len(values) > MOST_DIMS or not {int} >= set(map(type, values)):
+        raise pickle.UnpicklingError(f"a size {shown(values)}")
     return values
 
 
@@ -255,6 +255,8 @@ def _tensor_v3(
 
 
 def _first(value: Any = None, *more: Any) -> Any:
+    if isinstance(value, (tuple, frozenset)):
+        raise pickle.UnpicklingError("a parameter of something else than a tensor")
     return value
 
 

@@ -15,19 +15,20 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from ckpt_dist.files.inert import Fact
-
-_CALLS = b"(01Rabdelostu\x81\x85\x86\x87\x8f\x90\x91"  # after which what is put down may be a tuple
-_PUT = [bytes([op]) for op in _CALLS]
-_AGAIN = re.compile(  # what is put down so, what is used again, and whatever else may be either
-    rb"(?:[NQ)\]}\x88\x89](?:q.|r....)?|[KM](?:(?<=K).|..)(?![qr])|J....(?![qr])|c[^\n]*\n[^\n]*\n(?:q.|r....)?|[%s](?![qr])|\x80.)*"
-    rb"([%s](?:q.|r....)|h.|j....|.|\Z)" % (re.escape(_CALLS), re.escape(_CALLS)),
+_TUPLES = b"(01t\x85\x86\x87\x91"  # after which what is put into the memo may be a tuple (or a set), not an empty one
+_PUT = [bytes([op]) for op in _TUPLES]
+_OTHERS = rb"(?:[NQ)\]}\x88\x89Rabdelosu\x81\x8f\x90]|K.|M..|J....|G.{8}|c[^\n]*\n[^\n]*\n)(?:q.|r....)?"
+_AGAIN = re.compile(  # tuples that are put into the memo, what is got from it, and whatever else may be either
+    rb"(?:%s|[%s](?![qr])|\x80.)*([%s](?:q.|r....)|h.|j....|.|\Z)" % (_OTHERS, re.escape(_TUPLES), re.escape(_TUPLES)),
     re.DOTALL,
 )
 
 
 def again(fixed: bytes) -> bool:
-    """Whether a tuple may be used again. `fixed` are a pickle's opcodes, with an N in place of each text."""
+    """Whether a tuple may be used again. `fixed` are a pickle's opcodes, with an N in place of each text.
+
+    Calls give back no tuples but short ones of numbers: `allowed.py` sees to that.
+    """
     found = set(_AGAIN.findall(fixed))
     found.discard(b"")
     used = [one for one in found if one[:1] not in _PUT or len(one) == 1]
@@ -42,8 +43,6 @@ def weigh(values: Iterable[Any], take: Callable[[int], None]) -> None:
     take(len(left))
     while left:
         held = left.pop()
-        if isinstance(held, Fact):
-            held = tuple(getattr(held, "__dict__", {}).values())
         if isinstance(held, (tuple, frozenset)):
             take(len(held))
             left.extend(held)

@@ -128,7 +128,7 @@ class Small(Fact):
     data: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sharded(Fact):
     """What one rank holds of a tensor.
 
