@@ -7,5 +7,6 @@ bash launch/env.sh
 PATH=$PWD/.venv/bin:$PATH
 python -m ruff check .
 python -m mypy
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile  # ranks wait for each other's imports; a file's tests share what they train
+# Ranks wait for each other's imports, so two at a time cost little; a file's tests share what they train.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --durations=25
 python -m pytest "$@"
