@@ -27,7 +27,7 @@ _AGAIN = re.compile(  # tuples that are put into the memo, what is got from it, 
 def again(fixed: bytes) -> bool:
     """Whether a tuple may be used again. `fixed` are a pickle's opcodes, with an N in place of each text.
 
-    Calls give back no tuples but short ones of numbers: `allowed.py` sees to that.
+    Calls give back no tuples but short ones of numbers: `calls.py` sees to that.
     """
     found = set(_AGAIN.findall(fixed))
     found.discard(b"")
