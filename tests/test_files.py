@@ -393,6 +393,14 @@ def test_calls_copy_no_more_than_the_pickle_is_long(what: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
+@pytest.mark.parametrize("one", [b"K\x01", b")q\x01", b"N\x85q\x01"])
+def test_looking_over_a_pickle_takes_no_more_memory_than_it_is_long(one: bytes) -> None:
+    data = b"\x80\x02](" + one * (6_000_000 // len(one)) + b"e."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert pickles._bounded(data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
 def doubled(first: bytes, twice: bytes) -> bytes:
     """What holds the one before it twice, sixty times over: a few hundred bytes that a walk takes for ever with."""
     return first + b"q\x00" + b"".join(b"0" + (twice % (k, k)) + b"q%c" % (k + 1) for k in range(60))

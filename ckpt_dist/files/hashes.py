@@ -19,7 +19,8 @@ _TUPLES = b"(01t\x85\x86\x87\x91"  # after which what is put into the memo may b
 _PUT = [bytes([op]) for op in _TUPLES]
 _OTHERS = rb"(?:[NQ)\]}\x88\x89Rabdelosu\x81\x8f\x90]|K.|M..|J....|G.{8}|c[^\n]*\n[^\n]*\n)(?:q.|r....)?"
 _AGAIN = re.compile(  # tuples that are put into the memo, what is got from it, and whatever else may be either
-    rb"(?:%s|[%s](?![qr])|\x80.)*([%s](?:q.|r....)|h.|j....|.|\Z)" % (_OTHERS, re.escape(_TUPLES), re.escape(_TUPLES)),
+    rb"(?:%s|[%s](?![qr])|\x80.){1,4000}|([%s](?:q.|r....)|h.|j....|.)"
+    % (_OTHERS, re.escape(_TUPLES), re.escape(_TUPLES)),
     re.DOTALL,
 )
 
@@ -29,8 +30,7 @@ def again(fixed: bytes) -> bool:
 
     Calls give back no tuples but short ones of numbers: `calls.py` sees to that.
     """
-    found = set(_AGAIN.findall(fixed))
-    found.discard(b"")
+    found = {one[1] for one in _AGAIN.finditer(fixed)} - {None}
     used = [one for one in found if one[:1] not in _PUT or len(one) == 1]
     numbers = [int.from_bytes(one[1:], "little") for one in used if one[:1] in (b"h", b"j")]
     forms = [b"q%c" % n if n < 256 else b"" for n in numbers] + [b"r" + n.to_bytes(4, "little") for n in numbers]
