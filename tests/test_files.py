@@ -430,6 +430,7 @@ SHARED = {
     "tuples of lists": b"}"
     + doubled(b"]", b"](cbuiltins\ntuple\nh%c\x85Rcbuiltins\ntuple\nh%c\x85Re")
     + b"0cbuiltins\ntuple\nh\x3c\x85RNs",
+    "what is called": b"]" + TUPLES + b"NR",
     "frozen sets": b"(" + doubled(b")", b"((h%cK\x00\x86h%cK\x01\x86\x91") + b"\x85\x91",
     "many keys": b"}(" + b"(" + b"K\x01" * 9000 + b"tq\x00N" + b"h\x00N" * 9000 + b"u",
     "lists": LISTS,

@@ -55,14 +55,21 @@ class Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
 
-def _weighed(op: int, keys: slice) -> Callable[[Any], None]:
+def _before(op: int, look: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What an opcode does, after a look at the unpickler."""
     load = pickle._Unpickler.dispatch[op]
 
-    def weighed(self: Any) -> None:
-        weigh(self.stack[keys], self.take)
+    def looked(self: Any) -> None:
+        look(self)
         load(self)
 
-    return weighed
+    return looked
+
+
+def _is_call(self: Any) -> None:
+    """Python would say what was to be called with something else than a tuple, in full."""
+    if type(self.stack[-1]) is not tuple:
+        raise pickle.UnpicklingError("a call with arguments that are no tuple")
 
 
 for _op, _keys in (
@@ -72,4 +79,6 @@ for _op, _keys in (
     (pickle.ADDITEMS, slice(0, None)),
     (pickle.FROZENSET, slice(0, None)),
 ):
-    Unpickler.dispatch[_op[0]] = _weighed(_op[0], _keys)
+    Unpickler.dispatch[_op[0]] = _before(_op[0], lambda self, keys=_keys: weigh(self.stack[keys], self.take))  # type: ignore[misc]
+for _op in (pickle.REDUCE, pickle.NEWOBJ):
+    Unpickler.dispatch[_op[0]] = _before(_op[0], _is_call)
