@@ -113,6 +113,8 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
         )
     if asked == "auto":
         choices = formats.dialects(cfg_target, first.dialect)
+        if cfg_target.get("format") == first.catalog.format == "hf" and first.dialect == families.BASE:
+            choices = (families.BASE,)  # as it was published
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:

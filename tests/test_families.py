@@ -561,3 +561,81 @@ def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, caps
     assert "fit" in refused({**tensors, lost: torch.ones(7, 32)}, stacked)
     assert "model=gpt2: 2% of the 60 stored names" in refused(tensors, "model=gpt2")
     assert "hf_stacked" in refused(tensors, "target.dialect=hf_staked", code=2)
+
+
+# ---- models as they are published
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "llama_plain", "qwen3", "gemma3_text", "mixtral", "gpt_oss"])
+def test_a_model_that_was_saved_without_a_head(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """As GPT-2, BLOOM and models of embeddings are published: no name begins with `transformer.` or `model.`"""
+    model = made(name)[0].base_model
+    model.save_pretrained(tmp_path / "hf")
+    assert {"h.0.ln_1.weight", "h.0.input_layernorm.weight", "norm.weight"} & set(
+        load_file(tmp_path / "hf/model.safetensors")
+    )
+    assert ckpt_dist.inspect(tmp_path / "hf")["family"] == NAMES.get(name, name)
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "same", quiet=True)
+    assert equal(tmp_path / "same", tmp_path / "hf")
+    assert (tmp_path / "same/config.json").read_bytes() == (tmp_path / "hf/config.json").read_bytes()
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="torch_dist", quiet=True)
+    tied = model.config.tie_word_embeddings
+    assert any("no output layer" in text for text in report["warnings"]) is not tied
+    assert ckpt_dist.inspect(tmp_path / "it")["dialect"].startswith("megatron")
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    ckpt_dist.verify(tmp_path / "hf", tmp_path / "back", quiet=True)
+    loaded, info = transformers.AutoModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens)[0], model(tokens)[0])
+
+
+OTHERS: dict[str, Callable[[], Any]] = {  # types that no family has, in names that one has
+    "olmoe": lambda: transformers.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
+    "exaone4": lambda: transformers.Exaone4Config(**SMALL),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        **SMALL, **EXPERTS, head_dim=16, n_routed_experts=16, n_shared_experts=1, first_k_dense_replace=1, use_qk_norm=True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_type_that_no_family_has_keeps_its_names(name: str, tmp_path: Path) -> None:
+    transformers.AutoModelForCausalLM.from_config(OTHERS[name]()).save_pretrained(tmp_path / "hf")
+    assert ckpt_dist.inspect(tmp_path / "hf")["family"] == "unknown"
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "dcp", format="dcp", quiet=True)
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    assert equal(tmp_path / "back", tmp_path / "hf")
+    with pytest.raises(CheckpointError):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / "no", format="megatron", quiet=True)
+
+
+def test_megatron_is_told_of_a_type_that_only_shares_names(tmp_path: Path) -> None:
+    """ERNIE 4.5 has Llama's names and rotates adjacent pairs, which no key of its config.json says."""
+    config = transformers.Ernie4_5Config(**SMALL)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="torch_dist", quiet=True)
+    assert any("model_type='ernie4_5', whose names are also those of llama" in text for text in report["warnings"])
+
+
+@pytest.mark.parametrize("format", ["megatron", "torch_dist", "dcp"])
+def test_rows_that_were_added_are_said_in_the_config(
+    format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """With the length of the vocabulary that the original had transformers would not load it."""
+    model, folder = made("gpt2")
+    ckpt_dist.convert(folder / "hf", tmp_path / "it", format=format, vocab_size=128, quiet=True)
+    config = {"model.config": str(folder / "hf"), "quiet": True}
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "longer", **config)
+    assert any("vocabulary of 64, 128 rows are stored" in text for text in report["warnings"])
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "cut", vocab_size=64, **config)
+    assert not report["warnings"] and equal(tmp_path / "cut", folder / "hf")
+    for name in ("longer", "cut"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(tokens).logits[..., :64], model(tokens).logits, rtol=1e-5, atol=1e-6)
