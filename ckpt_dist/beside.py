@@ -6,8 +6,10 @@ Invariant: what cannot be carried or translated is listed in the report; nothing
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +146,10 @@ def _text(config: Config) -> bytes:
 
 def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
     config = dict(m.source.config)
-    floats = [e.dtype for e in d.target.entries if "float" in e.dtype]
-    main = max(sorted(set(floats)), key=floats.count) if floats else None
+    elements: Counter[str] = Counter()
+    for entry in d.target.entries:
+        elements[entry.dtype] += prod(entry.shape) if "float" in entry.dtype else 0
+    main = max(sorted(+elements), key=lambda dtype: elements[dtype], default=None)
     if configs.is_params(config) and m.family and {"v", "f"} <= set(m.sizes):
         head = any("head" in r.weights for r in d.target.rules if r)
         config = translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
@@ -169,7 +173,7 @@ def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
     for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
         if main and config.get(key) != main:
             config[key] = main
-    if config.get("tie_word_embeddings") and any("both are kept" in w for w in report.warnings):
+    if any("both are kept" in w for w in report.warnings):
         config["tie_word_embeddings"] = False
     return config
 
@@ -220,8 +224,8 @@ def _odd(config: Config, m: Model, tied: bool) -> list[str]:
     shared = (
         [] if kind in (None, *types) else [f"model_type={kind!r}, whose names are also those of {', '.join(types)}"]
     )
-    said = {**m.family.defaults.get(str(kind), {}), **config}.get("tie_word_embeddings")
-    return shared + (["no output layer, for none is stored: args say it is the embedding"] if tied and not said else [])
+    alone = tied and not design.tied(m)
+    return shared + (["no output layer, for none is stored: args say it is the embedding"] if alone else [])
 
 
 def _tokenizer(m: Model) -> dict[str, str]:

@@ -291,7 +291,9 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
 
 
 def tied(m: Model) -> bool:
-    """Whether the config says so, or, where it has no word for it, the values were found equal."""
+    """Whether the config says so, if only by its type, or, where it has no word for it, the values were found equal."""
     config = m.source.config
+    if m.family and config.get("tie_word_embeddings") is None:
+        config = {**config, **m.family.defaults.get(str(config.get("model_type")), {})}
     said = config.get("tie_word_embeddings") or config.get("untie_embeddings_and_output_weights") is False
     return bool(said) or any(rule.startswith(TIED) for rule in m.dropped)

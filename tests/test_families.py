@@ -639,3 +639,40 @@ def test_rows_that_were_added_are_said_in_the_config(
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
             torch.testing.assert_close(loaded(tokens).logits[..., :64], model(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma2", "gemma3_text"])
+def test_a_type_may_tie_what_its_config_does_not(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """The config.json of GPT-2, BLOOM and Gemma, as published, has no `tie_word_embeddings`; a state_dict has the head."""
+    model, folder = made(name)
+    config = json.loads((folder / "hf/config.json").read_text())
+    assert config.pop("tie_word_embeddings", True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+    keys = {"model.config": str(tmp_path), "quiet": True}
+    ckpt_dist.convert(folder / "memory", tmp_path / "hf", **keys)
+    assert equal(tmp_path / "hf", folder / "hf")
+    ckpt_dist.convert(folder / "memory", tmp_path / "it", format="megatron", **keys)
+    saved = torch.load(next((tmp_path / "it").rglob("model_optim_rng.pt")), weights_only=False)
+    assert (
+        not vars(saved["args"])["untie_embeddings_and_output_weights"] and "output_layer.weight" not in saved["model"]
+    )
+    head = {"lm_head.weight": torch.randn(64, 32)}
+    torch.save({**model.state_dict(), **head}, tmp_path / "other.pt")
+    report = ckpt_dist.convert(tmp_path / "other.pt", tmp_path / "untied", format="hf", **keys)
+    assert any("differ although the config ties them" in text for text in report["warnings"])
+    assert json.loads((tmp_path / "untied/config.json").read_text())["tie_word_embeddings"] is False
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied")
+    assert torch.equal(loaded.lm_head.weight, head["lm_head.weight"])
+
+
+def test_the_dtype_of_a_config_is_that_of_most_elements(tmp_path: Path) -> None:
+    """As where a small vision tower in fp32 has more tensors than the language model."""
+    small = {f"vision.{n}.weight": torch.ones(2) for n in range(9)}
+    (tmp_path / "hf").mkdir()
+    save_file({**small, "text.weight": torch.ones(8, 8).bfloat16()}, tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf/config.json").write_text('{"model_type": "llava", "dtype": "bfloat16"}')
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "out", quiet=True)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llava", "dtype": "bfloat16"}
