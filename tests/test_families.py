@@ -676,3 +676,38 @@ def test_the_dtype_of_a_config_is_that_of_most_elements(tmp_path: Path) -> None:
     (tmp_path / "hf/config.json").write_text('{"model_type": "llava", "dtype": "bfloat16"}')
     ckpt_dist.convert(tmp_path / "hf", tmp_path / "out", quiet=True)
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llava", "dtype": "bfloat16"}
+
+
+LIKE = {  # what is stored -> which of it is of another dtype
+    "queries": ("bfloat16", "float32", "q_proj"),
+    "keys": ("float32", "bfloat16", "k_proj"),
+    "up": ("float16", "bfloat16", "up_proj"),
+    "layer": ("bfloat16", "float32", ".layers.1."),
+}
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "megatron"])
+@pytest.mark.parametrize("name", LIKE)
+def test_tensors_of_unlike_dtypes_are_joined_in_one_that_holds_all(
+    name: str, format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """A fused query, key and value has one dtype; by that of the first, the others lost half of their bits."""
+    first, second, part = LIKE[name]
+    tensors = {
+        n: t.to(getattr(torch, second if part in n else first))
+        for n, t in load_file(made("llama_plain")[1] / "hf/model.safetensors").items()
+    }
+    shutil.copytree(made("llama_plain")[1] / "hf", tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "hf/pytorch_model.bin")
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format=format, quiet=True)
+    whole = format == "megatron" and name == "layer"  # of which each layer has tensors of its own
+    assert any("join stored ones of unlike dtypes" in text for text in report["warnings"]) is not whole
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[n].double(), t.double()) for n, t in tensors.items())
+    if whole:
+        assert all(back[n].dtype == t.dtype for n, t in tensors.items())
+    loaded = {n: torch.empty(t.shape, dtype=torch.float64) for n, t in tensors.items()}
+    dcp.load(loaded, storage_reader=ckpt_dist.dcp.reader(tmp_path / "it", config=tmp_path / "hf"), no_dist=True)
+    assert all(torch.equal(loaded[n], t.double()) for n, t in tensors.items())
