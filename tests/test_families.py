@@ -711,3 +711,27 @@ def test_tensors_of_unlike_dtypes_are_joined_in_one_that_holds_all(
     loaded = {n: torch.empty(t.shape, dtype=torch.float64) for n, t in tensors.items()}
     dcp.load(loaded, storage_reader=ckpt_dist.dcp.reader(tmp_path / "it", config=tmp_path / "hf"), no_dist=True)
     assert all(torch.equal(loaded[n], t.double()) for n, t in tensors.items())
+
+
+def test_bloom_in_the_words_of_its_published_config(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    model, folder = made("bloom")
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    words = dict(n_embed=32, n_layer=3, num_attention_heads=4, vocab_size=64, offset_alibi=100, seq_length=2048)
+    words |= dict(masked_softmax_fusion=True, bias_dropout_fusion=True, attention_softmax_in_fp32=True, unk_token_id=0)
+    config = dict(architectures=["BloomForCausalLM"], model_type="bloom", layer_norm_epsilon=1e-5, **words)
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", quiet=True)
+    assert not report["warnings"]
+    args = vars(torch.load(next((tmp_path / "it").rglob("model_optim_rng.pt")), weights_only=False)["args"])
+    assert (args["num_layers"], args["hidden_size"], args["num_attention_heads"], args["ffn_hidden_size"]) == (
+        3,
+        32,
+        4,
+        128,
+    )
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    assert equal(tmp_path / "back", folder / "hf")
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config | {"dtype": "float32"}
