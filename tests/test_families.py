@@ -506,6 +506,11 @@ def test_a_head_of_another_kind_is_kept_when_asked(tmp_path: Path, capsys: pytes
     again = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "back").eval()
     tokens = torch.arange(1, 13)[None]
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+    words = [words[0], f"target.path={tmp_path / 'it'}", "target.format=megatron"]
+    assert main("convert", [*words, "unmatched=keep"]) == 2
+    assert "'score.weight' is not what a layer of Megatron" in (said := capsys.readouterr().err)
+    assert "left out with unmatched=drop" in said and main("convert", [*words, "unmatched=drop"]) == 0
+    assert "no output layer, for none is stored" in capsys.readouterr().err
 
 
 def test_what_is_kept_has_no_name_of_another_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
