@@ -6,8 +6,10 @@ Invariant: what cannot be carried or translated is listed in the report; nothing
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +109,16 @@ def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report:
     """Config, tokenizer and processor files of a target that is a model's folder."""
     found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
     small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
+    if left := sources.left(m.source):
+        more = f" and {len(left) - 6} more" if len(left) > 6 else ""
+        report.notes.append(f"beside the model and not carried: {', '.join(left[:6])}{more}")
     if cfg["target"]["format"] == "meta":
         small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
         params = _params_json(m, report)
         return {**small, "params.json": _text(_sized(params, cfg, m))} if params else small
     config = _config_json(m, d, report)
+    if config and cfg["target"]["vocab_size"] is None and _unlike_rows(config, m, report):
+        config["vocab_size"] = m.sizes["v"]
     return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small
 
 
@@ -120,14 +127,29 @@ def _sized(config: Config, cfg: Config, m: Model) -> Config:
     return config if cfg["target"]["vocab_size"] is None else {**config, "vocab_size": m.sizes["v"]}
 
 
+def _unlike_rows(config: Config, m: Model, report: Report) -> bool:
+    """Whether a config.json says another vocabulary than is stored, such as one that ranks of Megatron have padded: with
+    it transformers does not load the model."""
+    said, rows = config.get("vocab_size"), m.sizes.get("v", 0)
+    if type(said) is not int or not rows or said == rows:
+        return False
+    report.warnings.append(
+        f"config.json says a vocabulary of {said}, {rows} rows are stored and written: vocab_size becomes {rows}. "
+        f"target.vocab_size={said} writes {said} rows"
+    )
+    return True
+
+
 def _text(config: Config) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
     config = dict(m.source.config)
-    floats = [e.dtype for e in d.target.entries if "float" in e.dtype]
-    main = max(sorted(set(floats)), key=floats.count) if floats else None
+    elements: Counter[str] = Counter()
+    for entry in d.target.entries:
+        elements[entry.dtype] += prod(entry.shape) if "float" in entry.dtype else 0
+    main = max(sorted(+elements), key=lambda dtype: elements[dtype], default=None)
     if configs.is_params(config) and m.family and {"v", "f"} <= set(m.sizes):
         head = any("head" in r.weights for r in d.target.rules if r)
         config = translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
@@ -151,7 +173,7 @@ def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
     for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
         if main and config.get(key) != main:
             config[key] = main
-    if config.get("tie_word_embeddings") and any("both are kept" in w for w in report.warnings):
+    if any("both are kept" in w for w in report.warnings):
         config["tie_word_embeddings"] = False
     return config
 
@@ -189,7 +211,21 @@ def args(d: design.Design, m: Model) -> configs.Translation:
     if configs.is_params(config) and {"v", "f"} <= set(m.sizes):
         config = configs.to_hf(config, m.sizes, tied).config
     made = megatron.to_args(config, m.sizes, weights, tied)
-    return made if megatron.is_args(config) else replace(made, config={**made.config, **_tokenizer(m)})
+    if megatron.is_args(config):
+        return made
+    return replace(made, config={**made.config, **_tokenizer(m)}, lost=(*_odd(config, m, tied), *made.lost))
+
+
+def _odd(config: Config, m: Model, tied: bool) -> list[str]:
+    """What Megatron would compute of a model otherwise than its config.json says, though its names are those of a family."""
+    if m.family is None or not configs.is_hf(config):
+        return []
+    kind, types = config.get("model_type"), m.family.model_types
+    shared = (
+        [] if kind in (None, *types) else [f"model_type={kind!r}, whose names are also those of {', '.join(types)}"]
+    )
+    alone = tied and not design.tied(m)
+    return shared + (["no output layer, for none is stored: args say it is the embedding"] if alone else [])
 
 
 def _tokenizer(m: Model) -> dict[str, str]:

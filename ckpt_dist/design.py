@@ -15,7 +15,7 @@ from ckpt_dist import formats, model, slots
 from ckpt_dist.catalog import Entry
 from ckpt_dist.configs import is_hf
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.files.dtypes import is_floating, known
+from ckpt_dist.files.dtypes import holding, is_floating, known
 from ckpt_dist.model import Bound, Model
 from ckpt_dist.part import wholly
 from ckpt_dist.sources import Source, open_source
@@ -26,12 +26,13 @@ EQUAL = "equal to "  # the same, of copies that belong to a dialect, and not to 
 
 @dataclass(frozen=True)
 class Design:
-    """Sources, tiles and target as bound entries over the same weights."""
+    """Sources, tiles and target as bound entries over the same weights. `mixed`: what joins stored tensors of unlike dtypes."""
 
     sources: tuple[Bound, ...]
     canon: Bound
     target: Bound
     dialect: str
+    mixed: tuple[str, ...] = ()
 
 
 def open_model(keys: Mapping[str, Any], cfg: Mapping[str, Any]) -> Model:
@@ -113,6 +114,8 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
         )
     if asked == "auto":
         choices = formats.dialects(cfg_target, first.dialect)
+        if cfg_target.get("format") == first.catalog.format == "hf" and first.dialect == families.BASE:
+            choices = (families.BASE,)  # as it was published
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
@@ -159,7 +162,7 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
     for m, bound in zip(models, bounds, strict=True):
         _spellable(m, bound, dialect, cfg_target)
     present = model.corners(first.family, bounds[0], wholly(bounds[0]))
-    dtype_of = stored_dtypes(bounds[0])
+    kinds, dtype_of = stored_kinds(bounds[0]), stored_dtypes(bounds[0])
     canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {
         copy: of
@@ -179,7 +182,12 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
         None if r is None or r.weights[0] in zeros else replace(r, weights=tuple(ties.get(w, w) for w in r.weights))
         for r in target.rules
     )  # what has no rule is filled by nobody, and a file begins as zeros
-    return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
+    mixed = tuple(
+        e.name
+        for e, r in zip(target.entries, rules, strict=True)
+        if r and r.weights[0] in bounds[0].axes and len(kinds(r)) > 1
+    )
+    return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect, mixed)
 
 
 def _with_others(side: Bound, source: Bound, family: families.Family) -> Bound:
@@ -243,14 +251,25 @@ def dtype_of_tied(dtype_of: Callable[[Any], str], ties: Mapping[str, str]) -> Ca
 
 
 def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
-    """The stored dtype of a rule's first weight, at its layer where layers are told apart."""
-    exact: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
-    loose: dict[str, str] = {}
+    """The dtype that holds all that is stored of a rule's weights."""
+    kinds = stored_kinds(bound)
+    return lambda rule: holding(kinds(rule))
+
+
+def stored_kinds(bound: Bound) -> Callable[[Any], set[str]]:
+    """The stored dtypes of a rule's weights, at its layer where layers are told apart."""
+    exact: dict[tuple[str, tuple[tuple[str, int], ...]], set[str]] = {}
+    loose: dict[str, set[str]] = {}
     for entry, rule in zip(bound.entries, bound.rules, strict=True):
         for weight in rule.weights if rule else ():
-            exact[weight, tuple(sorted(rule.fixed))] = entry.dtype  # type: ignore[union-attr]
-            loose.setdefault(weight, entry.dtype)
-    return lambda rule: exact.get((rule.weights[0], tuple(sorted(rule.fixed))), loose[rule.weights[0]])
+            exact.setdefault((weight, tuple(sorted(rule.fixed))), set()).add(entry.dtype)  # type: ignore[union-attr]
+            loose.setdefault(weight, set()).add(entry.dtype)
+
+    def of(rule: Any) -> set[str]:
+        fixed = tuple(sorted(rule.fixed))
+        return set().union(*(exact.get((w, fixed), loose[w]) for w in rule.weights))
+
+    return of
 
 
 def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> Bound:
@@ -289,7 +308,9 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
 
 
 def tied(m: Model) -> bool:
-    """Whether the config says so, or, where it has no word for it, the values were found equal."""
+    """Whether the config says so, if only by its type, or, where it has no word for it, the values were found equal."""
     config = m.source.config
+    if m.family and config.get("tie_word_embeddings") is None:
+        config = {**config, **m.family.defaults.get(str(config.get("model_type")), {})}
     said = config.get("tie_word_embeddings") or config.get("untie_embeddings_and_output_weights") is False
     return bool(said) or any(rule.startswith(TIED) for rule in m.dropped)

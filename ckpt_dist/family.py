@@ -28,6 +28,8 @@ COPIES = ("meta", "torchtitan")  # dialects in which a tied weight is stored twi
 PLACE = re.compile(r"\{(?:(\w+)\+)?(\w+)\}")  # in a name of a table: `{l}` counts from 0, `{l+n}` on from the last of l
 NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)|^\d{1,9}(?=\.)")  # of a layer or an expert, in a stored name
 CANONICAL = "hf"  # the spelling in which tiles are cut and fingerprints are taken
+BASE = "hf_base"  # the same without what stands before all names but the head's, as transformers saves a model alone
+LEAD = re.compile(r"(\w+\.)\w+\.\{l\}\.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,13 @@ def load(name: str) -> Family:
         raise CheckpointError(f"No model family {name!r}.{nearest(name, available())} Known: {', '.join(available())}.")
     table = import_module(f"ckpt_dist.families.{name}")
     fields = {f: getattr(table, f) for f in Family.__dataclass_fields__ if f != "name" and hasattr(table, f)}
-    return Family(name, **fields)
+    return Family(name, **{**fields, "dialects": {**table.dialects, **_base(table.dialects.get(CANONICAL, {}))}})
+
+
+def _base(rules: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The names of a model that was saved without a head: `_base({"model.layers.{l}.x": "x: e"})` -> `layers.{l}.x` ..."""
+    lead = next((found[1] for name in rules if (found := LEAD.match(name))), "")
+    return {BASE: {name.removeprefix(lead): text for name, text in rules.items()}} if lead else {}
 
 
 def available() -> list[str]:

@@ -125,6 +125,8 @@ SHAPE = (  # of config.json: what shapes and weights say too, or what Megatron c
     "rope_interleave", "rope_parameters", "rope_scaling", "rope_theta", "scoring_func", "topk_method", "norm_topk_prob",
     "is_decoder", "return_dict", "bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window", "max_window_layers",
     "seq_aux", "num_nextn_predict_layers",
+    "n_embed", "seq_length", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv", "masked_softmax_fusion", "unk_token_id",
+    "bias_dropout_fusion", "attention_softmax_in_fp32",  # of BLOOM as published; transformers does not read them
 )  # fmt: skip
 UNUSED = (
     "dropout",

@@ -83,14 +83,15 @@ def recognise(
     unmatched: str = "error",
     partial: bool = False,
 ) -> Model:
-    """Family and dialect from the config's model_type and the names; what does not fit is refused or listed. To be
-    looked at (`partial`), a model of a family's names in other shapes is one of no known family."""
+    """Family and dialect from the config's model_type and the names; what does not fit is refused or listed. A model of a
+    type that no family has, or one that is only looked at (`partial`), is one of no known family where it does not fit."""
     catalog = source.catalog
     own, wrapper = _own_names(catalog)
     chosen, spoken, prefix = _best([n for n in own if n is not None], source.config, family, dialect)
     if chosen is None and family == "auto" and _preset(source):
         kind = source.config["model_type"]
         raise CheckpointError(f"{source.folder}: the names are not those of {kind}, which model.config names.")
+    other = family == dialect == "auto" and spoken.startswith(CANONICAL) and _other_type(source.config)
     names: list[str | None] = [n[len(prefix) :] if n is not None and n.startswith(prefix) else n for n in own]
     dropped: dict[str, list[str]] = {}
     lost: list[str] = []
@@ -110,6 +111,8 @@ def recognise(
                 continue
             names[e] = None
             lost.append(name)
+    if lost and other and (partial or unmatched == "error"):
+        return recognise(source, family="identity", keep=keep)
     if lost and unmatched != "drop" and chosen:
         hint = families.missing_names(chosen, spoken, lost[0])
         raise CheckpointError(
@@ -128,9 +131,10 @@ def recognise(
     try:
         sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
     except Unfit as error:
-        if not partial or family != "auto" or configs.is_hf(source.config):
+        if not other and (not partial or family != "auto" or configs.is_hf(source.config)):
             raise
-        return replace(recognise(source, family="identity", keep=keep, unmatched=unmatched), lacks=str(error))
+        plain = recognise(source, family="identity", keep=keep, unmatched=unmatched)
+        return plain if other else replace(plain, lacks=str(error))
     only = _originals(names, catalog, chosen, spoken, source.config) if lacks else None
     if only and not _sizes(source, chosen, spoken, only, lost)[2]:
         names, lacks = only, ""
@@ -175,6 +179,12 @@ def _originals(
         if text.startswith(f"{copy}:")
     }
     return [of if n and (of := other.get(n)) and of not in weights else n for n in names]
+
+
+def _other_type(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says a type of model that no family has: such a one may share names with a family, no more."""
+    kind = config.get("model_type")
+    return kind is not None and not any(kind in families.load(n).model_types for n in families.available())
 
 
 def _own(name: str, family: Family | None, dialect: str, prefix: str) -> str:

@@ -102,6 +102,10 @@ def prepare(
     source = beside.with_states(group, models[-1], target["format"])
     layout = _lay_out(d, models[-1], source, extras, told.config if told else {}, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
+    if d.mixed and target["dtype"] == "keep":
+        report.warnings.append(
+            f"{len(d.mixed)} tensors, first {d.mixed[0]!r}, join stored ones of unlike dtypes; each is of the one that holds all values"
+        )
     if unlike := beside.unlike_titan(d, models[0]):
         report.warnings.append(unlike)
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):

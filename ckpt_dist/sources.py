@@ -49,6 +49,14 @@ ASSETS = (
     "*preprocessor_config.json",
     "processor_config.json",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "tekken.json",
+    "*tiktoken*",
+    "*.spm",
+    "modules.json",
+    "*sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/config.json",
     "configuration_*.py",
     "modeling_*.py",
     "tokenization_*.py",
@@ -358,8 +366,20 @@ def assets(source: Source) -> dict[str, Path]:
     ]
     found: dict[str, Path] = {}
     for place in places:
-        for pattern in ASSETS:
+        for pattern in (*ASSETS, *(["*.py"] if "auto_map" in source.config else [])):  # a model with code of its own
             found |= {
-                p.name: p for p in sorted(place.glob(pattern)) if p.is_file() and not p.name.endswith(".index.json")
+                p.relative_to(place).as_posix(): p
+                for p in sorted(place.glob(pattern))
+                if p.is_file() and not p.name.endswith(".index.json")
             }
     return found
+
+
+def left(source: Source) -> list[str]:
+    """The files beside a Hugging Face model that are neither its weights nor carried."""
+    if source.catalog.format != "hf" or not source.folder.is_dir():
+        return []
+    known = {*assets(source), *source.catalog.files}
+    there = [p for glob in ("*", "[0-9]_*/*") for p in sorted(source.folder.glob(glob)) if p.is_file()]
+    names = [p.relative_to(source.folder).as_posix() for p in there]
+    return [n for n in names if n not in known and not n.startswith(".") and not n.endswith(".index.json")]

@@ -506,6 +506,11 @@ def test_a_head_of_another_kind_is_kept_when_asked(tmp_path: Path, capsys: pytes
     again = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "back").eval()
     tokens = torch.arange(1, 13)[None]
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+    words = [words[0], f"target.path={tmp_path / 'it'}", "target.format=megatron"]
+    assert main("convert", [*words, "unmatched=keep"]) == 2
+    assert "'score.weight' is not what a layer of Megatron" in (said := capsys.readouterr().err)
+    assert "left out with unmatched=drop" in said and main("convert", [*words, "unmatched=drop"]) == 0
+    assert "no output layer, for none is stored" in capsys.readouterr().err
 
 
 def test_what_is_kept_has_no_name_of_another_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -561,3 +566,177 @@ def test_bad_input(made: Callable[[str], tuple[Any, Path]], tmp_path: Path, caps
     assert "fit" in refused({**tensors, lost: torch.ones(7, 32)}, stacked)
     assert "model=gpt2: 2% of the 60 stored names" in refused(tensors, "model=gpt2")
     assert "hf_stacked" in refused(tensors, "target.dialect=hf_staked", code=2)
+
+
+# ---- models as they are published
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "llama_plain", "qwen3", "gemma3_text", "mixtral", "gpt_oss"])
+def test_a_model_that_was_saved_without_a_head(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """As GPT-2, BLOOM and models of embeddings are published: no name begins with `transformer.` or `model.`"""
+    model = made(name)[0].base_model
+    model.save_pretrained(tmp_path / "hf")
+    assert {"h.0.ln_1.weight", "h.0.input_layernorm.weight", "norm.weight"} & set(
+        load_file(tmp_path / "hf/model.safetensors")
+    )
+    assert ckpt_dist.inspect(tmp_path / "hf")["family"] == NAMES.get(name, name)
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "same", quiet=True)
+    assert equal(tmp_path / "same", tmp_path / "hf")
+    assert (tmp_path / "same/config.json").read_bytes() == (tmp_path / "hf/config.json").read_bytes()
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="torch_dist", quiet=True)
+    tied = model.config.tie_word_embeddings
+    assert any("no output layer" in text for text in report["warnings"]) is not tied
+    assert ckpt_dist.inspect(tmp_path / "it")["dialect"].startswith("megatron")
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    ckpt_dist.verify(tmp_path / "hf", tmp_path / "back", quiet=True)
+    loaded, info = transformers.AutoModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens)[0], model(tokens)[0])
+
+
+OTHERS: dict[str, Callable[[], Any]] = {  # types that no family has, in names that one has
+    "olmoe": lambda: transformers.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
+    "exaone4": lambda: transformers.Exaone4Config(**SMALL),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        **SMALL, **EXPERTS, head_dim=16, n_routed_experts=16, n_shared_experts=1, first_k_dense_replace=1, use_qk_norm=True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_type_that_no_family_has_keeps_its_names(name: str, tmp_path: Path) -> None:
+    transformers.AutoModelForCausalLM.from_config(OTHERS[name]()).save_pretrained(tmp_path / "hf")
+    assert ckpt_dist.inspect(tmp_path / "hf")["family"] == "unknown"
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "dcp", format="dcp", quiet=True)
+    ckpt_dist.convert(tmp_path / "dcp", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    assert equal(tmp_path / "back", tmp_path / "hf")
+    with pytest.raises(CheckpointError):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / "no", format="megatron", quiet=True)
+
+
+def test_megatron_is_told_of_a_type_that_only_shares_names(tmp_path: Path) -> None:
+    """ERNIE 4.5 has Llama's names and rotates adjacent pairs, which no key of its config.json says."""
+    config = transformers.Ernie4_5Config(**SMALL)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="torch_dist", quiet=True)
+    assert any("model_type='ernie4_5', whose names are also those of llama" in text for text in report["warnings"])
+
+
+@pytest.mark.parametrize("format", ["megatron", "torch_dist", "dcp"])
+def test_rows_that_were_added_are_said_in_the_config(
+    format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """With the length of the vocabulary that the original had transformers would not load it."""
+    model, folder = made("gpt2")
+    ckpt_dist.convert(folder / "hf", tmp_path / "it", format=format, vocab_size=128, quiet=True)
+    config = {"model.config": str(folder / "hf"), "quiet": True}
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "longer", **config)
+    assert any("vocabulary of 64, 128 rows are stored" in text for text in report["warnings"])
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    report = ckpt_dist.convert(tmp_path / "it", tmp_path / "cut", vocab_size=64, **config)
+    assert not report["warnings"] and equal(tmp_path / "cut", folder / "hf")
+    for name in ("longer", "cut"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(tokens).logits[..., :64], model(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma2", "gemma3_text"])
+def test_a_type_may_tie_what_its_config_does_not(
+    name: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """The config.json of GPT-2, BLOOM and Gemma, as published, has no `tie_word_embeddings`; a state_dict has the head."""
+    model, folder = made(name)
+    config = json.loads((folder / "hf/config.json").read_text())
+    assert config.pop("tie_word_embeddings", True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+    keys = {"model.config": str(tmp_path), "quiet": True}
+    ckpt_dist.convert(folder / "memory", tmp_path / "hf", **keys)
+    assert equal(tmp_path / "hf", folder / "hf")
+    ckpt_dist.convert(folder / "memory", tmp_path / "it", format="megatron", **keys)
+    saved = torch.load(next((tmp_path / "it").rglob("model_optim_rng.pt")), weights_only=False)
+    assert (
+        not vars(saved["args"])["untie_embeddings_and_output_weights"] and "output_layer.weight" not in saved["model"]
+    )
+    head = {"lm_head.weight": torch.randn(64, 32)}
+    torch.save({**model.state_dict(), **head}, tmp_path / "other.pt")
+    report = ckpt_dist.convert(tmp_path / "other.pt", tmp_path / "untied", format="hf", **keys)
+    assert any("differ although the config ties them" in text for text in report["warnings"])
+    assert json.loads((tmp_path / "untied/config.json").read_text())["tie_word_embeddings"] is False
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied")
+    assert torch.equal(loaded.lm_head.weight, head["lm_head.weight"])
+
+
+def test_the_dtype_of_a_config_is_that_of_most_elements(tmp_path: Path) -> None:
+    """As where a small vision tower in fp32 has more tensors than the language model."""
+    small = {f"vision.{n}.weight": torch.ones(2) for n in range(9)}
+    (tmp_path / "hf").mkdir()
+    save_file({**small, "text.weight": torch.ones(8, 8).bfloat16()}, tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf/config.json").write_text('{"model_type": "llava", "dtype": "bfloat16"}')
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "out", quiet=True)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llava", "dtype": "bfloat16"}
+
+
+LIKE = {  # what is stored -> which of it is of another dtype
+    "queries": ("bfloat16", "float32", "q_proj"),
+    "keys": ("float32", "bfloat16", "k_proj"),
+    "up": ("float16", "bfloat16", "up_proj"),
+    "layer": ("bfloat16", "float32", ".layers.1."),
+}
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "megatron"])
+@pytest.mark.parametrize("name", LIKE)
+def test_tensors_of_unlike_dtypes_are_joined_in_one_that_holds_all(
+    name: str, format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """A fused query, key and value has one dtype; by that of the first, the others lost half of their bits."""
+    first, second, part = LIKE[name]
+    tensors = {
+        n: t.to(getattr(torch, second if part in n else first))
+        for n, t in load_file(made("llama_plain")[1] / "hf/model.safetensors").items()
+    }
+    shutil.copytree(made("llama_plain")[1] / "hf", tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "hf/pytorch_model.bin")
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format=format, quiet=True)
+    whole = format == "megatron" and name == "layer"  # of which each layer has tensors of its own
+    assert any("join stored ones of unlike dtypes" in text for text in report["warnings"]) is not whole
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[n].double(), t.double()) for n, t in tensors.items())
+    if whole:
+        assert all(back[n].dtype == t.dtype for n, t in tensors.items())
+    loaded = {n: torch.empty(t.shape, dtype=torch.float64) for n, t in tensors.items()}
+    dcp.load(loaded, storage_reader=ckpt_dist.dcp.reader(tmp_path / "it", config=tmp_path / "hf"), no_dist=True)
+    assert all(torch.equal(loaded[n], t.double()) for n, t in tensors.items())
+
+
+def test_bloom_in_the_words_of_its_published_config(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    model, folder = made("bloom")
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    words = dict(n_embed=32, n_layer=3, num_attention_heads=4, vocab_size=64, offset_alibi=100, seq_length=2048)
+    words |= dict(masked_softmax_fusion=True, bias_dropout_fusion=True, attention_softmax_in_fp32=True, unk_token_id=0)
+    config = dict(architectures=["BloomForCausalLM"], model_type="bloom", layer_norm_epsilon=1e-5, **words)
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    report = ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", quiet=True)
+    assert not report["warnings"]
+    args = vars(torch.load(next((tmp_path / "it").rglob("model_optim_rng.pt")), weights_only=False)["args"])
+    assert (args["num_layers"], args["hidden_size"], args["num_attention_heads"], args["ffn_hidden_size"]) == (
+        3,
+        32,
+        4,
+        128,
+    )
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back", quiet=True, **{"model.config": str(tmp_path / "hf")})
+    assert equal(tmp_path / "back", folder / "hf")
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config | {"dtype": "float32"}

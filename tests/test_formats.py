@@ -5,6 +5,7 @@ we write is read by them. Real training is in test_real, damaged files in test_b
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,41 @@ def test_files_that_travel_along(tmp_path: Path) -> None:
         "preprocessor_config.json",
     } <= names
     assert "notes.txt" not in names and json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+PUBLISHED = (  # beside the weights of models on the hub
+    *("tekken.json", "qwen.tiktoken", "tiktoken.model", "source.spm", "additional_chat_templates/tool_use.jinja"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
+    *("modeling_own.py", "attention.py", "vocab.json", "video_preprocessor_config.json"),
+)
+
+
+def test_files_of_a_snapshot_in_a_hub_cache(tmp_path: Path) -> None:
+    """The cache of huggingface_hub has links to blobs. Code of a model's own may import any module beside it."""
+    from tests.real.train import model
+
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123abcd"
+    model().save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    for name in (*PUBLISHED, "README.md", "consolidated.safetensors"):
+        (tmp_path / "hf" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hf" / name).write_text(name)
+    blobs.mkdir(parents=True)
+    for k, path in enumerate(sorted(p for p in (tmp_path / "hf").rglob("*") if p.is_file())):
+        link = snapshot / path.relative_to(tmp_path / "hf")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(path.rename(blobs / f"{k:040x}"), link.parent))
+    report = ckpt_dist.convert(snapshot, tmp_path / "out", quiet=True)
+    for name in (*PUBLISHED, "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (snapshot / name).read_bytes()
+        assert not (tmp_path / "out" / name).is_symlink()
+    assert "beside the model and not carried: README.md, consolidated.safetensors" in report["notes"]
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text(json.dumps(config))
+    report = ckpt_dist.convert(snapshot, tmp_path / "plain", quiet=True)
+    assert (tmp_path / "plain/modeling_own.py").exists() and not (tmp_path / "plain/attention.py").exists()
+    assert "beside the model and not carried: README.md, attention.py, consolidated.safetensors" in report["notes"]
 
 
 def test_values_of_foreign_classes_are_listed_and_left_out(tmp_path: Path) -> None:

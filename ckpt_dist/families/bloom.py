@@ -80,8 +80,9 @@ dialects = dict(
 
 
 def _from_hf(c: Mapping[str, Any]) -> dict[str, int]:
-    width = c.get("hidden_size") or c["n_embed"]
-    return dict(l=c["n_layer"], v=c["vocab_size"], e=width, h=c["n_head"], d=width // c["n_head"], f=4 * width)
+    width, heads = c.get("hidden_size") or c["n_embed"], c.get("n_head") or c["num_attention_heads"]  # as published
+    count = c.get("n_layer") or c["num_hidden_layers"]
+    return dict(l=count, v=c["vocab_size"], e=width, h=heads, d=width // heads, f=4 * width)
 
 
 sizes = dict(hf=_from_hf, megatron=gpt2.from_args)

@@ -5,6 +5,7 @@ Invariant: one table; importing it needs no torch.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +62,13 @@ def to_safetensors(dtype: str) -> str:
     if short is None:
         raise CheckpointError(f"safetensors cannot hold {dtype}; write target.format=dcp or torch.")
     return short
+
+
+def holding(kinds: Collection[str]) -> str:
+    """The dtype that holds all values of these: `holding({"bfloat16", "float32"})` and `{"bfloat16", "float16"}` -> float32."""
+    widest = max(map(itemsize, kinds))
+    top = sorted(kind for kind in kinds if itemsize(kind) == widest)
+    return top[0] if len(top) == 1 or not all(map(is_floating, top)) else "float32"
 
 
 def storage_class(dtype: str) -> str | None:

@@ -450,8 +450,9 @@ def _num_layers(spec: Spec) -> int:
         if not known.match(entry.name) or re.match(r"decoder\.layers\.\D", entry.name):
             raise UsageError(
                 f"target.format=megatron: {entry.name!r} is not what a layer of Megatron is called. Leave target.dialect and "
-                "target.key out, and give the model's family if it was not found: model=FAMILY. Of a model of no known family "
-                "tensors of all layers are not taken apart: save it with Megatron's --ckpt-format torch."
+                "target.key out, and give the model's family if it was not found: model=FAMILY. What unmatched=keep has kept is "
+                "left out with unmatched=drop. Of a model of no known family tensors of all layers are not taken apart: save it "
+                "with Megatron's --ckpt-format torch."
             )
     return _count(e.name for e in spec.entries)
 
