@@ -52,7 +52,7 @@ def _main(verb: str, argv: list[str]) -> int:
     if verb not in config.VERBS:
         known = ", ".join(config.VERBS)
         raise UsageError(f"There is no verb {verb!r}.{nearest(verb, config.VERBS)} Known: {known}.")
-    flags, words = _flags(argv)
+    flags, words = _flags(verb, argv)
     if "--help" in flags:
         return _say(help_text(verb))
     if "--version" in flags:
@@ -83,7 +83,7 @@ def _run(verb: str, argv: list[str], configs: list[dict[str, Any]]) -> int:
     return 0
 
 
-def _flags(argv: list[str]) -> tuple[set[str], list[str]]:
+def _flags(verb: str, argv: list[str]) -> tuple[set[str], list[str]]:
     """Flags may stand anywhere; `--cfg` takes a word, of which only `job` makes sense here."""
     flags, words, rest = set(), [], iter(argv)
     for word in rest:
@@ -91,7 +91,8 @@ def _flags(argv: list[str]) -> tuple[set[str], list[str]]:
         if not word.startswith("-"):
             words.append(word)
         elif flag.partition("=")[0] not in KNOWN_FLAGS:
-            raise UsageError(f"There is no flag {word!r}.{nearest(word, KNOWN_FLAGS)} Known: {', '.join(KNOWN_FLAGS)}.")
+            hint = nearest(word, KNOWN_FLAGS) or config.without_dashes(verb, word)
+            raise UsageError(f"There is no flag {word!r}.{hint} Known: {', '.join(KNOWN_FLAGS)}.")
         elif flag.partition("=")[0] in ("--cfg", "--shell-completion"):
             value = flag.partition("=")[2] or next(rest, "")
             if flag.startswith("--cfg") and value != "job":

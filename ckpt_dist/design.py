@@ -288,6 +288,17 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
     return entry.dtype if dtype == "keep" else dtype
 
 
+def unused(rules: str | Mapping[str, str], entries: Sequence[Entry]) -> list[str]:
+    """A warning for each pattern of `target.dtype` that is no stored name's."""
+    given = [] if isinstance(rules, str) else [pattern for pattern in rules if pattern != "default"]
+    names = {e.name for e in entries if e.role == "weight"}
+    return [
+        f"target.dtype: no weight is called {p!r}, so that rule does nothing"
+        for p in given
+        if not fnmatch.filter(names, p)
+    ]
+
+
 def tied(m: Model) -> bool:
     """Whether the config says so, or, where it has no word for it, the values were found equal."""
     config = m.source.config

@@ -73,6 +73,7 @@ def prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
+    _folder_or_file(path, target["format"])
     if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
@@ -91,6 +92,9 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = design.of(models, target)
     _same_tensors(models, d.sources)
+    report.warnings += design.unused(
+        target["dtype"], [*d.target.entries, *(e for m in models for e in m.catalog.entries)]
+    )
     if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
         report.warnings += megatron.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
@@ -227,8 +231,9 @@ def _lay_out(
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
     for key, (usual, known) in formats.OPTIONS.items():
         if target[key] != usual and target["format"] not in known:
+            given = str(target[key]).lower() if isinstance(target[key], bool) else target[key]
             raise UsageError(
-                f"target.{key}={target[key]}: {target['format']} knows nothing of the kind, {', '.join(known)} do. Leave it out."
+                f"target.{key}={given}: {target['format']} knows nothing of the kind, {', '.join(known)} do. Leave it out."
             )
     cuts = formats.EMBEDDINGS.get(target["format"])
     if cuts and target["embedding"] not in ("auto", *cuts):
@@ -241,6 +246,15 @@ def _lay_out(
 
 def is_file_name(path: Path, format: str) -> bool:
     return format == "torch" and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+
+
+def _folder_or_file(path: Path, format: str) -> None:
+    """Refuse to make a folder with the name of a file (Lightning's `.ckpt` are folders, too)."""
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_file_name(path, format) and not path.exists():
+        raise UsageError(
+            f"target.path={path}: {format} would make a folder of that name. Give one without {path.suffix}, or, for one file "
+            "(.pt, .pth, .bin, .ckpt), target.format=torch."
+        )
 
 
 def _single(layout: Layout, path: Path, cfg: Config) -> bool:

@@ -104,7 +104,14 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
     """Which steps of a folder: all, some by number, or the last so many; an unknown one is refused."""
     found = steps(parent)
     if not found:
-        raise CheckpointError(f"{parent} holds no checkpoints: no folder named like step-1000. {_content(parent)}")
+        one = any(formats.load(name).claims(parent) for name in formats.FORMATS)
+        what = f"no folder named like step-1000. {_content(parent)}"
+        what = (
+            "it is one itself. Give the folder of the steps, or several checkpoints: source.path=[a,b]."
+            if one
+            else what
+        )
+        raise CheckpointError(f"{parent} holds no checkpoints: {what}")
     if wanted is not None:
         if len(set(wanted)) != len(wanted):
             raise UsageError(f"steps={wanted}: a step is named twice.")
@@ -297,7 +304,12 @@ def _scan(
     name = formats.detect(folder, formats.MASTERS if master else formats.FORMATS) if name == "auto" else name
     if master and name not in formats.MASTERS:
         raise _no_masters(folder, name)
-    catalog = with_optimizers(formats.load(name).scan(folder, keys))
+    try:
+        catalog = with_optimizers(formats.load(name).scan(folder, keys))
+    except CheckpointError:
+        if pointer := formats.lfs_pointer(folder):
+            raise CheckpointError(f"{folder}: {pointer}.") from None
+        raise
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     about = catalog.about
