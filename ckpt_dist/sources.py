@@ -27,7 +27,7 @@ STEP = re.compile(
 DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
 NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
 INSIDE = {
-    "param": ("pytorch_model_fsdp_0", "actor", "model"),
+    "param": ("pytorch_model_fsdp_0", "actor", "actor/dist_ckpt", "dist_ckpt", "model"),
     "ema": ("pytorch_ema_model_fsdp_0", "ema"),
     "master": (),
 }
@@ -200,7 +200,7 @@ def _tracked(asked: Path) -> tuple[Path, str] | None:
     if tracker.name == megatron.TRACKER:
         count = int(text) if number else 0
         names = [megatron.STEPS.format(count) if number else text, megatron.STEPS.format(count) + merak.ALONE]
-        names += [f"global_step{count}", NAMED[1]]
+        names += [f"global_step{count}", f"global_step_{count}", NAMED[1]]  # Megatron-DeepSpeed's, verl's
     paths = [asked / formats.inside(asked, n, str(tracker)) for n in names]
     path = next((p for p in paths if os.path.isdir(p)), paths[0])  # also of a name that is too long for any folder
     if not os.path.isdir(path):
