@@ -231,9 +231,8 @@ def _lay_out(
         raise UsageError("target.format=fsdp is only read; write dcp instead, which FSDP loads under any sharding.")
     for key, (usual, known) in formats.OPTIONS.items():
         if target[key] != usual and target["format"] not in known:
-            given = str(target[key]).lower() if isinstance(target[key], bool) else target[key]
             raise UsageError(
-                f"target.{key}={given}: {target['format']} knows nothing of the kind, {', '.join(known)} do. Leave it out."
+                f"target.{key}={target[key]}: {target['format']} knows nothing of the kind, {', '.join(known)} do. Leave it out."
             )
     cuts = formats.EMBEDDINGS.get(target["format"])
     if cuts and target["embedding"] not in ("auto", *cuts):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist import cli, config, families, family, formats, keys
 from ckpt_dist.errors import CheckpointError
+from tests.test_real import equal_trees
 
 ROOT = Path(__file__).resolve().parent.parent
 README, NEW_FORMAT, NEW_FAMILY = (ROOT / p for p in ("README.md", "docs/new-format.md", "docs/new-family.md"))
@@ -225,14 +226,26 @@ def test_one_rank_and_two_write_the_same_bytes(run: Path) -> None:
 def test_old_tools_give_the_same(run: Path) -> None:
     from accelerate.utils import merge_fsdp_weights
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    dcp_to_torch_save("run/step-30", "theirs.pt")
-    ckpt_dist.convert("run/step-30", "ours.pt", format="torch", keep=["weights", "optimizer", "state"])
-    theirs, ours = (torch.load(run / f"{who}.pt", weights_only=True)["model"] for who in ("theirs", "ours"))
-    assert sorted(theirs) == sorted(ours) and all(torch.equal(theirs[n], ours[n]) for n in theirs)
-    torch_save_to_dcp("ours.pt", "theirs-dcp")
-    ckpt_dist.convert("theirs.pt", "ours-dcp", format="dcp")
-    assert ckpt_dist.verify("theirs-dcp", "ours-dcp")["bit_equal"]
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 5)).sum().backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optim": state, "train": {"step": 3, "loss": [0.5]}}, checkpoint_id="all", no_dist=True)
+    everything = {"keep": ["weights", "optimizer", "state"]}
+    dcp_to_torch_save("all", "theirs.pt")
+    ckpt_dist.convert("all", "ours.pt", format="torch", **everything)
+    theirs, ours = (torch.load(run / f"{who}.pt", weights_only=True) for who in ("theirs", "ours"))
+    assert set(theirs) == {"model", "optim", "train"}
+    assert equal_trees(theirs, ours)
+    torch_save_to_dcp("theirs.pt", "theirs-dcp")
+    ckpt_dist.convert("theirs.pt", "ours-dcp", format="dcp", **everything)
+    for who in ("theirs", "ours"):
+        dcp_to_torch_save(f"{who}-dcp", f"{who}-again.pt")
+        assert equal_trees(torch.load(run / f"{who}-again.pt", weights_only=True), theirs)
+    theirs = llama(30)
     dcp.save({"model": theirs}, checkpoint_id="ckpt/pytorch_model_fsdp_0", no_dist=True)  # accelerate's own nesting
     merge_fsdp_weights("ckpt/pytorch_model_fsdp_0", "theirs-hf")
     ckpt_dist.merge("ckpt/pytorch_model_fsdp_0", "ours-hf")
