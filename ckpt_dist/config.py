@@ -164,6 +164,8 @@ def _unknown(verb: str, key: str) -> str:
     if under:
         return f"{key!r} is a group of keys. Give one of them: {', '.join(under)}."
     hint = f" Did you mean {' or '.join(map(repr, same))}?" if same else nearest(key, known)
+    if not hint and key not in keys.KEYS:
+        hint = nearest(key.rpartition(".")[2], {k.rpartition(".")[2] for k in known})
     if key.startswith("hydra"):
         hint = " Hydra's own settings are not used: no log files or folders are made."
     elsewhere = "" if hint or key not in keys.KEYS else " Other verbs have it."

@@ -146,7 +146,8 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def _dtype(value: Any) -> str:
-    return _one_of("keep", *DTYPES)(ALIASES.get(value, value))
+    name = str(value).removeprefix("torch.")  # a program may give torch.bfloat16 itself
+    return _one_of("keep", *DTYPES)(ALIASES.get(name, name))
 
 
 def _dtypes(value: Any) -> str | dict[str, str]:

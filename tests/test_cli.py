@@ -151,6 +151,15 @@ def test_dtype_rules_keep_their_order(given: object) -> None:
     assert list(cfg["target"]["dtype"].items()) == [("default", "bfloat16"), ("*norm*", "float32")]
 
 
+def test_a_program_gives_a_dtype_of_torch_itself() -> None:
+    import torch
+
+    for given, read in ((torch.bfloat16, "bfloat16"), ({"*norm*": torch.half}, {"*norm*": "float16"})):
+        cfg = config.fill("convert", {"source.path": "a", "target": {"path": "b", "dtype": given}})
+        assert cfg["target"]["dtype"] == read
+    assert "bfloat16" in refused("convert", "target.dtype=torch.int8")
+
+
 # ---- refusals
 
 
@@ -158,6 +167,7 @@ def test_dtype_rules_keep_their_order(given: object) -> None:
     ("word", "says"),
     [
         ("target.fromat=hf", "Did you mean 'target.format'?"),
+        ("fromat=hf", "Did you mean 'format'?"),
         ("+target.fromat=hf", "Did you mean 'target.format'?"),
         ("++target.fromat=hf", "Did you mean 'target.format'?"),
         ("~target.fromat", "Did you mean 'target.format'?"),
