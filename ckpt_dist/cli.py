@@ -174,8 +174,9 @@ def _exit_code(failed: ChildFailedError) -> int:
     rank_, first = next((item for item in in_time if item[1].exitcode != -signal.SIGTERM), in_time[0])
     if first.exitcode < 0:
         cause = " The machine's memory may have been full: lower engine.memory." if first.exitcode == -9 else ""
-        print(f"Rank {rank_} was ended by signal {-first.exitcode}.{cause}", file=sys.stderr)
-        return 1
+        more = "Nothing was published. Run the same command again to go on from here."
+        print(f"Error: rank {rank_} was ended by signal {-first.exitcode}.{cause} {more}", file=sys.stderr)
+        return Stopped.exit_code  # as the ranks themselves say of one that they miss
     return int(first.exitcode)
 
 
