@@ -121,10 +121,11 @@ def _overview() -> str:
 def help_text(verb: str) -> str:
     lines = config.header(verb)
     lines += ["", f"In a checkout: torchrun --nproc-per-node N jobs/{verb}.py key=value ...", "", "Keys:"]
+    width = max(map(len, config.listing(verb)))
     for key, (default, comment) in config.listing(verb).items():
         choices = keys.kind(verb, key).choices
         value = "(needed)" if default == config.MISSING else "" if default == "null" else default
-        lines.append(f"  {key:22} {value:10} {comment}" + (f" [{'|'.join(choices)}]" if len(choices) > 2 else ""))
+        lines.append(f"  {key:{width}} {value:10} {comment}" + (f" [{'|'.join(choices)}]" if len(choices) > 2 else ""))
     named = config.recipes(verb)
     lines += ["", "Recipes:", *(f"  {name:22} {text}" for name, text in named.items())] if named else []
     flags = "Flags: --cfg job (show the configuration), -m (key=a,b: one job after another for a and b), --version"

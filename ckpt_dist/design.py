@@ -88,7 +88,7 @@ def of(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     if names_stay and cfg_target.get("vocab_size") is None and not ordered:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = plain_entries(first)
-        return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
+        return Design(bounds, canon, _with_paths(canon, first, cfg_target, dialect), dialect)
     return of_family(models, dialect, cfg_target)
 
 
@@ -179,7 +179,7 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
         None if r is None or r.weights[0] in zeros else replace(r, weights=tuple(ties.get(w, w) for w in r.weights))
         for r in target.rules
     )  # what has no rule is filled by nobody, and a file begins as zeros
-    return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect)
+    return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target, dialect), dialect)
 
 
 def _with_others(side: Bound, source: Bound, family: families.Family) -> Bound:
@@ -253,11 +253,15 @@ def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
     return lambda rule: exact.get((rule.weights[0], tuple(sorted(rule.fixed))), loose[rule.weights[0]])
 
 
-def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> Bound:
-    """Names and nesting as the target stores them: `hf` is flat; others keep the dicts around the model, or get target.key."""
+def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any], dialect: str | None) -> Bound:
+    """Names and nesting as the target stores them: `hf` is flat; others keep the dicts around the model, or get target.key.
+
+    Dicts are a framework's, as names are: those of another dialect come without.
+    """
     key = cfg_target.get("key", "auto")
     nested = ("dcp", "torch")
     keeps = cfg_target.get("format") in nested and first.catalog.format in (*nested, "torch_dist", "zarr")
+    keeps &= str(dialect).partition("_")[0] == str(first.dialect).partition("_")[0]  # `megatron_stacked` is Megatron's
     keeps |= cfg_target.get("format") == first.catalog.format == "deepspeed"  # an engine's names are its wrappers' too
     around: tuple[str | int, ...] = (
         (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()

@@ -254,9 +254,25 @@ def test_old_tools_give_the_same(run: Path) -> None:
 
 def test_torchtitan_names_become_hugging_face_ones_with_a_config(run: Path) -> None:
     ckpt_dist.convert("run/step-30", "titan", format="dcp", dialect="torchtitan")
+    assert "tok_embeddings.weight" in dcp.FileSystemReader("titan").read_metadata().state_dict_metadata
     with pytest.raises(CheckpointError, match=r"Give model\.config=PATH"):
         ckpt_dist.convert("titan", "hf")
     ckpt_dist.convert("titan", "hf", **{"model.config": "run"})
+    assert ckpt_dist.verify("run/step-30", "hf")["bit_equal"]
+
+
+def test_llamas_of_torchtitan_before_0_3_have_metas_names(run: Path) -> None:
+    """The list is that of its v0.1.0 to v0.2.2; since 0.3.0 they are `attention.qkv_linear.wq` and `lm_head`."""
+    layer = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
+    layer += [f"feed_forward.w{k}" for k in (1, 2, 3)]
+    names = {"tok_embeddings", "norm", "output"} | {f"layers.{i}.{n}" for i in range(2) for n in layer}
+    ckpt_dist.convert(
+        "run/step-30", "old/step-0", format="dcp", dialect="meta"
+    )  # of {"model": ...}, which torchtitan has not
+    held = dcp.FileSystemReader("old/step-0").read_metadata().state_dict_metadata
+    assert set(held) == {f"{n}.weight" for n in names}
+    assert ckpt_dist.inspect("old/step-0")["dialect"] == "meta"
+    ckpt_dist.convert("old", "hf", **{"model.config": "run"})
     assert ckpt_dist.verify("run/step-30", "hf")["bit_equal"]
 
 
