@@ -52,7 +52,7 @@ def _main(verb: str, argv: list[str]) -> int:
     if verb not in config.VERBS:
         known = ", ".join(config.VERBS)
         raise UsageError(f"There is no verb {verb!r}.{nearest(verb, config.VERBS)} Known: {known}.")
-    flags, words = _flags(argv)
+    flags, words = _flags(verb, argv)
     if "--help" in flags:
         return _say(help_text(verb))
     if "--version" in flags:
@@ -83,7 +83,7 @@ def _run(verb: str, argv: list[str], configs: list[dict[str, Any]]) -> int:
     return 0
 
 
-def _flags(argv: list[str]) -> tuple[set[str], list[str]]:
+def _flags(verb: str, argv: list[str]) -> tuple[set[str], list[str]]:
     """Flags may stand anywhere; `--cfg` takes a word, of which only `job` makes sense here."""
     flags, words, rest = set(), [], iter(argv)
     for word in rest:
@@ -91,7 +91,8 @@ def _flags(argv: list[str]) -> tuple[set[str], list[str]]:
         if not word.startswith("-"):
             words.append(word)
         elif flag.partition("=")[0] not in KNOWN_FLAGS:
-            raise UsageError(f"There is no flag {word!r}.{nearest(word, KNOWN_FLAGS)} Known: {', '.join(KNOWN_FLAGS)}.")
+            hint = nearest(word, KNOWN_FLAGS) or config.without_dashes(verb, word)
+            raise UsageError(f"There is no flag {word!r}.{hint} Known: {', '.join(KNOWN_FLAGS)}.")
         elif flag.partition("=")[0] in ("--cfg", "--shell-completion"):
             value = flag.partition("=")[2] or next(rest, "")
             if flag.startswith("--cfg") and value != "job":
@@ -120,10 +121,11 @@ def _overview() -> str:
 def help_text(verb: str) -> str:
     lines = config.header(verb)
     lines += ["", f"In a checkout: torchrun --nproc-per-node N jobs/{verb}.py key=value ...", "", "Keys:"]
+    width = max(map(len, config.listing(verb)))
     for key, (default, comment) in config.listing(verb).items():
         choices = keys.kind(verb, key).choices
         value = "(needed)" if default == config.MISSING else "" if default == "null" else default
-        lines.append(f"  {key:22} {value:10} {comment}" + (f" [{'|'.join(choices)}]" if len(choices) > 2 else ""))
+        lines.append(f"  {key:{width}} {value:10} {comment}" + (f" [{'|'.join(choices)}]" if len(choices) > 2 else ""))
     named = config.recipes(verb)
     lines += ["", "Recipes:", *(f"  {name:22} {text}" for name, text in named.items())] if named else []
     flags = "Flags: --cfg job (show the configuration), -m (key=a,b: one job after another for a and b), --version"
@@ -173,8 +175,9 @@ def _exit_code(failed: ChildFailedError) -> int:
     rank_, first = next((item for item in in_time if item[1].exitcode != -signal.SIGTERM), in_time[0])
     if first.exitcode < 0:
         cause = " The machine's memory may have been full: lower engine.memory." if first.exitcode == -9 else ""
-        print(f"Rank {rank_} was ended by signal {-first.exitcode}.{cause}", file=sys.stderr)
-        return 1
+        more = "Nothing was published. Run the same command again to go on from here."
+        print(f"Error: rank {rank_} was ended by signal {-first.exitcode}.{cause} {more}", file=sys.stderr)
+        return Stopped.exit_code  # as the ranks themselves say of one that they miss
     return int(first.exitcode)
 
 

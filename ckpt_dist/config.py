@@ -126,9 +126,23 @@ def _split(verb: str, word: str) -> tuple[str, str]:
         _known(verb, {key: None})
         raise UsageError(f"{word!r} would remove a key, and {verb} needs all. Leave it out to have its default.")
     if not found["given"]:
-        hint = nearest(key, _plain_keys(verb)) or f" A checkpoint is given as {_first_path(verb)}={word}."
+        hint = f" Write {_example(verb, key)}." if key in _plain_keys(verb) else nearest(key, _plain_keys(verb))
+        hint = hint or f" A checkpoint is given as {_first_path(verb)}={word}."
         raise UsageError(f"{word!r} is not of the form key=value.{hint} `ckpt-dist {verb} --help` lists the keys.")
     return key, value
+
+
+def without_dashes(verb: str, word: str) -> str:
+    """The hint for `--dry-run` or `--source.path=run`: the same as a word of ours."""
+    key, _, value = word.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    example = f"{key}={value}" if value else _example(verb, key if key in _plain_keys(verb) else _first_path(verb))
+    return f" Keys have no dashes: {example}."
+
+
+def _example(verb: str, key: str) -> str:
+    kind = keys.kind(verb, key)
+    return EXAMPLES.get(key) or f"{key}={'true' if kind is keys.FLAG else '...'}"
 
 
 def _known(verb: str, values: Mapping[str, Any]) -> Flat:
@@ -146,10 +160,12 @@ def _known(verb: str, values: Mapping[str, Any]) -> Flat:
 def _unknown(verb: str, key: str) -> str:
     known = _plain_keys(verb)
     under = [k for k in known if k.startswith(key + ".")]
-    same = [k for k in known if k.rpartition(".")[2] == key]
+    same = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     if under:
         return f"{key!r} is a group of keys. Give one of them: {', '.join(under)}."
     hint = f" Did you mean {' or '.join(map(repr, same))}?" if same else nearest(key, known)
+    if not hint and key not in keys.KEYS:
+        hint = nearest(key.rpartition(".")[2], {k.rpartition(".")[2] for k in known})
     if key.startswith("hydra"):
         hint = " Hydra's own settings are not used: no log files or folders are made."
     elsewhere = "" if hint or key not in keys.KEYS else " Other verbs have it."
@@ -161,7 +177,7 @@ def _checked(verb: str, flat: Flat) -> Flat:
     lacking = [key for key, value in flat.items() if isinstance(value, str) and value == MISSING]
     if lacking:
         plural = "are" if len(lacking) > 1 else "is"
-        example = " ".join(EXAMPLES.get(key, f"{key}=...") for key in lacking)
+        example = " ".join(_example(verb, key) for key in lacking)
         raise UsageError(f"{' and '.join(lacking)} {plural} missing. For example: ckpt-dist {verb} {example}")
     before = _flat(verb, defaults(verb))
     done = {key: _read(verb, key, value, before[key]) for key, value in flat.items()}
@@ -180,8 +196,16 @@ def _read(verb: str, key: str, value: Any, default: Any) -> Any:
         return kind.read(value)
     except (ValueError, TypeError, KeyError):
         shown = "nothing (an empty variable?)" if value == "" else repr(value)
-        hint = nearest(value, kind.choices) if isinstance(value, str) else ""
+        hint = _meant(value, kind.choices) if isinstance(value, str) else ""
         raise UsageError(f"{key} is {shown}.{hint} Give {kind.says}.") from None
+
+
+def _meant(value: str, choices: tuple[str, ...]) -> str:
+    """What other tools call it, or the nearest; of a list the first word that is no choice."""
+    words = [keys.bare(w) for w in keys.pieces(keys.inside(value, "[]") or value)]
+    word = next((w for w in words if w not in choices), value)
+    ours = keys.WORDS.get(word.lower().replace("-", "_"))
+    return f" Here it is called {ours!r}." if ours in choices else nearest(word, choices)
 
 
 # ---- shapes

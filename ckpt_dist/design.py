@@ -89,7 +89,7 @@ def of(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     if names_stay and cfg_target.get("vocab_size") is None and not ordered:
         bounds = tuple(model.bind_plain(m) for m in models)
         canon = plain_entries(first)
-        return Design(bounds, canon, _with_paths(canon, first, cfg_target), dialect)
+        return Design(bounds, canon, _with_paths(canon, first, cfg_target, dialect), dialect)
     return of_family(models, dialect, cfg_target)
 
 
@@ -187,7 +187,7 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
         for e, r in zip(target.entries, rules, strict=True)
         if r and r.weights[0] in bounds[0].axes and len(kinds(r)) > 1
     )
-    return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target), dialect, mixed)
+    return Design(bounds, canon, _with_paths(replace(target, rules=rules), first, cfg_target, dialect), dialect, mixed)
 
 
 def _with_others(side: Bound, source: Bound, family: families.Family) -> Bound:
@@ -272,11 +272,15 @@ def stored_kinds(bound: Bound) -> Callable[[Any], set[str]]:
     return of
 
 
-def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any]) -> Bound:
-    """Names and nesting as the target stores them: `hf` is flat; others keep the dicts around the model, or get target.key."""
+def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any], dialect: str | None) -> Bound:
+    """Names and nesting as the target stores them: `hf` is flat; others keep the dicts around the model, or get target.key.
+
+    Dicts are a framework's, as names are: those of another dialect come without.
+    """
     key = cfg_target.get("key", "auto")
     nested = ("dcp", "torch")
     keeps = cfg_target.get("format") in nested and first.catalog.format in (*nested, "torch_dist", "zarr")
+    keeps &= str(dialect).partition("_")[0] == str(first.dialect).partition("_")[0]  # `megatron_stacked` is Megatron's
     keeps |= cfg_target.get("format") == first.catalog.format == "deepspeed"  # an engine's names are its wrappers' too
     around: tuple[str | int, ...] = (
         (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()
@@ -305,6 +309,17 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
     if dtype != "keep" and not (known(dtype) and is_floating(dtype)):
         raise UsageError(f"target.dtype: {dtype!r} is no floating dtype.")
     return entry.dtype if dtype == "keep" else dtype
+
+
+def unused(rules: str | Mapping[str, str], entries: Sequence[Entry]) -> list[str]:
+    """A warning for each pattern of `target.dtype` that is no stored name's."""
+    given = [] if isinstance(rules, str) else [pattern for pattern in rules if pattern != "default"]
+    names = {e.name for e in entries if e.role == "weight"}
+    return [
+        f"target.dtype: no weight is called {p!r}, so that rule does nothing"
+        for p in given
+        if not fnmatch.filter(names, p)
+    ]
 
 
 def tied(m: Model) -> bool:

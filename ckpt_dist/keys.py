@@ -9,6 +9,7 @@ Invariant: a reader never opens anything but the names of folders, and reading t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from ckpt_dist.report import parse_size
 QUOTES = ("'", '"')
 OPEN, CLOSE = "[{(", "]})"
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
+WORDS = {
+    "huggingface": "hf", "safetensors": "hf", "pt": "torch", "pth": "torch", "mcore": "torch_dist",
+    "megatron_core": "torch_dist", "distcp": "dcp", "fsdp": "dcp", "fsdp2": "dcp",
+}  # fmt: skip
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -93,7 +99,11 @@ def _path(value: Any) -> str:
     path = os.fspath(value)
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise ValueError
-    return path if os.path.lexists(path) else os.path.expanduser(bare(path))
+    if os.path.lexists(path):
+        return path
+    if ADDRESS.match(bare(path)):  # a folder called `s3:` would be made here
+        raise ValueError
+    return os.path.expanduser(bare(path))
 
 
 def _paths(value: Any) -> str | list[str]:
@@ -136,7 +146,8 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def _dtype(value: Any) -> str:
-    return _one_of("keep", *DTYPES)(ALIASES.get(value, value))
+    name = str(value).removeprefix("torch.")  # a program may give torch.bfloat16 itself
+    return _one_of("keep", *DTYPES)(ALIASES.get(name, name))
 
 
 def _dtypes(value: Any) -> str | dict[str, str]:
@@ -169,7 +180,8 @@ def modules(folder: str) -> tuple[str, ...]:
 FLAG = Kind("true or false", _flag, ("true", "false"))
 COUNT = Kind("a whole number, 1 or more", _whole(1))
 WORD = Kind("some text", _word)
-PATH = Kind("a path", _path)
+LOCAL = "of a file system (object stores are not read or written)"
+PATH = Kind(f"a path {LOCAL}", _path)
 STEP = Kind("latest, or the number of a step", _step)
 SIZE = Kind("a size such as 512MiB, 2GiB or 5GB", parse_size)
 CARRIED = ("weights", "optimizer", "state")
@@ -239,7 +251,7 @@ KEYS: dict[str, Kind] = {
     "naming": choice("plain", "nemo"),
 }
 SPECIAL: dict[tuple[str, str], Kind] = {
-    ("average", "source.path"): Kind("a path, or a list of paths: [a,b]", _paths),
+    ("average", "source.path"): Kind(f"a path {LOCAL}, or a list of paths: [a,b]", _paths),
     ("merge", "target.format"): choice("hf"),
     ("average", "recipe"): choice("nemo_average"),
 }

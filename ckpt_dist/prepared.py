@@ -73,6 +73,7 @@ def prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
+    _folder_or_file(path, target["format"])
     if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
@@ -91,6 +92,9 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = design.of(models, target)
     _same_tensors(models, d.sources)
+    report.warnings += design.unused(
+        target["dtype"], [*d.target.entries, *(e for m in models for e in m.catalog.entries)]
+    )
     if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
         report.warnings += megatron.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
@@ -245,6 +249,15 @@ def _lay_out(
 
 def is_file_name(path: Path, format: str) -> bool:
     return format == "torch" and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+
+
+def _folder_or_file(path: Path, format: str) -> None:
+    """Refuse to make a folder with the name of a file (Lightning's `.ckpt` are folders, too)."""
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_file_name(path, format) and not path.exists():
+        raise UsageError(
+            f"target.path={path}: {format} would make a folder of that name. Give one without {path.suffix}, or, for one file "
+            "(.pt, .pth, .bin, .ckpt), target.format=torch."
+        )
 
 
 def _single(layout: Layout, path: Path, cfg: Config) -> bool:

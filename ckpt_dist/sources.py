@@ -27,7 +27,7 @@ STEP = re.compile(
 DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
 NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
 INSIDE = {
-    "param": ("pytorch_model_fsdp_0", "actor", "model"),
+    "param": ("pytorch_model_fsdp_0", "actor", "actor/dist_ckpt", "dist_ckpt", "model"),
     "ema": ("pytorch_ema_model_fsdp_0", "ema"),
     "master": (),
 }
@@ -112,7 +112,14 @@ def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int
     """Which steps of a folder: all, some by number, or the last so many; an unknown one is refused."""
     found = steps(parent)
     if not found:
-        raise CheckpointError(f"{parent} holds no checkpoints: no folder named like step-1000. {_content(parent)}")
+        one = any(formats.load(name).claims(parent) for name in formats.FORMATS)
+        what = f"no folder named like step-1000. {_content(parent)}"
+        what = (
+            "it is one itself. Give the folder of the steps, or several checkpoints: source.path=[a,b]."
+            if one
+            else what
+        )
+        raise CheckpointError(f"{parent} holds no checkpoints: {what}")
     if wanted is not None:
         if len(set(wanted)) != len(wanted):
             raise UsageError(f"steps={wanted}: a step is named twice.")
@@ -201,7 +208,7 @@ def _tracked(asked: Path) -> tuple[Path, str] | None:
     if tracker.name == megatron.TRACKER:
         count = int(text) if number else 0
         names = [megatron.STEPS.format(count) if number else text, megatron.STEPS.format(count) + merak.ALONE]
-        names += [f"global_step{count}", NAMED[1]]
+        names += [f"global_step{count}", f"global_step_{count}", NAMED[1]]  # Megatron-DeepSpeed's, verl's
     paths = [asked / formats.inside(asked, n, str(tracker)) for n in names]
     path = next((p for p in paths if os.path.isdir(p)), paths[0])  # also of a name that is too long for any folder
     if not os.path.isdir(path):
@@ -305,7 +312,12 @@ def _scan(
     name = formats.detect(folder, formats.MASTERS if master else formats.FORMATS) if name == "auto" else name
     if master and name not in formats.MASTERS:
         raise _no_masters(folder, name)
-    catalog = with_optimizers(formats.load(name).scan(folder, keys))
+    try:
+        catalog = with_optimizers(formats.load(name).scan(folder, keys))
+    except CheckpointError:
+        if pointer := formats.lfs_pointer(folder):
+            raise CheckpointError(f"{folder}: {pointer}.") from None
+        raise
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")
     about = catalog.about

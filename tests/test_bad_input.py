@@ -420,6 +420,40 @@ def test_wrong_commands(tmp_path: Path, refused: Refused) -> None:
     assert "24.0 MiB" in refused(source, "engine.memory=1MiB", code=2)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path, refused: Refused, name: str) -> None:
+    (tmp_path / "clone").mkdir()
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}\nsize 1234567890\n"
+    (tmp_path / "clone" / name).write_text(text)
+    for source in (tmp_path / "clone", tmp_path / "clone" / name):
+        message = refused(source)
+        assert name in message and "pointer of Git LFS" in message and "git lfs pull" in message
+
+
+def test_what_was_given_is_said_and_not_what_it_seems_to_hold(tmp_path: Path, refused: Refused) -> None:
+    source = make("dcp", tmp_path / "step-1")
+    assert f"one file of a dcp checkpoint, give {source}" in refused(source / "__0_0.distcp")
+    (tmp_path / "text").write_text("x")
+    assert "a file of another kind" in refused(tmp_path / "text")
+    assert "it is one itself" in refused(source, verb="average")
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+def test_no_folder_gets_the_name_of_a_file(tmp_path: Path, refused: Refused, name: str) -> None:
+    source = make("hf", tmp_path / "source")
+    assert "would make a folder" in refused(source, code=2, target=tmp_path / name)
+    ckpt_dist.convert(source, tmp_path / "lightning.ckpt", format="dcp")  # whose folders are called so
+    assert (tmp_path / "lightning.ckpt").is_dir()
+
+
+def test_a_rule_for_dtypes_that_fits_no_name_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make("hf", tmp_path / "source")
+    words = [f"source.path={source}", "target.dtype={default: bf16, *norm*: fp32, *nrom*: fp32}"]
+    assert main("convert", [*words, f"target.path={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().err
+    assert "no weight is called '*nrom*'" in said and "*norm*" not in said
+
+
 LLAMA = dict(
     model_type="llama", hidden_size=4, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9
 )

@@ -151,6 +151,15 @@ def test_dtype_rules_keep_their_order(given: object) -> None:
     assert list(cfg["target"]["dtype"].items()) == [("default", "bfloat16"), ("*norm*", "float32")]
 
 
+def test_a_program_gives_a_dtype_of_torch_itself() -> None:
+    import torch
+
+    for given, read in ((torch.bfloat16, "bfloat16"), ({"*norm*": torch.half}, {"*norm*": "float16"})):
+        cfg = config.fill("convert", {"source.path": "a", "target": {"path": "b", "dtype": given}})
+        assert cfg["target"]["dtype"] == read
+    assert "bfloat16" in refused("convert", "target.dtype=torch.int8")
+
+
 # ---- refusals
 
 
@@ -158,6 +167,7 @@ def test_dtype_rules_keep_their_order(given: object) -> None:
     ("word", "says"),
     [
         ("target.fromat=hf", "Did you mean 'target.format'?"),
+        ("fromat=hf", "Did you mean 'format'?"),
         ("+target.fromat=hf", "Did you mean 'target.format'?"),
         ("++target.fromat=hf", "Did you mean 'target.format'?"),
         ("~target.fromat", "Did you mean 'target.format'?"),
@@ -168,7 +178,14 @@ def test_dtype_rules_keep_their_order(given: object) -> None:
         ("steps=1,2", "Other verbs have it"),
         ("run/step-10", "source.path=run/step-10"),
         ("dry_run=maybe", "true or false"),
-        ("dry_run", "not of the form key=value"),
+        ("dry_run", "not of the form key=value. Write dry_run=true."),
+        ("source.path", "not of the form key=value. Write source.path=run/step-1000."),
+        ("a.path=run", "'source.path' or 'target.path'"),
+        ("target.path=s3://bucket/model", "object stores"),
+        ("source.path='hf://org/model'", "object stores"),
+        ("target.format=safetensors", "Here it is called 'hf'"),
+        ("target.format=megatron-core", "Here it is called 'torch_dist'"),
+        ("keep=[weights,optim]", "Did you mean 'optimizer'?"),
         ("target.format=hff", "Did you mean 'hf'?"),
         ("target.dtype=float33", "bfloat16"),
         ("target.dtype={a: float33}", "bfloat16"),
@@ -308,6 +325,10 @@ def test_cfg_shows_what_would_be_read(capsys: pytest.CaptureFixture[str]) -> Non
         ("convret", [], "Did you mean 'convert'?"),
         ("convert", ["--hlep"], "Did you mean '--help'?"),
         ("convert", ["--cfg", "all"], "--cfg job"),
+        ("convert", ["--source.path=run"], "Keys have no dashes: source.path=run."),
+        ("convert", ["--dry-run"], "Keys have no dashes: dry_run=true."),
+        ("verify", ["--a", "run"], "Keys have no dashes: a.path=run/step-1000."),
+        ("verify", ["source.path=run"], "'a.path' or 'b.path'"),
     ],
 )
 def test_wrong_commands(verb: str, argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

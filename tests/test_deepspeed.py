@@ -98,6 +98,13 @@ def test_master_weights_are_those_of_zero_to_fp32(case: str, tmp_path: Path) -> 
     assert "llama" in case or {"frozen.weight", "scale", "count", "head.weight", "embed.weight"} <= set(ours)
 
 
+def test_the_command_of_the_readme_makes_the_file_of_zero_to_fp32(tmp_path: Path) -> None:
+    ckpt_dist.convert(DATA / "two-3", tmp_path / "out", safetensors=False, **{"source.weights": "master"})
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".json"] == ["pytorch_model.bin"]
+    ours = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
+    assert {n: digest(t) for n, t in ours.items()} == GIVEN["two-3"]["fp32"]
+
+
 @pytest.mark.parametrize("case", [c for c in ZERO if "three" not in c])
 def test_weights_are_by_default_the_models_own(case: str, tmp_path: Path) -> None:
     ours, theirs = to_torch(DATA / case, tmp_path / "t"), module_of(DATA / case)

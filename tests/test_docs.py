@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_dist
 from ckpt_dist import cli, config, families, family, formats, keys
 from ckpt_dist.errors import CheckpointError
+from tests.test_real import equal_trees
 
 ROOT = Path(__file__).resolve().parent.parent
 README, NEW_FORMAT, NEW_FAMILY = (ROOT / p for p in ("README.md", "docs/new-format.md", "docs/new-family.md"))
@@ -225,14 +226,26 @@ def test_one_rank_and_two_write_the_same_bytes(run: Path) -> None:
 def test_old_tools_give_the_same(run: Path) -> None:
     from accelerate.utils import merge_fsdp_weights
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    dcp_to_torch_save("run/step-30", "theirs.pt")
-    ckpt_dist.convert("run/step-30", "ours.pt", format="torch", keep=["weights", "optimizer", "state"])
-    theirs, ours = (torch.load(run / f"{who}.pt", weights_only=True)["model"] for who in ("theirs", "ours"))
-    assert sorted(theirs) == sorted(ours) and all(torch.equal(theirs[n], ours[n]) for n in theirs)
-    torch_save_to_dcp("ours.pt", "theirs-dcp")
-    ckpt_dist.convert("theirs.pt", "ours-dcp", format="dcp")
-    assert ckpt_dist.verify("theirs-dcp", "ours-dcp")["bit_equal"]
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 5)).sum().backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optim": state, "train": {"step": 3, "loss": [0.5]}}, checkpoint_id="all", no_dist=True)
+    everything = {"keep": ["weights", "optimizer", "state"]}
+    dcp_to_torch_save("all", "theirs.pt")
+    ckpt_dist.convert("all", "ours.pt", format="torch", **everything)
+    theirs, ours = (torch.load(run / f"{who}.pt", weights_only=True) for who in ("theirs", "ours"))
+    assert set(theirs) == {"model", "optim", "train"}
+    assert equal_trees(theirs, ours)
+    torch_save_to_dcp("theirs.pt", "theirs-dcp")
+    ckpt_dist.convert("theirs.pt", "ours-dcp", format="dcp", **everything)
+    for who in ("theirs", "ours"):
+        dcp_to_torch_save(f"{who}-dcp", f"{who}-again.pt")
+        assert equal_trees(torch.load(run / f"{who}-again.pt", weights_only=True), theirs)
+    theirs = llama(30)
     dcp.save({"model": theirs}, checkpoint_id="ckpt/pytorch_model_fsdp_0", no_dist=True)  # accelerate's own nesting
     merge_fsdp_weights("ckpt/pytorch_model_fsdp_0", "theirs-hf")
     ckpt_dist.merge("ckpt/pytorch_model_fsdp_0", "ours-hf")
@@ -241,9 +254,25 @@ def test_old_tools_give_the_same(run: Path) -> None:
 
 def test_torchtitan_names_become_hugging_face_ones_with_a_config(run: Path) -> None:
     ckpt_dist.convert("run/step-30", "titan", format="dcp", dialect="torchtitan")
+    assert "tok_embeddings.weight" in dcp.FileSystemReader("titan").read_metadata().state_dict_metadata
     with pytest.raises(CheckpointError, match=r"Give model\.config=PATH"):
         ckpt_dist.convert("titan", "hf")
     ckpt_dist.convert("titan", "hf", **{"model.config": "run"})
+    assert ckpt_dist.verify("run/step-30", "hf")["bit_equal"]
+
+
+def test_llamas_of_torchtitan_before_0_3_have_metas_names(run: Path) -> None:
+    """The list is that of its v0.1.0 to v0.2.2; since 0.3.0 they are `attention.qkv_linear.wq` and `lm_head`."""
+    layer = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
+    layer += [f"feed_forward.w{k}" for k in (1, 2, 3)]
+    names = {"tok_embeddings", "norm", "output"} | {f"layers.{i}.{n}" for i in range(2) for n in layer}
+    ckpt_dist.convert(
+        "run/step-30", "old/step-0", format="dcp", dialect="meta"
+    )  # of {"model": ...}, which torchtitan has not
+    held = dcp.FileSystemReader("old/step-0").read_metadata().state_dict_metadata
+    assert set(held) == {f"{n}.weight" for n in names}
+    assert ckpt_dist.inspect("old/step-0")["dialect"] == "meta"
+    ckpt_dist.convert("old", "hf", **{"model.config": "run"})
     assert ckpt_dist.verify("run/step-30", "hf")["bit_equal"]
 
 

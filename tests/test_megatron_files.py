@@ -963,3 +963,26 @@ def test_layers_that_are_not_alike_stay_apart(tmp_path: Path) -> None:
     found = state_of(tmp_path / "dist/iter_0000005")
     assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in found
     assert found["encoder.layers.self_attention.linear_qkv.weight"].shape == (2, 48, 16)
+
+
+# ---- verl's folders
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "megatron"])
+def test_a_run_of_verl_is_found_by_its_tracker(backend: str, tmp_path: Path) -> None:
+    """`RUN/global_step_N/actor/`, with files of ranks or Megatron's `dist_ckpt/`; Megatron's tracker file says N."""
+    data = Path(__file__).parent / "data"
+    where = {
+        "fsdp": (data / "torch-2.6.0/ranks", "."),
+        "megatron": (data / "megatron-core-0.16-mtp/torch_dist/iter_0000007", "dist_ckpt"),
+    }
+    made, inside = where[backend]
+    for step in (3, 6):
+        shutil.copytree(made, tmp_path / f"run/global_step_{step}/actor" / inside)
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("3")
+    held = tmp_path / "run/global_step_3/actor" / inside
+    wanted = ckpt_dist.inspect(made)
+    for given in ("run", "run/global_step_3", "run/global_step_3/actor"):
+        facts = ckpt_dist.inspect(tmp_path / given)
+        assert Path(facts["path"]) == held and facts["format"] == wanted["format"], given
+        assert facts["parameters"] == wanted["parameters"] > 0

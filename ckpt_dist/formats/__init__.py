@@ -154,6 +154,14 @@ def dialects(target: Mapping[str, Any], own: str) -> tuple[str, ...]:
     return DIALECTS.get(str(target.get("format")), (own,))
 
 
+def lfs_pointer(path: Path) -> str:
+    """What a clone without Git LFS has in the place of a file: a few lines that say which; or nothing."""
+    for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            return f"{file.name} is a pointer of Git LFS and not the file itself, fetch it with `git lfs pull`"
+    return ""
+
+
 def detect(path: Path, among: Sequence[str] = FORMATS) -> str:
     """The format of a checkpoint, recognised from its content."""
     if not path.exists():
@@ -161,8 +169,15 @@ def detect(path: Path, among: Sequence[str] = FORMATS) -> str:
     for name in among:
         if load(name).claims(path):
             return name
-    inside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
+    inside = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
     what = f"it holds {', '.join(inside)}" if inside else "the folder is empty"
+    if path.is_file():
+        whole = next((name for name in FORMATS if load(name).claims(path.parent)), "")
+        what = (
+            f"it is one file of a {whole} checkpoint, give {path.parent}" if whole else "it is a file of another kind"
+        )
+    if pointer := lfs_pointer(path):
+        what = pointer
     raise CheckpointError(
         f"No checkpoint recognised at {path}: {what}. Formats: {', '.join(sorted(FORMATS))}; name one with source.format=NAME."
     )
