@@ -122,11 +122,24 @@ def test_a_mean_is_the_sum_in_order_divided_and_rounded_once(summed_by: str, dty
         for value in wide[1:]:
             total += value
         total /= np.float32(count)
+        most = np.isinf(total) & np.isfinite(wide).all(0)  # a mean is no larger than what it is of: these have bits too
+        fits = sum(w[most].astype(np.float64) / count for w in wide)
     wanted = torch.from_numpy(total).to(kind)
+    wanted[most] = torch.from_numpy(np.asarray(fits)).to(kind)
+    assert most.any() == (dtype == "bfloat16")
     found = torch.from_numpy(mean(iter(words), [dtype] * count, [1 / count] * count, dtype).copy()).view(kind)
     numbers = ~wanted.isnan()
     assert torch.equal(found.isnan(), ~numbers) and numbers.sum() > 1 << 14
     assert torch.equal(found[numbers].view(torch.int16), wanted[numbers].view(torch.int16))
+
+
+@pytest.mark.parametrize("coefficients", [[1 / 3] * 3, [0.25] * 4, [2.0, -1.0], [0.2, 0.3, 0.5]])
+def test_a_mask_stays_what_it_is(summed_by: str, coefficients: list[float]) -> None:
+    """The least number of bfloat16 is that of fp32, but for a few bits: its sums do not fit."""
+    least = torch.full((100,), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16)
+    mask = least.view(torch.int16).numpy().view(np.uint16)
+    found = mean([mask] * len(coefficients), ["bfloat16"] * len(coefficients), coefficients, "bfloat16")
+    assert np.array_equal(found, mask)
 
 
 WORDS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}

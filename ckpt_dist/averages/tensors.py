@@ -7,6 +7,7 @@ booleans are never summed and never cast to floating types.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -107,6 +108,9 @@ def mean(
     divide = uniform and count & (count - 1) != 0  # a power of two: the same bits by its inverse, in half the time
     scale = (count if divide else 1 / count) if uniform else 1.0
     factors = [1.0] * count if uniform else coefficients
+    if set(dtypes) == {"bfloat16"}:  # as far as fp32, where the least of all, as masks have it, would not fit in twice
+        room = 2.0 ** math.ceil(math.log2(max(sum(map(abs, factors)), 1)))
+        factors, scale = [f / room for f in factors], scale / room if divide else scale * room
     if DEVICE.type == "cpu" and len(set(dtypes)) == 1 and (run := one_pass(dtypes[0], want, divide)):
         SUMMED.add(f"{want} is summed in one pass, by llvmlite")
         return _at_once(run, iter(values), factors, scale, want)
