@@ -302,6 +302,30 @@ def test_dialects_and_shardings_may_differ_and_the_recipe_is_recorded(real: Real
     assert len(prints) == 1 and [s["weight"] for s in record["sources"]] == [0.25] * 4
 
 
+@pytest.mark.parametrize("titan", [False, True])
+def test_dtypes_may_differ_where_one_is_asked_for(real: Real, tmp_path: Path, titan: bool) -> None:
+    """In the names of one dialect and in those of two: never is one checkpoint's dtype that of the mean in silence."""
+    start, config = real("bf16") / "hf", {"model.config": str(real("bf16") / "hf")}
+    wide = {n: v.float() * 1.01 for n, v in load_file(start / "model.safetensors").items()}
+    (tmp_path / "wide").mkdir()
+    save_file(wide, tmp_path / "wide/model.safetensors")
+    other = tmp_path / ("titan" if titan else "wide")
+    if titan:
+        ckpt_dist.convert(tmp_path / "wide", other, format="dcp", dialect="torchtitan", **config)
+    for rules in ("keep", {"*norm*": "float32"}):
+        with pytest.raises(
+            CheckpointError, match=r"different dtypes:\n  [\w.]+: bfloat16\[.*\] in hf, float32\[.*\] in"
+        ):
+            ckpt_dist.average([start, other], tmp_path / "out", dtype=rules, **config)
+    ckpt_dist.average([start, other], tmp_path / "out", dtype="float32", **config)
+    mean, low = load_file(tmp_path / "out/model.safetensors"), load_file(start / "model.safetensors")
+    for name, value in mean.items():
+        assert torch.equal(value, (low[name].float() + wide[name]) / 2), name
+    record = yaml.safe_load((tmp_path / "out/average.yaml").read_text())
+    prints = [ckpt_dist.fingerprint(s, **config) for s in (start, other, tmp_path / "out")]
+    assert prints == [*(s["fingerprint"] for s in record["sources"]), record["fingerprint"]]
+
+
 def test_steps_are_chosen_by_number_and_averages_are_not_taken_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +362,10 @@ def test_what_must_not_be_averaged(tmp_path: Path) -> None:
     for k in range(3):
         save_file({"w": values[k], "count": torch.tensor([k])}, tmp_path / f"run/step-{k}/model.safetensors")
     with pytest.raises(CheckpointError, match="count: integer values differ"):
+        ckpt_dist.average(tmp_path / "run", tmp_path / "ints")
+    for k in range(3):
+        save_file({"w": values[k], "f": torch.tensor([k * 1j])}, tmp_path / f"run/step-{k}/model.safetensors")
+    with pytest.raises(CheckpointError, match="f: complex values differ"):
         ckpt_dist.average(tmp_path / "run", tmp_path / "ints")
     with pytest.raises(UsageError, match="no key 'keep'"):  # optimizer moments are never averaged
         ckpt_dist.average(tmp_path / "run", tmp_path / "ints", keep=["weights", "optimizer"])

@@ -1,7 +1,7 @@
 """Tiles as torch tensors: the cast, and the weighted mean. Besides `engine.dequantise` the only place where values change.
 
-Invariant: floating values are summed in fp32 (fp64 for fp64) in the order given and rounded once; integers and
-booleans are never summed and never cast to floating types.
+Invariant: floating values are summed in fp32 (fp64 for fp64) in the order given and rounded once; integers,
+booleans and complex numbers are never summed and never cast to floating types.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def mean(
     array([2., 3.], dtype=float32)
     """
     if not is_floating(want):
-        return same(values)
+        return same(values, "complex" if want.startswith("complex") else "integer")
     if any(d.startswith("float8") for d in (want, *dtypes)):
         raise CheckpointError(
             "8-bit floats carry scales of their own and cannot be averaged; de-quantise the checkpoints first."
@@ -177,13 +177,13 @@ def last(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
     return value.copy()
 
 
-def same(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """Integers and booleans: equal in all sources, or Differs."""
+def same(values: Iterable[NDArray[Any]], kind: str) -> NDArray[Any]:
+    """Integers, booleans and complex numbers: equal in all sources, or Differs."""
     first: NDArray[Any] | None = None
     for value in values:
         if first is None:
             first = value.copy()
         elif not np.array_equal(first, value):
-            raise Differs("integer values differ between the checkpoints")
+            raise Differs(f"{kind} values differ between the checkpoints; only floating ones are averaged")
     assert first is not None
     return first
