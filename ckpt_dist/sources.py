@@ -34,8 +34,10 @@ INSIDE = {
 LATEST = ("latest", "latest_universal")  # DeepSpeed: the name of the folder that was saved last
 BELOW = ("weights", "model_weights")  # of NeMo: where the arrays are if nothing beside them is a checkpoint
 CONFIGS = ("config.json", "params.json")
+ADAPTER = "adapter_config.json"  # of peft
 ASSETS = (
     "config.json",
+    ADAPTER,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",

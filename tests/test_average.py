@@ -405,3 +405,22 @@ def test_many_tiles_by_several_threads(tmp_path: Path) -> None:
         ckpt_dist.convert(paths[0], tmp_path / word, quiet=True, **{"engine.workers": 4, "target.dtype": word})
         cast = load_file(tmp_path / word / "model.safetensors")
         assert all(torch.equal(cast[name], value.to(dtype)) for name, value in states[0].items())
+
+
+def test_an_adapter_stays_one_and_its_factors_are_said_to_be_averaged(tmp_path: Path) -> None:
+    """Under the names that peft looks for; a model beside which an adapter lies does not become one."""
+    for k in range(2):
+        folder = tmp_path / f"run/checkpoint-{k}"
+        folder.mkdir(parents=True)
+        names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{f}.weight" for f in "AB"]
+        save_file({n: torch.full((2, 2), float(k)) for n in names}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (said,) = ckpt_dist.average(tmp_path / "run", tmp_path / "mean")["warnings"]
+    assert "lora_A.weight and the like are factors of an adapter" in said
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {p.name for p in (tmp_path / "mean").iterdir()}
+    assert not (tmp_path / "mean/model.safetensors").exists()
+    for k in range(2):
+        save_file({"w": torch.ones(2)}, tmp_path / f"run/checkpoint-{k}/model.safetensors")
+    done = ckpt_dist.average(tmp_path / "run", tmp_path / "models")
+    assert "the adapter beside the model (adapter_config.json) is left out" in done["warnings"][0]
+    assert not (tmp_path / "models/adapter_config.json").exists()
