@@ -114,6 +114,7 @@ def _some(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
         if isinstance(value, str):
             listed = inside(value, "[]")
             value = [bare(p) for p in pieces(value if listed is None else listed)]
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy, of torch
         values = list(value) if isinstance(value, (list, tuple, range)) else [value]
         if not values:
             raise ValueError
@@ -136,7 +137,8 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def _dtype(value: Any) -> str:
-    return _one_of("keep", *DTYPES)(ALIASES.get(value, value))
+    name = str(value).removeprefix("torch.")
+    return _one_of("keep", *DTYPES)(ALIASES.get(name, name))
 
 
 def _dtypes(value: Any) -> str | dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -424,3 +425,29 @@ def test_an_adapter_stays_one_and_its_factors_are_said_to_be_averaged(tmp_path: 
     done = ckpt_dist.average(tmp_path / "run", tmp_path / "models")
     assert "the adapter beside the model (adapter_config.json) is left out" in done["warnings"][0]
     assert not (tmp_path / "models/adapter_config.json").exists()
+
+
+PROGRAM = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import torch
+import ckpt_dist
+
+torch.set_num_threads(3)
+run, out = Path(sys.argv[1]), Path(sys.argv[2])
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda k: ckpt_dist.average(run, out / str(k)), range(4)))
+ckpt_dist.average(run, out / "mean")
+ckpt_dist.verify(out / "mean", run / "step-1", rtol=9, atol=9)
+with ThreadPoolExecutor(1) as pool:
+    print(torch.get_num_threads(), pool.submit(torch.get_num_threads).result())
+"""
+
+
+def test_threads_of_a_program_may_run_jobs_and_torch_keeps_its_own(tmp_path: Path) -> None:
+    """Several from the first moment on; torch's are counted afterwards here and in a thread that begins then."""
+    run = write(tmp_path / "run", trajectory(2, torch.bfloat16))
+    words = [sys.executable, "-c", PROGRAM, str(run), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["3", "3"], done.stderr[-3000:]

@@ -21,9 +21,6 @@ from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating, of_torch
 from ckpt_dist.plan import HELD
 
-torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must not depend on how torch splits them
-
-
 DEVICE = torch.device("cpu")
 SUMMED = set[str]()  # how this process has summed since `use`: both ways give the same bytes, and differ in time
 
