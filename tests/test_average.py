@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
+from ckpt_dist import sources
 from ckpt_dist.averages import fused, tensors
 from ckpt_dist.averages.tensors import mean
 from ckpt_dist.cli import main
@@ -344,6 +345,24 @@ def test_steps_are_chosen_by_number_and_averages_are_not_taken_again(
         ckpt_dist.average(run, tmp_path / "x", steps=[1, 13])
     with pytest.raises(CheckpointError, match="only 12 steps"):
         ckpt_dist.average(run, tmp_path / "x", last=13)
+
+
+def test_what_else_a_run_numbers_is_no_step(tmp_path: Path) -> None:
+    """Lightning's logs, results of an evaluation: as their words are no step's, they count where nothing else does."""
+    run = write(tmp_path / "run", trajectory(2, torch.bfloat16))
+    for name in ("version_0", "eval_2", "logs_1"):
+        (run / name).mkdir()
+    (run / "best_2").symlink_to(run / "step-2")
+    assert sorted(sources.steps(run)) == [1, 2]
+    ckpt_dist.average(run, tmp_path / "mean")
+    for step in (1, 2):
+        (run / f"step-{step}").rename(run / f"llama_tiny-{step}")
+    (run / "best_2").unlink()
+    with pytest.raises(CheckpointError, match="step 2 twice: eval_2 and llama_tiny-2"):
+        ckpt_dist.average(run, tmp_path / "again")
+    for name in ("version_0", "eval_2", "logs_1"):
+        (run / name).rmdir()
+    assert sorted(sources.steps(run)) == [1, 2]
 
 
 def test_what_must_not_be_averaged(tmp_path: Path) -> None:
