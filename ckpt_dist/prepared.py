@@ -5,6 +5,7 @@ Invariant: nothing is written, and every rank finds the same.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,6 +92,10 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = design.of(models, target)
     _same_tensors(models, d.sources)
+    rules = target["dtype"] if isinstance(target["dtype"], Mapping) else {}
+    named = [e.name for e in d.target.entries]  # with the dicts around the model, which rules need not know
+    unused = [r for r in rules if r != "default" and not fnmatch.filter(named, r) + fnmatch.filter(named, f"*.{r}")]
+    report.warnings += [f"target.dtype: no tensor of the target is named {r!r}" for r in unused]
     if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
         report.warnings += megatron.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's

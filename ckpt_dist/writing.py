@@ -172,6 +172,10 @@ def _fill(
             proof=p.proof,
             here=here,
         )
+    name = plan.tile_names(p.design.canon.entries)
+    if beyond := sorted({name(tile) for tile in done.beyond}):
+        more = f" and {len(beyond) - 1} more tensors" if len(beyond) > 1 else ""
+        report.warnings.append(f"{beyond[0]}{more}: values beyond 65504 do not fit into float16 and are infinite there")
     if engine.get("verify"):
         with report.phase("verify"):
             _reread(group, report, p, done, engine, quiet, here)

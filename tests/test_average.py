@@ -267,6 +267,19 @@ def test_what_sums_cannot_hold_is_refused(tmp_path: Path) -> None:
         mean(eight, ["float8_e4m3fn"] * 2, [0.5, 0.5], "bfloat16")
 
 
+@pytest.mark.parametrize("verb", ["convert", "average"])
+def test_what_does_not_fit_into_fp16_and_rules_that_fit_nothing_are_said(tmp_path: Path, verb: str) -> None:
+    for name, most in (("a", 65504.0), ("b", 65536.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor([1.0, most]), "v": torch.ones(2)}, tmp_path / name / "model.safetensors")
+    for name in "ab":
+        given = [tmp_path / name] * 2 if verb == "average" else tmp_path / name
+        done = getattr(ckpt_dist, verb)(given, tmp_path / f"{name}16", dtype={"default": "float16", "norm*": "float32"})
+        assert any("no tensor of the target is named 'norm*'" in w for w in done["warnings"])
+        assert any("w: values beyond 65504 do not fit" in w for w in done["warnings"]) == (name == "b")
+        assert load_file(tmp_path / f"{name}16/model.safetensors")["w"].isinf().any() == (name == "b")
+
+
 def test_bf16_sources_can_become_an_fp32_mean_and_weights_are_used(tmp_path: Path) -> None:
     values = trajectory(3, torch.bfloat16)
     run = write(tmp_path / "run", values)

@@ -57,12 +57,14 @@ class Done:
     bytes_sent: int = 0
     digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)  # file, offset, nbytes, crc
+    beyond: set[int] = field(default_factory=set)  # tiles with values that became infinite
 
     def add(self, other: Done) -> None:
         self.bytes_written += other.bytes_written
         self.bytes_sent += other.bytes_sent
         self.digests.update(other.digests)
         self.runs += other.runs
+        self.beyond |= other.beyond
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,8 @@ class _Worker:
         result = job.combine(tile, self.values(tile, numel, moves, dtypes), dtypes, want)
         if result is None or job.target is None:
             return
+        if want == "float16" and {*dtypes} != {want} and np.isinf(result.view(np.float16)).any():
+            self.done.beyond.add(tile)
         if job.digests:
             self.done.digests[len(job.sources), tile] = digest(result)
         scatter(result, out, self.write)
