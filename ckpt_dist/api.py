@@ -34,6 +34,7 @@ TARGET += ("partition", "partition_method", "release", "spec", "embedding", "uni
 
 def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     from ckpt_dist.config import fill
+    from ckpt_dist.errors import UsageError
 
     values: dict[str, Any] = {"quiet": True}
     for name, value in places.items():
@@ -43,7 +44,12 @@ def _config(verb: str, places: Mapping[str, Any], options: Mapping[str, Any]) ->
             )
     for name, value in options.items():
         values[f"target.{name}" if name in TARGET else name] = value
-    return fill(verb, values)
+    cfg = fill(verb, values)
+    if cfg["nproc"] != 1:
+        raise UsageError(
+            f"nproc={cfg['nproc']}: only the command starts processes. Start a program's own with torchrun."
+        )
+    return cfg
 
 
 def convert(source: PathLike, target: PathLike, **options: Any) -> dict[str, Any]:

@@ -108,6 +108,12 @@ def account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence
 def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
     """Config, tokenizer and processor files of a target that is a model's folder."""
     found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
+    adapter = formats.is_adapter(m.catalog)
+    if not adapter and sources.ADAPTER in found:
+        del found[sources.ADAPTER]
+        report.warnings.append(
+            f"the adapter beside the model ({sources.ADAPTER}) is left out; give its own file as source.path"
+        )
     small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
     if left := sources.left(m.source):
         more = f" and {len(left) - 6} more" if len(left) > 6 else ""
@@ -116,7 +122,7 @@ def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report:
         small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
         params = _params_json(m, report)
         return {**small, "params.json": _text(_sized(params, cfg, m))} if params else small
-    config = _config_json(m, d, report)
+    config = {} if adapter else _config_json(m, d, report)
     if config and cfg["target"]["vocab_size"] is None and _unlike_rows(config, m, report):
         config["vocab_size"] = m.sizes["v"]
     return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small

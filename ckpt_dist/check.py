@@ -79,18 +79,33 @@ def _alone(group: Group, report: Report, m: Model, cfg: Config) -> dict[str, Any
 
 @dataclass
 class Gap:
-    """How far two versions of one tensor are apart; `over` counts elements beyond the tolerance."""
+    """How far two versions of one tensor are apart; `over` counts elements beyond the tolerance.
+
+    `largest` and `times` are the most that such an element is off, as a number and in tolerances; `any` is of all elements.
+    """
 
     over: int = 0
     largest: float = 0.0
+    times: float = 0.0
+    any: float = 0.0
     nans: int = 0
+    dtypes: str = ""  # where they are not alike
 
     def merge(self, other: Gap) -> None:
-        self.over, self.nans, self.largest = (
-            self.over + other.over,
-            self.nans + other.nans,
-            max(self.largest, other.largest),
-        )
+        self.over, self.nans = self.over + other.over, self.nans + other.nans
+        self.largest, self.times = max(self.largest, other.largest), max(self.times, other.times)
+        self.any, self.dtypes = max(self.any, other.any), self.dtypes or other.dtypes
+
+    def worse(self) -> tuple[bool, float, float]:
+        """What the worst are sorted by: a NaN is off by more than any number."""
+        return bool(self.nans), self.times, self.largest
+
+    def __str__(self) -> str:
+        """`2 elements differ, by up to 0.5, 1 not a number on one side`"""
+        said = [f"stored as {self.dtypes}"] if self.dtypes else []
+        said += [f"{self.over} elements differ"] if self.over else []
+        said += [f"by up to {self.largest:.6g}"] if self.over > self.nans else []
+        return ", ".join(said + ([f"{self.nans} not a number on one side"] if self.nans else []))
 
 
 def _gap(one: Any, two: Any, rtol: float, atol: float) -> Gap:
@@ -102,9 +117,15 @@ def _gap(one: Any, two: Any, rtol: float, atol: float) -> Gap:
     nans = torch.isnan(a.abs()) != torch.isnan(b.abs())
     both = torch.isnan(a.abs()) & torch.isnan(b.abs())
     apart[both] = 0
-    over = (apart > atol + rtol * b.abs()) | torch.isinf(apart) | nans  # no part of an infinity is a tolerance
-    known = apart[~torch.isnan(apart)]
-    return Gap(int(over.sum()), float(known.max()) if known.numel() else float("inf"), int(nans.sum()))
+    limit = atol + rtol * b.abs()
+    over = (apart > limit) | torch.isinf(apart) | nans  # no part of an infinity is a tolerance
+    beyond = over & ~nans
+    times = torch.nan_to_num(apart[beyond] / limit[beyond], nan=float("inf"))
+    return Gap(int(over.sum()), _most(apart[beyond]), _most(times), _most(apart[~nans]), int(nans.sum()))
+
+
+def _most(value: Any) -> float:
+    return float(value.max()) if value.numel() else 0.0
 
 
 def _pair(a: Model, b: Model) -> Design:
@@ -128,6 +149,8 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
     _same_names(a, b, va, vb, d)
     names = plan.tile_names(d.canon.entries)
     mine: dict[int, Gap] = {}
+    if rtol or atol:  # torch will be needed, and is to leave the cores to our threads
+        import ckpt_dist.averages.tensors  # noqa: F401
 
     def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
         one = next(values).copy()
@@ -137,9 +160,11 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
         from ckpt_dist.averages.tensors import tensor
 
         gap = _gap(tensor(one, dtypes[0]), tensor(two, dtypes[1]), rtol, atol)
-        if not (rtol or atol) and not gap.over:
+        if not (rtol or atol) and dtypes[0] != dtypes[1]:
+            gap.dtypes = " and ".join(dtypes)
+        elif not (rtol or atol) and not gap.over:
             # -0.0 and 0.0, other payloads of NaN, integers that fp64 does not tell apart
-            gap.over = 0 if dtypes[0] != dtypes[1] else int((one != two).sum())
+            gap.over = int((one != two).sum())
         mine[tile] = gap
 
     with report.phase("compare"):
@@ -173,14 +198,10 @@ def _same_names(a: Model, b: Model, va: Any, vb: Any, d: Design) -> None:
 def _verdict(
     a: Model, b: Model, d: Design, found: Mapping[str, Gap], done: Any, rtol: float, atol: float
 ) -> dict[str, Any]:
-    wrong = {n: g for n, g in found.items() if g.over}
+    wrong = {n: g for n, g in found.items() if g.over or g.dtypes}
     if wrong:
-        worst = sorted(wrong.items(), key=lambda item: -item[1].largest)[:10]
-        lines = [
-            f"  {n}: {g.over} elements differ, by up to {g.largest:.6g}"
-            + (f", {g.nans} not a number on one side" if g.nans else "")
-            for n, g in worst
-        ]
+        worst = sorted(wrong.items(), key=lambda item: item[1].worse(), reverse=True)[:10]
+        lines = [f"  {n}: {g}" for n, g in worst]
         limit = "bit by bit" if not (rtol or atol) else f"within rtol={rtol:g} atol={atol:g}"
         raise Difference(
             f"{a.source.folder} and {b.source.folder} are not equal {limit}: {len(wrong)} of {len(d.canon.entries)} tensors differ, the worst:\n"
@@ -188,7 +209,7 @@ def _verdict(
         )
     exact = not found
     print_a = task.fingerprint_of(task.weight_digests(d.canon, done, 0))
-    largest = max((g.largest for g in found.values()), default=0.0)
+    largest = max((g.any for g in found.values()), default=0.0)
     named = model.canonical(d.dialect) or bool(d.canon.axes)
     beside = any(e.role == "optimizer" for m in (a, b) for e in m.catalog.entries)
     text = f"{len(d.canon.entries)} tensors are {'bit-equal' if exact else f'equal within tolerance (largest difference {largest:.6g})'}"

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ckpt_dist import keys
@@ -35,6 +36,8 @@ EXCLUSIVE = (("steps", "last"),)
 WORD = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*)(?P<given>=(?P<value>.*))?", re.DOTALL)
 YAML_LINE = re.compile(r"( *)(- )?([\w./@]+)(:)? *([^#]*?) *(?:# (.*))?")
 
+HYDRA = Lock()  # there is one for all threads
+
 Flat = dict[str, Any]
 
 
@@ -43,7 +46,8 @@ Flat = dict[str, Any]
 
 def defaults(verb: str, recipe: str | None = None) -> dict[str, Any]:
     """What `conf/<verb>.yaml` says, and a recipe on top of it, nested; values that have to be given are `???`."""
-    return copy.deepcopy(_composed(verb, recipe))
+    with HYDRA:
+        return copy.deepcopy(_composed(verb, recipe))
 
 
 @lru_cache
@@ -195,7 +199,7 @@ def _read(verb: str, key: str, value: Any, default: Any) -> Any:
     try:
         return kind.read(value)
     except (ValueError, TypeError, KeyError):
-        shown = "nothing (an empty variable?)" if value == "" else repr(value)
+        shown = "nothing (an empty variable?)" if isinstance(value, str) and not value else repr(value)
         hint = _meant(value, kind.choices) if isinstance(value, str) else ""
         raise UsageError(f"{key} is {shown}.{hint} Give {kind.says}.") from None
 

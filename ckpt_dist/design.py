@@ -312,13 +312,13 @@ def target_dtype(rules: str | Mapping[str, str], entry: Entry) -> str:
 
 
 def unused(rules: str | Mapping[str, str], entries: Sequence[Entry]) -> list[str]:
-    """A warning for each pattern of `target.dtype` that is no stored name's."""
+    """A warning for each pattern of `target.dtype` that is no weight's name; it need not know of dicts around the model."""
     given = [] if isinstance(rules, str) else [pattern for pattern in rules if pattern != "default"]
     names = {e.name for e in entries if e.role == "weight"}
     return [
         f"target.dtype: no weight is called {p!r}, so that rule does nothing"
         for p in given
-        if not fnmatch.filter(names, p)
+        if not fnmatch.filter(names, p) + fnmatch.filter(names, f"*.{p}")
     ]
 
 

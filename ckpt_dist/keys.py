@@ -124,6 +124,7 @@ def _some(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
         if isinstance(value, str):
             listed = inside(value, "[]")
             value = [bare(p) for p in pieces(value if listed is None else listed)]
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy, of torch
         values = list(value) if isinstance(value, (list, tuple, range)) else [value]
         if not values:
             raise ValueError

@@ -6,7 +6,7 @@ Invariant: nothing is written, and every rank finds the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,9 +92,7 @@ def prepare(
     models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
     d = design.of(models, target)
     _same_tensors(models, d.sources)
-    report.warnings += design.unused(
-        target["dtype"], [*d.target.entries, *(e for m in models for e in m.catalog.entries)]
-    )
+    report.warnings += design.unused(target["dtype"], d.target.entries)
     if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
         report.warnings += megatron.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
@@ -115,6 +113,7 @@ def prepare(
     if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
+    _same_dtypes(models, d, target["dtype"])
     task.divided(task.engine_of(cfg), models)  # also a run says here what is too big
     node = None if target["shared"] else group.node
     place = path.resolve() if into else path.absolute()  # a link may lead to another disk
@@ -177,7 +176,7 @@ def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
 
 
 def _same_tensors(models: Sequence[Model], bounds: Sequence[Bound]) -> None:
-    """All sources hold the same tensors, shapes and dtypes, or the differences are shown."""
+    """All sources hold the same tensors in the same shapes, or the differences are shown."""
     tables = []
     for bound in bounds:
         tables.append(
@@ -192,7 +191,7 @@ def _same_tensors(models: Sequence[Model], bounds: Sequence[Bound]) -> None:
         if bounds[0].axes and m.dialect != models[0].dialect:
             continue  # other shapes by design; axis lengths and coverage are compared by the plan
         for key in [*first, *(k for k in table_ if k not in first)]:
-            if first.get(key) != table_.get(key):
+            if key not in first or key not in table_ or first[key][1] != table_[key][1]:
                 name = ", ".join(key[0]) + "".join(f" {a}={i}" for a, i in key[1])
                 differences.append(
                     f"  {name}: {_kind(first.get(key))} in {models[0].source.folder.name}, {_kind(table_.get(key))} in {m.source.folder.name}"
@@ -200,6 +199,28 @@ def _same_tensors(models: Sequence[Model], bounds: Sequence[Bound]) -> None:
     if differences:
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise CheckpointError("These checkpoints are not of one model:\n" + "\n".join(differences[:10]) + more)
+
+
+def _same_dtypes(models: Sequence[Model], d: design.Design, asked: str | Mapping[str, str]) -> None:
+    """Each tensor would have the same dtype from whichever source, or the differences are shown."""
+    of, differences = [design.stored_dtypes(bound) for bound in d.sources], []
+    for e, r in zip(d.target.entries, d.target.rules, strict=True):
+        stored = [replace(e, dtype=dtype(r)) for dtype in of] if r and len(models) > 1 else []
+        other = next(
+            (k for k, s in enumerate(stored) if design.target_dtype(asked, s) != design.target_dtype(asked, stored[0])),
+            0,
+        )
+        if other:
+            kinds = [f"{_kind((stored[k].dtype, e.shape))} in {models[k].source.folder.name}" for k in (0, other)]
+            differences.append(f"  {e.name}: {', '.join(kinds)}")
+    if differences:
+        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise CheckpointError(
+            "These checkpoints have different dtypes:\n"
+            + "\n".join(differences[:10])
+            + more
+            + "\nSay which one the mean should have: target.dtype=float32."
+        )
 
 
 def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:

@@ -25,6 +25,7 @@ from ckpt_dist.prepared import made
 from ckpt_dist.report import Report
 
 Config = Mapping[str, Any]
+FACTORS = ("*lora_[ABab]*", "*lora_embedding_[AB]*", "*adapter*.linear_in.*")  # of peft, torchtune, NeMo
 COMMAND = Event()  # set where this process is one of the command's
 FROZEN = gc.get_freeze_count()  # by the interpreter itself: Python 3.12 does, others do not
 
@@ -150,6 +151,7 @@ def average(cfg: Config) -> dict[str, Any]:
         table = [(m.step, str(m.source.folder), w) for m, w in zip(models, given, strict=True)]
         for step, folder, w in table:
             report.notes.append(f"{'step ' + str(step) if step is not None else folder}: weight {w:.6g}")
+        report.warnings += _factors(models[0])
         report.notes += [f"{target.name}.ckpt, one in the folder of each rank"] if beside else []
         about = {"verb": "average", "name": label, "weights": "as given" if from_user else "uniform"}
         place = target.parent if beside else target
@@ -213,6 +215,19 @@ def _coefficients(given: Sequence[float] | None, models: Sequence[Model], report
     if scaled:
         report.warnings.append(f"weights sum to {total:.6g}; they were divided by it")
     return weights, True
+
+
+def _factors(m: Model) -> list[str]:
+    """What to say of an adapter's factors: the product of two means is no mean of products."""
+    factor = next((n for n in m.names if n and any(fnmatch.fnmatch(n, pattern) for pattern in FACTORS)), None)
+    return (
+        [
+            f"{factor} and the like are factors of an adapter and averaged each for itself, which is not the mean of what adapters "
+            "add; for that merge each into its model first"
+        ]
+        if factor
+        else []
+    )
 
 
 def _label(cfg: Config) -> str:

@@ -22,7 +22,7 @@ from ckpt_dist.formats import nemo
 from ckpt_dist.whole import contents
 
 STEP = re.compile(
-    r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?:[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(\d+)(?:_all_dp)?"
+    r"(?:(?:global_?)?(?:step|iter|iteration|checkpoint|ckpt|epoch)|(?P<other>[A-Za-z][A-Za-z_]*[-_=]))?[-_=]?0*(?P<number>\d+)(?:_all_dp)?"
 )
 DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
 NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
@@ -34,8 +34,10 @@ INSIDE = {
 LATEST = ("latest", "latest_universal")  # DeepSpeed: the name of the folder that was saved last
 BELOW = ("weights", "model_weights")  # of NeMo: where the arrays are if nothing beside them is a checkpoint
 CONFIGS = ("config.json", "params.json")
+ADAPTER = "adapter_config.json"  # of peft
 ASSETS = (
     "config.json",
+    ADAPTER,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -82,16 +84,20 @@ class Source:
 def steps(parent: Path) -> dict[int, Path]:
     """The numbered checkpoints of a folder, in order: `step-10`, `checkpoint-5`, `iter_0000100`, `global_step_3`.
 
-    Averages, `*-last` and other names without a number at their end are not among them.
+    Averages, `*-last` and other names without a number at their end are not among them, nor are those of other words than
+    these (`eval_10`, `version_0`), unless there are no others.
     """
     found: dict[int, Path] = {}
-    for path in [*sorted(p for p in parent.iterdir() if p.is_dir()), *nemo.files(parent)]:
+    paths = [*sorted(p for p in parent.iterdir() if p.is_dir()), *nemo.files(parent)]
+    plain = [p for p in paths if (match := STEP.fullmatch(p.name)) is None or match["other"] is None]
+    for path in plain if any(number_of(p) is not None for p in plain) else paths:
         number = number_of(path)
         if number is None or (path / "average.yaml").exists():
             continue
         if number in found:
             raise CheckpointError(
-                f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint itself."
+                f"{parent} holds step {number} twice: {found[number].name} and {path.name}. Give the checkpoint "
+                "itself, or those to average as a list."
             )
         found[number] = path
     return dict(sorted(found.items()))
@@ -104,8 +110,10 @@ def number_of(path: Path) -> int | None:
 
 def _said(name: str) -> int | None:
     name = name.removesuffix(nemo.ENDING)
-    match = STEP.fullmatch(name) or nemo.NAMED.search(name)
-    return int(match[1]) if match and not nemo.RANK.fullmatch(name) else None
+    if nemo.RANK.fullmatch(name):
+        return None
+    match, named = STEP.fullmatch(name), nemo.NAMED.search(name)
+    return int(match["number"]) if match else int(named[1]) if named else None
 
 
 def choose(parent: Path, wanted: list[int] | None, last: int | None) -> dict[int, Path]:

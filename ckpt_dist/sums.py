@@ -83,9 +83,9 @@ def statistics(group: Group, report: Report, m: Model, cfg: Config) -> dict[str,
     names = plan.tile_names(canon.entries)
     mine: dict[int, Sums] = {}
 
-    def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
-        from ckpt_dist.averages.tensors import tensor
+    from ckpt_dist.averages.tensors import tensor
 
+    def combine(tile: int, values: Any, dtypes: Sequence[str], want: str) -> None:
         sums = Sums()
         sums.add(tensor(next(values), dtypes[0]))
         mine[tile] = sums

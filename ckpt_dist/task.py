@@ -168,11 +168,12 @@ def _made(
 
 
 def _share_out(group: Group, report: Report, done: Done) -> None:
-    """Everyone's byte counts into the report, and everyone's digests to all."""
-    all_done = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent))
+    """Everyone's byte counts into the report, and everyone's digests and overflows to all."""
+    all_done = group.gather((done.bytes_read, done.bytes_written, done.digests, done.bytes_sent, done.beyond))
     report.bytes_read += sum(p[0] for p in all_done)
     report.bytes_written += sum(p[1] for p in all_done)
     report.bytes_exchanged += sum(p[3] for p in all_done)
+    done.beyond = {tile for one in all_done for tile in one[4]}
     done.digests = {}
     for key, d in ((key, d) for one in all_done for key, d in one[2].items()):
         if done.digests.setdefault(key, d) != d:  # two nodes have made one tile, and one of them wrongly

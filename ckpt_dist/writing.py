@@ -172,6 +172,10 @@ def _fill(
             proof=p.proof,
             here=here,
         )
+    name = plan.tile_names(p.design.canon.entries)
+    if beyond := sorted({name(tile) for tile in done.beyond}):
+        more = f" and {len(beyond) - 1} more tensors" if len(beyond) > 1 else ""
+        report.warnings.append(f"{beyond[0]}{more}: values beyond 65504 do not fit into float16 and are infinite there")
     if engine.get("verify"):
         with report.phase("verify"):
             _reread(group, report, p, done, engine, quiet, here)
@@ -242,11 +246,17 @@ def _fingerprints(d: design.Design, done: Any, models: Sequence[Model], report: 
         for e, r in zip(d.canon.entries, d.canon.rules, strict=True)
         if r
     }
-    result = task.weight_digests(d.canon, done, len(models), canon_dtypes)
-    return {
-        "fingerprint": task.fingerprint_of(result),
-        "source_fingerprints": [task.fingerprint_of(task.weight_digests(d.canon, done, k)) for k in range(len(models))],
-    }
+    dtypes = [_dtypes(d, design.stored_dtypes(bound)) for bound in d.sources]
+    prints = [
+        task.fingerprint_of(task.weight_digests(d.canon, done, k, own)) for k, own in enumerate([*dtypes, canon_dtypes])
+    ]
+    return {"fingerprint": prints[-1], "source_fingerprints": prints[:-1]}
+
+
+def _dtypes(d: design.Design, stored: Callable[[Any], str]) -> dict[str, str]:
+    """Canonical name -> the dtype that one source has it in."""
+    pairs = zip(d.canon.entries, d.canon.rules, strict=True)
+    return {e.name: stored(r) for e, r in pairs if r and e.role == "weight"}
 
 
 def _reread(

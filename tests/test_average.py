@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
+from ckpt_dist import sources
 from ckpt_dist.averages import fused, tensors
 from ckpt_dist.averages.tensors import mean
 from ckpt_dist.cli import main
@@ -122,11 +124,24 @@ def test_a_mean_is_the_sum_in_order_divided_and_rounded_once(summed_by: str, dty
         for value in wide[1:]:
             total += value
         total /= np.float32(count)
+        most = np.isinf(total) & np.isfinite(wide).all(0)  # a mean is no larger than what it is of: these have bits too
+        fits = sum(w[most].astype(np.float64) / count for w in wide)
     wanted = torch.from_numpy(total).to(kind)
+    wanted[most] = torch.from_numpy(np.asarray(fits)).to(kind)
+    assert most.any() == (dtype == "bfloat16")
     found = torch.from_numpy(mean(iter(words), [dtype] * count, [1 / count] * count, dtype).copy()).view(kind)
     numbers = ~wanted.isnan()
     assert torch.equal(found.isnan(), ~numbers) and numbers.sum() > 1 << 14
     assert torch.equal(found[numbers].view(torch.int16), wanted[numbers].view(torch.int16))
+
+
+@pytest.mark.parametrize("coefficients", [[1 / 3] * 3, [0.25] * 4, [2.0, -1.0], [0.2, 0.3, 0.5]])
+def test_a_mask_stays_what_it_is(summed_by: str, coefficients: list[float]) -> None:
+    """The least number of bfloat16 is that of fp32, but for a few bits: its sums do not fit."""
+    least = torch.full((100,), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16)
+    mask = least.view(torch.int16).numpy().view(np.uint16)
+    found = mean([mask] * len(coefficients), ["bfloat16"] * len(coefficients), coefficients, "bfloat16")
+    assert np.array_equal(found, mask)
 
 
 WORDS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
@@ -252,6 +267,19 @@ def test_what_sums_cannot_hold_is_refused(tmp_path: Path) -> None:
         mean(eight, ["float8_e4m3fn"] * 2, [0.5, 0.5], "bfloat16")
 
 
+@pytest.mark.parametrize("verb", ["convert", "average"])
+def test_what_does_not_fit_into_fp16_and_rules_that_fit_nothing_are_said(tmp_path: Path, verb: str) -> None:
+    for name, most in (("a", 65504.0), ("b", 65536.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor([1.0, most]), "v": torch.ones(2)}, tmp_path / name / "model.safetensors")
+    for name in "ab":
+        given = [tmp_path / name] * 2 if verb == "average" else tmp_path / name
+        done = getattr(ckpt_dist, verb)(given, tmp_path / f"{name}16", dtype={"default": "float16", "norm*": "float32"})
+        assert any("no weight is called 'norm*'" in w for w in done["warnings"])
+        assert any("w: values beyond 65504 do not fit" in w for w in done["warnings"]) == (name == "b")
+        assert load_file(tmp_path / f"{name}16/model.safetensors")["w"].isinf().any() == (name == "b")
+
+
 def test_bf16_sources_can_become_an_fp32_mean_and_weights_are_used(tmp_path: Path) -> None:
     values = trajectory(3, torch.bfloat16)
     run = write(tmp_path / "run", values)
@@ -289,6 +317,30 @@ def test_dialects_and_shardings_may_differ_and_the_recipe_is_recorded(real: Real
     assert len(prints) == 1 and [s["weight"] for s in record["sources"]] == [0.25] * 4
 
 
+@pytest.mark.parametrize("titan", [False, True])
+def test_dtypes_may_differ_where_one_is_asked_for(real: Real, tmp_path: Path, titan: bool) -> None:
+    """In the names of one dialect and in those of two: never is one checkpoint's dtype that of the mean in silence."""
+    start, config = real("bf16") / "hf", {"model.config": str(real("bf16") / "hf")}
+    wide = {n: v.float() * 1.01 for n, v in load_file(start / "model.safetensors").items()}
+    (tmp_path / "wide").mkdir()
+    save_file(wide, tmp_path / "wide/model.safetensors")
+    other = tmp_path / ("titan" if titan else "wide")
+    if titan:
+        ckpt_dist.convert(tmp_path / "wide", other, format="dcp", dialect="torchtitan", **config)
+    for rules in ("keep", {"*norm*": "float32"}):
+        with pytest.raises(
+            CheckpointError, match=r"different dtypes:\n  [\w.]+: bfloat16\[.*\] in hf, float32\[.*\] in"
+        ):
+            ckpt_dist.average([start, other], tmp_path / "out", dtype=rules, **config)
+    ckpt_dist.average([start, other], tmp_path / "out", dtype="float32", **config)
+    mean, low = load_file(tmp_path / "out/model.safetensors"), load_file(start / "model.safetensors")
+    for name, value in mean.items():
+        assert torch.equal(value, (low[name].float() + wide[name]) / 2), name
+    record = yaml.safe_load((tmp_path / "out/average.yaml").read_text())
+    prints = [ckpt_dist.fingerprint(s, **config) for s in (start, other, tmp_path / "out")]
+    assert prints == [*(s["fingerprint"] for s in record["sources"]), record["fingerprint"]]
+
+
 def test_steps_are_chosen_by_number_and_averages_are_not_taken_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +360,24 @@ def test_steps_are_chosen_by_number_and_averages_are_not_taken_again(
         ckpt_dist.average(run, tmp_path / "x", last=13)
 
 
+def test_what_else_a_run_numbers_is_no_step(tmp_path: Path) -> None:
+    """Lightning's logs, results of an evaluation: as their words are no step's, they count where nothing else does."""
+    run = write(tmp_path / "run", trajectory(2, torch.bfloat16))
+    for name in ("version_0", "eval_2", "logs_1"):
+        (run / name).mkdir()
+    (run / "best_2").symlink_to(run / "step-2")
+    assert sorted(sources.steps(run)) == [1, 2]
+    ckpt_dist.average(run, tmp_path / "mean")
+    for step in (1, 2):
+        (run / f"step-{step}").rename(run / f"llama_tiny-{step}")
+    (run / "best_2").unlink()
+    with pytest.raises(CheckpointError, match="step 2 twice: eval_2 and llama_tiny-2"):
+        ckpt_dist.average(run, tmp_path / "again")
+    for name in ("version_0", "eval_2", "logs_1"):
+        (run / name).rmdir()
+    assert sorted(sources.steps(run)) == [1, 2]
+
+
 def test_what_must_not_be_averaged(tmp_path: Path) -> None:
     values = trajectory(3, torch.bfloat16)
     for k, v in enumerate(values):
@@ -325,6 +395,10 @@ def test_what_must_not_be_averaged(tmp_path: Path) -> None:
     for k in range(3):
         save_file({"w": values[k], "count": torch.tensor([k])}, tmp_path / f"run/step-{k}/model.safetensors")
     with pytest.raises(CheckpointError, match="count: integer values differ"):
+        ckpt_dist.average(tmp_path / "run", tmp_path / "ints")
+    for k in range(3):
+        save_file({"w": values[k], "f": torch.tensor([k * 1j])}, tmp_path / f"run/step-{k}/model.safetensors")
+    with pytest.raises(CheckpointError, match="f: complex values differ"):
         ckpt_dist.average(tmp_path / "run", tmp_path / "ints")
     with pytest.raises(UsageError, match="no key 'keep'"):  # optimizer moments are never averaged
         ckpt_dist.average(tmp_path / "run", tmp_path / "ints", keep=["weights", "optimizer"])
@@ -364,3 +438,48 @@ def test_many_tiles_by_several_threads(tmp_path: Path) -> None:
         ckpt_dist.convert(paths[0], tmp_path / word, quiet=True, **{"engine.workers": 4, "target.dtype": word})
         cast = load_file(tmp_path / word / "model.safetensors")
         assert all(torch.equal(cast[name], value.to(dtype)) for name, value in states[0].items())
+
+
+def test_an_adapter_stays_one_and_its_factors_are_said_to_be_averaged(tmp_path: Path) -> None:
+    """Under the names that peft looks for; a model beside which an adapter lies does not become one."""
+    for k in range(2):
+        folder = tmp_path / f"run/checkpoint-{k}"
+        folder.mkdir(parents=True)
+        names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{f}.weight" for f in "AB"]
+        save_file({n: torch.full((2, 2), float(k)) for n in names}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (said,) = ckpt_dist.average(tmp_path / "run", tmp_path / "mean")["warnings"]
+    assert "lora_A.weight and the like are factors of an adapter" in said
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {p.name for p in (tmp_path / "mean").iterdir()}
+    assert not (tmp_path / "mean/model.safetensors").exists()
+    for k in range(2):
+        save_file({"w": torch.ones(2)}, tmp_path / f"run/checkpoint-{k}/model.safetensors")
+    done = ckpt_dist.average(tmp_path / "run", tmp_path / "models")
+    assert "the adapter beside the model (adapter_config.json) is left out" in done["warnings"][0]
+    assert not (tmp_path / "models/adapter_config.json").exists()
+
+
+PROGRAM = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import torch
+import ckpt_dist
+
+torch.set_num_threads(3)
+run, out = Path(sys.argv[1]), Path(sys.argv[2])
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda k: ckpt_dist.average(run, out / str(k)), range(4)))
+ckpt_dist.average(run, out / "mean")
+ckpt_dist.verify(out / "mean", run / "step-1", rtol=9, atol=9)
+with ThreadPoolExecutor(1) as pool:
+    print(torch.get_num_threads(), pool.submit(torch.get_num_threads).result())
+"""
+
+
+def test_threads_of_a_program_may_run_jobs_and_torch_keeps_its_own(tmp_path: Path) -> None:
+    """Several from the first moment on; torch's are counted afterwards here and in a thread that begins then."""
+    run = write(tmp_path / "run", trajectory(2, torch.bfloat16))
+    words = [sys.executable, "-c", PROGRAM, str(run), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["3", "3"], done.stderr[-3000:]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -690,3 +691,38 @@ def test_infinities_are_equal_to_themselves_alone(tmp_path: Path, limit: str) ->
         else:
             with pytest.raises(Difference, match="1 elements differ"):
                 ckpt_dist.verify(*paths, **{limit: 1e-3})
+
+
+def test_bit_equal_is_of_one_dtype(tmp_path: Path) -> None:
+    for name, dtype in (("a", torch.float32), ("b", torch.bfloat16)):
+        save_file({"w": torch.ones(4, dtype=dtype)}, tmp_path / f"{name}.safetensors")
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    with pytest.raises(Difference, match=r"w: stored as float32 and bfloat16$"):
+        ckpt_dist.verify(*paths)
+    assert ckpt_dist.verify(*paths, atol=1e-9)["equal"]
+
+
+@pytest.mark.parametrize("limits", [{}, {"atol": 1e-3}, {"rtol": 5e-3}, {"rtol": 1e-3, "atol": 1e-2}])
+def test_the_worst_are_the_worst(tmp_path: Path, limits: dict[str, float]) -> None:
+    """Of what differs ten are shown: the most beyond the tolerance first, which numpy finds too."""
+    random = np.random.default_rng(0)
+    a = {f"t{k:02}": random.standard_normal(50) * 10.0 ** (k % 5) for k in range(20)}
+    b = {n: v + random.standard_normal(50) * 10.0 ** random.uniform(-5, 3) for n, v in a.items()}
+    b["t07"][3] = np.nan
+    for name, tensors in (("a", a), ("b", b)):
+        save_file({n: torch.from_numpy(v) for n, v in tensors.items()}, tmp_path / f"{name}.safetensors")
+    order: dict[str, tuple[float, float]] = {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for n in a:
+            apart, limit = np.abs(a[n] - b[n]), limits.get("atol", 0) + limits.get("rtol", 0) * np.abs(b[n])
+            over = apart > limit
+            order[n] = np.nanmax((apart / limit)[over], initial=0), apart[over].max(initial=0)
+    order["t07"] = math.inf, math.inf
+    with pytest.raises(Difference) as error:
+        ckpt_dist.verify(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **limits)
+    lines = [line.split(": ") for line in str(error.value).splitlines()[1:]]
+    assert [n.strip() for n, _ in lines] == sorted(
+        (n for n in order if order[n][1]), key=order.__getitem__, reverse=True
+    )[:10]
+    for n, said in lines[1:]:
+        assert said.endswith(f"by up to {order[n.strip()][1]:.6g}")

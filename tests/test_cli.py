@@ -10,11 +10,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+import ckpt_dist
 from ckpt_dist import cli, config, formats, keys
 from ckpt_dist.errors import UsageError
 
@@ -277,6 +282,30 @@ def test_python_values_are_checked_like_words() -> None:
         config.fill("average", {"source.path": "r", "last": True})
     with pytest.raises(UsageError, match="true or false"):
         config.fill("inspect", {"source.path": "r", "json": 1})
+
+
+@pytest.mark.parametrize("of", [tuple, np.array, torch.tensor])
+def test_python_values_may_be_arrays_and_dtypes_of_torch(of: Callable[[list[float]], object]) -> None:
+    cfg = config.fill(
+        "average",
+        {"source.path": "r", "steps": of([10, 20]), "weights": of([0.25, 0.75]), "target.dtype": torch.bfloat16},
+    )
+    assert (cfg["steps"], cfg["weights"], cfg["target"]["dtype"]) == ([10, 20], [0.25, 0.75], "bfloat16")
+    with pytest.raises(UsageError, match="Give a path"):
+        config.fill("average", {"source.path": of([1, 2])})
+    with pytest.raises(UsageError, match="only the command starts processes"):
+        ckpt_dist.average("r", nproc=2)
+
+
+def test_threads_read_their_first_configurations_at_once() -> None:
+    config._composed.cache_clear()
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert len(list(pool.map(lambda _: config.fill("inspect", {"source.path": "r"}), range(8)))) == 8
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def test_a_program_that_uses_hydra_itself_is_left_alone(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Tiles as torch tensors: the cast, and the weighted mean. Besides `engine.dequantise` the only place where values change.
 
-Invariant: floating values are summed in fp32 (fp64 for fp64) in the order given and rounded once; integers and
-booleans are never summed and never cast to floating types.
+Invariant: floating values are summed in fp32 (fp64 for fp64) in the order given and rounded once; integers,
+booleans and complex numbers are never summed and never cast to floating types.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,9 +20,6 @@ from ckpt_dist.averages.fused import Pass, one_pass
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import is_floating, of_torch
 from ckpt_dist.plan import HELD
-
-torch.set_num_threads(1)  # threads of ours work on tiles already; the sums must not depend on how torch splits them
-
 
 DEVICE = torch.device("cpu")
 SUMMED = set[str]()  # how this process has summed since `use`: both ways give the same bytes, and differ in time
@@ -98,7 +96,7 @@ def mean(
     array([2., 3.], dtype=float32)
     """
     if not is_floating(want):
-        return same(values)
+        return same(values, "complex" if want.startswith("complex") else "integer")
     if any(d.startswith("float8") for d in (want, *dtypes)):
         raise CheckpointError(
             "8-bit floats carry scales of their own and cannot be averaged; de-quantise the checkpoints first."
@@ -107,6 +105,9 @@ def mean(
     divide = uniform and count & (count - 1) != 0  # a power of two: the same bits by its inverse, in half the time
     scale = (count if divide else 1 / count) if uniform else 1.0
     factors = [1.0] * count if uniform else coefficients
+    if set(dtypes) == {"bfloat16"}:  # as far as fp32, where the least of all, as masks have it, would not fit in twice
+        room = 2.0 ** math.ceil(math.log2(max(sum(map(abs, factors)), 1)))
+        factors, scale = [f / room for f in factors], scale / room if divide else scale * room
     if DEVICE.type == "cpu" and len(set(dtypes)) == 1 and (run := one_pass(dtypes[0], want, divide)):
         SUMMED.add(f"{want} is summed in one pass, by llvmlite")
         return _at_once(run, iter(values), factors, scale, want)
@@ -173,13 +174,13 @@ def last(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
     return value.copy()
 
 
-def same(values: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """Integers and booleans: equal in all sources, or Differs."""
+def same(values: Iterable[NDArray[Any]], kind: str) -> NDArray[Any]:
+    """Integers, booleans and complex numbers: equal in all sources, or Differs."""
     first: NDArray[Any] | None = None
     for value in values:
         if first is None:
             first = value.copy()
         elif not np.array_equal(first, value):
-            raise Differs("integer values differ between the checkpoints")
+            raise Differs(f"{kind} values differ between the checkpoints; only floating ones are averaged")
     assert first is not None
     return first

@@ -9,6 +9,7 @@ Invariant: each tile is made once, by one thread, from its sources in the order 
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,12 +57,14 @@ class Done:
     bytes_sent: int = 0
     digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)  # file, offset, nbytes, crc
+    beyond: set[int] = field(default_factory=set)  # tiles with values that became infinite
 
     def add(self, other: Done) -> None:
         self.bytes_written += other.bytes_written
         self.bytes_sent += other.bytes_sent
         self.digests.update(other.digests)
         self.runs += other.runs
+        self.beyond |= other.beyond
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,26 @@ def keep(tile: int, values: Iterator[Array], dtypes: Sequence[str], want: str) -
     return cast(value, dtypes[0], want)
 
 
+class Single:
+    """torch uses one thread for each of ours while any crew is at work, and then as many as before: it may be a program's."""
+
+    def __init__(self) -> None:
+        self.lock, self.crews, self.before = threading.Lock(), 0, 0
+
+    def change(self, by: int) -> None:
+        torch = sys.modules.get("torch")  # who has not imported it computes nothing
+        with self.lock:
+            if torch and not self.crews:
+                self.before = torch.get_num_threads()
+            self.crews += by
+            if torch and self.before:
+                torch.set_num_threads(1 if by > 0 else self.before)  # for this thread, and for those that begin
+            self.before = self.before if self.crews else 0
+
+
+SINGLE = Single()
+
+
 class Crew:
     """Threads that stay, and what each of them keeps: fresh threads would fault in fresh memory."""
 
@@ -111,10 +134,12 @@ class Crew:
         return found
 
     def __enter__(self) -> Crew:
+        SINGLE.change(1)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.pool.shutdown()
+        SINGLE.change(-1)
 
 
 def fill(job: Job, crew: Crew, advance: Callable[[int], None] = lambda n: None) -> Done:
@@ -241,6 +266,8 @@ class _Worker:
         result = job.combine(tile, self.values(tile, numel, moves, dtypes), dtypes, want)
         if result is None or job.target is None:
             return
+        if want == "float16" and {*dtypes} != {want} and np.isinf(result.view(np.float16)).any():
+            self.done.beyond.add(tile)
         if job.digests:
             self.done.digests[len(job.sources), tile] = digest(result)
         scatter(result, out, self.write)

@@ -97,6 +97,11 @@ class Spec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def is_adapter(catalog: Catalog) -> bool:
+    """Whether this is an adapter as peft stores it, which looks for its own file name."""
+    return all(os.path.basename(f).startswith("adapter_model.") for f in catalog.files)
+
+
 @dataclass(frozen=True)
 class Crc:
     """A CRC-32 that is known only when the data is: its bytes go to `positions`."""

@@ -21,7 +21,7 @@ from ckpt_dist.errors import CheckpointError, shown
 from ckpt_dist.files import safetensors
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.inert import is_shape
-from ckpt_dist.formats import Layout, Spec, inside, split
+from ckpt_dist.formats import Layout, Spec, inside, is_adapter, split
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.whole import contents
 
@@ -168,6 +168,7 @@ def lay_out(spec: Spec) -> Layout:
     sizes = [int(np.prod(e.shape, dtype=np.int64)) * itemsize(e.dtype) for e in spec.entries]
     groups = split(sizes, int(spec.options["max_shard_size"]))
     stem, ending = ("model", ".safetensors") if spec.options.get("safetensors", True) else ("pytorch_model", ".bin")
+    stem = "adapter_model" if spec.source and is_adapter(spec.source) else stem
     count = len(groups)
     names = [stem + ending] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}{ending}" for i in range(count)]
     layout = pt.lay_out_files(spec, names, groups) if ending == ".bin" else _safetensors(spec, names, groups)
