@@ -33,7 +33,7 @@ from ckpt_dist.cli import main
 from ckpt_dist.engine import fill, journal
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Done
-from ckpt_dist.errors import STOPPED, CheckpointError, Stopped
+from ckpt_dist.errors import STOPPED, CheckpointError, Stopped, UsageError
 from ckpt_dist.model import ZEROS, Model
 from ckpt_dist.sources import Source
 from ckpt_dist.writing import saved
@@ -314,6 +314,30 @@ def test_two_jobs_cannot_make_one_target(tmp_path: Path, monkeypatch: pytest.Mon
     assert job.returncode == 0, said
     ckpt_dist.convert(run / "step-1", tmp_path / "straight", quiet=True)
     assert same(tmp_path / "out", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("no", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no: int) -> None:
+    """As Lustre is where it was mounted without them, or NFS whose lock server is away."""
+
+    def flock(fd: int, how: int) -> None:
+        raise OSError(no, os.strerror(no))
+
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    words = ["convert", f"source.path={source}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
+    job = start(1, 0.3, *words)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
+    job.kill()
+    job.communicate(timeout=60)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UsageError, match="remove this folder"):  # nobody knows whether its job still runs
+        ckpt_dist.convert(source, tmp_path / "out", dtype="float32", quiet=True)
+    assert noted(tmp_path / ".out.ckpt_dist") >= 1
+    done = ckpt_dist.convert(source, tmp_path / "out", quiet=True, **{"engine.workers": 1})
+    assert any("tiles were there already" in note for note in done["notes"])
+    ckpt_dist.convert(source, tmp_path / "out", quiet=True, overwrite=True)
+    ckpt_dist.convert(source, tmp_path / "straight", quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight") and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

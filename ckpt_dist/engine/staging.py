@@ -149,13 +149,15 @@ def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path
 def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     """The skeleton: every file at its full size, with its header bytes. Whether an earlier attempt's is gone on with."""
     folder = staging.folder
-    if staging.unsettled:
-        _claim(staging, staging.target)  # the job that published it may be waiting for other nodes
-        _take_back(staging)
-    else:
-        _claim(staging, folder)
-        _take_back(staging)
+    # where it is published already, that job may be waiting for other nodes
+    claimed = _claim(staging, staging.target if staging.unsettled else folder)
+    _take_back(staging)
     resumed = resume and journal.matches(folder, plan)
+    if claimed is False and not resumed:  # with the same job nobody is in the way: it writes the same bytes
+        raise UsageError(
+            f"{folder} is there from another job for {staging.target}, and its disk has no locks that would say whether that "
+            "still runs. If it does not, remove this folder; or choose another target.path."
+        )
     # nobody looks for a new one under this name, so it is found whole and claimed, or not at all
     made = folder if resumed else folder.with_name(f"{folder.name}-new-{uuid4().hex[:8]}")
     try:
@@ -164,7 +166,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
             _litter(folder)
             _abandoned(staging)
             journal.begin(made, plan)
-            if not _claim(staging, made):
+            if _claim(staging, made) is None:
                 raise _taken(staging)
         _skeleton(made, layout, held(layout, staging.node))
         if not resumed:
@@ -202,13 +204,13 @@ def _skeleton(folder: Path, layout: Layout, here: NDArray[np.bool_]) -> None:
 _claims: list[int] = []
 
 
-def _claim(staging: Staging, folder: Path) -> bool:
-    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends. Whether
-    there is something to claim."""
+def _claim(staging: Staging, folder: Path) -> bool | None:
+    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends. None where
+    there is nothing to claim, False where the disk has no locks (Lustre that is mounted without them)."""
     try:
         fd = os.open(folder / journal.FOLDER / journal.PLAN, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return False  # nobody has begun
+        return None  # nobody has begun
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _claims.append(fd)
@@ -230,8 +232,7 @@ def _abandoned(staging: Staging) -> None:
     """Remove what jobs that were killed before their skeleton was finished have left."""
     for path in staging.folder.parent.glob(escape(f"{staging.folder.name}-new-") + "*"):
         with suppress(UsageError, OSError):
-            if (path / journal.FOLDER / journal.PLAN).exists():
-                _claim(staging, path)
+            if (path / journal.FOLDER / journal.PLAN).exists() and _claim(staging, path) is not False:
                 _litter(path)
 
 
