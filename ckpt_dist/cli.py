@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -157,27 +158,29 @@ def _launch(verb: str, num_ranks: int, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torchrun's own words
+    signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))  # which torchrun passes on
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     job = str(config.folder("jobs") / f"{verb}.py")
     words = ["--standalone", "--nproc-per-node", str(num_ranks), job, *argv]
     try:
         run(parse_args(words))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
-        return _exit_code(failed)
+        return _exit_code(failed, "" if verb in LOOKING else " Run the same command again to go on from here.")
     except SignalException:
         return Stopped.exit_code  # the ranks were asked too, and have said so
     return 0
 
 
-def _exit_code(failed: ChildFailedError) -> int:
+def _exit_code(failed: ChildFailedError, more: str) -> int:
     """The code of the rank that failed first; a rank that torchrun itself ended has nothing to say."""
     in_time = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
     rank_, first = next((item for item in in_time if item[1].exitcode != -signal.SIGTERM), in_time[0])
     if first.exitcode < 0:
         cause = " The machine's memory may have been full: lower engine.memory." if first.exitcode == -9 else ""
-        print(f"Rank {rank_} was ended by signal {-first.exitcode}.{cause}", file=sys.stderr)
-        return 1
+        who = f"rank {rank_} ({socket.gethostname()})"
+        print(f"Error: {who} was ended by signal {-first.exitcode}.{cause}{more}", file=sys.stderr)
+        return Stopped.exit_code
     return int(first.exitcode)
 
 

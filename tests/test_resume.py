@@ -27,13 +27,13 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt_dist
-from ckpt_dist import task
+from ckpt_dist import task, writing
 from ckpt_dist.catalog import Catalog, Chunks
 from ckpt_dist.cli import main
 from ckpt_dist.engine import fill, journal
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Done
-from ckpt_dist.errors import STOPPED, CheckpointError, Stopped, UsageError
+from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped, UsageError
 from ckpt_dist.model import ZEROS, Model
 from ckpt_dist.sources import Source
 from ckpt_dist.writing import saved
@@ -124,6 +124,44 @@ def test_a_job_that_was_ended_goes_on(tmp_path: Path, way: str, how: signal.Sign
     getattr(ckpt_dist, verb)(source, tmp_path / "straight", format=format.partition("=")[2], quiet=True)
     assert same(tmp_path / "out", tmp_path / "straight")
     assert not staged.exists() and not (tmp_path / "out/.ckpt_dist").exists()
+
+
+def test_a_job_that_is_stopped_after_its_last_tile_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_summed", lambda p: STOP.set() or [])
+        with pytest.raises(Stopped):
+            ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    STOP.clear()
+    assert not (tmp_path / "out").exists()
+    done = ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    assert f"resumed: {TENSORS} tiles were there already" in done["notes"]
+    assert ckpt_dist.verify(tmp_path / "out", source)["bit_equal"]
+
+
+@pytest.mark.parametrize(("who", "how"), [("launcher", "SIGUSR1"), ("launcher", "SIGTERM"), ("rank 1", "SIGKILL")])
+def test_nproc_ends_all_its_ranks_and_says_that_the_job_goes_on(tmp_path: Path, who: str, how: str) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    (tmp_path / "convert.py").write_text(
+        f"import runpy, sys\nsys.argv[:1] = [{str(SLOW)!r}, '0.5', 'convert']\nrunpy.run_path({str(SLOW)!r}, run_name='__main__')"
+    )
+    code = f"""import pathlib; from ckpt_dist import cli, config
+folder = config.folder
+config.folder = lambda name: pathlib.Path({str(tmp_path)!r}) if name == "jobs" else folder(name)
+exit(cli.console())"""
+    words = ["convert", f"source.path={source}", f"target.path={tmp_path / 'out'}", "nproc=2", "engine.workers=1"]
+    command = [sys.executable, "-c", code, *words, "engine.timeout=60"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(job.pid if who == "launcher" else int(children[1]), signal.Signals[how])
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 75 and said.count("Run the same command again to go on from here.") == 1, said
+    assert all(line.startswith(("convert: ", "Error: ")) for line in said.splitlines()), said
+    assert who == "launcher" or f"rank 1 ({socket.gethostname()})" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children) and not (tmp_path / "out").exists()
 
 
 def test_other_ranks_go_on_where_killed_ones_were(tmp_path: Path) -> None:
