@@ -216,7 +216,7 @@ def finish(
     """Steps of which none begins before the one before has come to its end on all disks; `once` does one on each."""
     fsync, overwrite = bool(cfg["engine"].get("fsync", True)), bool(cfg.get("overwrite"))
     once(lambda: stage.finish(p.staging, p.layout, runs, small))
-    once(lambda: stage.publish(p.staging, fsync, overwrite))
+    once(lambda: stage.publish(p.staging, p.layout, fsync, overwrite))
     if p.local:
         once(lambda: stage.settle(p.staging))
 

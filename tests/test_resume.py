@@ -337,6 +337,29 @@ ckpt_dist.convert({str(source)!r}, {str(tmp_path / "out")!r}, format="dcp", max_
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("verb", ["convert to a file", "convert to a folder", "merge into a folder"])
+def test_what_somebody_made_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    ckpt_dist.convert(source, tmp_path / "dcp", format="dcp", quiet=True)
+    out = tmp_path / ("dcp/model.safetensors" if verb.startswith("merge") else "out")
+    theirs = out / "theirs" if verb.endswith("to a folder") else out
+
+    def come_first(p: object) -> list[str]:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("of somebody else")
+        return []
+
+    monkeypatch.setattr(writing, "_summed", come_first)
+    with pytest.raises(UsageError, match=r"exists|already holds model\.safetensors"):
+        if verb.startswith("merge"):
+            ckpt_dist.merge(tmp_path / "dcp")
+        else:
+            ckpt_dist.convert(source, out, format="torch" if verb.endswith("file") else "hf", quiet=True)
+    assert theirs.read_text() == "of somebody else" and not list(tmp_path.glob(".*"))
+
+
 def test_two_jobs_cannot_make_one_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HURRY", str(tmp_path / "hurry"))  # the others may take long to start
     run = checkpoints(tmp_path / "run", 1)

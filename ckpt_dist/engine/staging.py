@@ -87,13 +87,8 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
     _keep_sources(staging, [target / n for n in names], sources)
     if staging.into:
         _one_disk(staging, names)
-        taken = [n for n in names if staging.there(n)]
-        if taken and not overwrite:
-            raise UsageError(
-                f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
-            )
-    elif (target.exists() or target.is_symlink()) and not overwrite and (staging.old.exists() or not staging.unsettled):
-        raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
+    if not overwrite:
+        _free(staging, names)
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
@@ -111,6 +106,19 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
         raise CheckpointError(
             f"Not enough space for {target}: {need} bytes are needed, {room} are free on its disk. Nothing was written."
         )
+
+
+def _free(staging: Staging, names: Sequence[str]) -> None:
+    """Nothing has the target's name, or, in a folder that files join, one of these."""
+    target = staging.target
+    if staging.into:
+        taken = [n for n in names if staging.there(n)]
+        if taken:
+            raise UsageError(
+                f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
+            )
+    elif lexists(target) and (staging.old.exists() or not staging.unsettled):
+        raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
 
 
 def _reserved(folder: Path) -> int:
@@ -309,9 +317,11 @@ def _patch_crcs(staging: Staging, layout: Layout, runs: Runs) -> None:
                     file.write(value.to_bytes(4, "little"))
 
 
-def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
+def publish(staging: Staging, layout: Layout, fsync: bool, overwrite: bool) -> None:
     """Give the finished files the target's name: one rename, or one for each file when they join a folder."""
     folder, target = staging.folder, staging.target
+    if not overwrite:
+        _free(staging, layout.catalog.files)  # somebody may have come first since it was checked
     try:
         if staging.joining():
             _join(staging, fsync)
