@@ -264,6 +264,16 @@ def test_what_a_disk_lost_of_the_skeleton_is_there_again(tmp_path: Path, monkeyp
     assert ckpt_dist.verify(tmp_path / "out", source)["bit_equal"]
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    (source / "tokenizer.json").write_text("{}")
+    (source / "config.json").write_text('{"model_type": "none"}')
+    monkeypatch.setattr(writing, "_summed", lambda p: (source / "tokenizer.json").unlink() or [])
+    with pytest.raises(CheckpointError, match=r"Cannot read .*/tokenizer\.json: No such file"):
+        ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_zeros_that_lengthen_a_vocabulary_are_of_no_time(tmp_path: Path) -> None:
     """They are read from a device, whose time is that of the last start of the machine."""
     catalog = Catalog(

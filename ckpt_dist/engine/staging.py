@@ -285,7 +285,7 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
             path = staging.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(
-                content if isinstance(content, bytes) else content() if callable(content) else contents(content)
+                content if isinstance(content, bytes) else content() if callable(content) else _read(content)
             )
         if staging.into and staging.target.is_dir():
             order = dict.fromkeys([*small, *reversed(layout.catalog.files), *layout.late])  # what finds others is last
@@ -296,6 +296,14 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
         raise CheckpointError(
             f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published."
         ) from None
+
+
+def _read(path: Path) -> bytes:
+    """A small file of a source, which is not where the target is made."""
+    try:
+        return contents(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}. Nothing was published.") from None
 
 
 def _patch_crcs(staging: Staging, layout: Layout, runs: Runs) -> None:
