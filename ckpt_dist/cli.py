@@ -9,9 +9,11 @@ Invariant: a person's mistake is one message on stderr, once per job, and an exi
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 FLAGS = {"-h": "--help", "-m": "--multirun", "-c": "--cfg", "-sc": "--shell-completion"}
 KNOWN_FLAGS = ("--help", "--version", "--multirun", "--cfg", "--shell-completion")
 LOOKING = {"inspect": "ckpt_dist.facts", "verify": "ckpt_dist.check"}  # the verbs that write nothing
+STDOUT = "standard output"
 HEAD_START_S = 2.0  # how long the other ranks leave the word to rank 0, which usually has the same to say
 
 
@@ -45,6 +48,7 @@ def console() -> int:
 
 def main(verb: str, argv: Sequence[str]) -> int:
     """Run one verb; the exit code."""
+    _streams()
     return _guarded(lambda: _main(verb, list(argv)))
 
 
@@ -156,32 +160,63 @@ def _launch(verb: str, num_ranks: int, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torchrun's own words
+    signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))  # which torchrun passes on
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     job = str(config.folder("jobs") / f"{verb}.py")
     words = ["--standalone", "--nproc-per-node", str(num_ranks), job, *argv]
     try:
         run(parse_args(words))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
-        return _exit_code(failed)
+        return _exit_code(failed, "" if verb in LOOKING else " Run the same command again to go on from here.")
     except SignalException:
         return Stopped.exit_code  # the ranks were asked too, and have said so
     return 0
 
 
-def _exit_code(failed: ChildFailedError) -> int:
+def _exit_code(failed: ChildFailedError, more: str) -> int:
     """The code of the rank that failed first; a rank that torchrun itself ended has nothing to say."""
     in_time = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
     rank_, first = next((item for item in in_time if item[1].exitcode != -signal.SIGTERM), in_time[0])
     if first.exitcode < 0:
         cause = " The machine's memory may have been full: lower engine.memory." if first.exitcode == -9 else ""
-        more = "Nothing was published. Run the same command again to go on from here."
-        print(f"Error: rank {rank_} was ended by signal {-first.exitcode}.{cause} {more}", file=sys.stderr)
-        return Stopped.exit_code  # as the ranks themselves say of one that they miss
+        who = f"rank {rank_} ({socket.gethostname()})"
+        print(f"Error: {who} was ended by signal {-first.exitcode}.{cause}{more}", file=sys.stderr)
+        return Stopped.exit_code
     return int(first.exitcode)
 
 
 # ---- what goes wrong
+
+
+class Stream(io.FileIO):
+    """Standard output or error. What nobody can take of the latter (a pipe that was closed, a full disk, a terminal that
+    is gone) ends no job."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 2:
+                return len(data)
+            error.filename = STDOUT
+            raise
+
+
+def _streams() -> None:
+    """This process's own streams, also where it was started without: no file of a checkpoint may get one of their numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        before = getattr(sys, name)
+        if before is getattr(sys, f"__{name}__"):  # nobody has put another in its place
+            encoding, errors = (before.encoding, before.errors) if before else ("utf-8", "strict")
+            errors = "backslashreplace" if errors == "strict" else errors  # names that the terminal does not know
+            buffer = io.BufferedWriter(Stream(number, "w", closefd=False))
+            new = io.TextIOWrapper(buffer, encoding, errors, line_buffering=number == 2 or os.isatty(number))
+            setattr(sys, name, new)
+            setattr(sys, f"__{name}__", new)
 
 
 def _guarded(job: Callable[[], int]) -> int:
@@ -197,15 +232,22 @@ def _guarded(job: Callable[[], int]) -> int:
         _last_word("Interrupted.", debug=True)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has closed stdout; python must not flush into it
+        _mute()  # `| head` has closed stdout
         return 0
     except Exception as error:
         file = error.filename if isinstance(error, OSError) else None
+        if file == STDOUT:
+            _mute()
         if not getattr(error, "shared", False):
             text = "".join(traceback.format_exception(error))
             mine = f"{text}This is a mistake in ckpt_dist {__version__}, not in your command. Please report it."
             _last_word(mine if file is None else f"Error: {file!r:.300}: {error.strerror}.", debug=file is not None)  # type: ignore[attr-defined]
-        return 1 if file is None else CheckpointError.exit_code
+        return 1 if file in (None, STDOUT) else CheckpointError.exit_code
+
+
+def _mute() -> None:
+    """What could not be written to stdout must not be tried again when python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _last_word(message: str, debug: bool = False, certain: bool = False) -> None:

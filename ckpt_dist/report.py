@@ -218,7 +218,9 @@ def show_result(result: Mapping[str, Any], as_json: bool) -> None:
     if rank() != 0:
         return
     if as_json:
-        print(json.dumps({k: v for k, v in result.items() if k != "text"}, indent=2, ensure_ascii=False, default=str))
+        print(
+            json.dumps({k: v for k, v in result.items() if k != "text"}, indent=2, default=str)
+        )  # ASCII: for any terminal
     elif result.get("text"):
         text = result["text"]
         print(text if isinstance(text, str) else "\n".join(text))

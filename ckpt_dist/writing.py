@@ -21,7 +21,7 @@ from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
-from ckpt_dist.errors import CheckpointError, Stopped, UsageError
+from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped, UsageError
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import ZEROS, Bound, Model, canonical
 from ckpt_dist.prepared import Prepared, prepare
@@ -139,6 +139,12 @@ def _unchanged(models: Sequence[Model], before: Times) -> None:
         )
 
 
+def _wanted() -> None:
+    """Who has asked for an end is told of one, and finds no target."""
+    if STOP.is_set():
+        raise Stopped(STOPPED)
+
+
 def _fill(
     group: Group,
     report: Report,
@@ -190,6 +196,7 @@ def _fill(
         if p.local:  # the ranks have phases of their own, and all nodes get the first one's record
             kept = group.broadcast(kept)
         group.together(lambda: _unchanged(p.models, times) if group.local_rank == 0 else None)
+        group.together(_wanted)
         finish(p, lambda work: p.on_disks(group, work), runs, {**p.small, **kept}, cfg)
     return prints
 
@@ -213,7 +220,7 @@ def finish(
     """Steps of which none begins before the one before has come to its end on all disks; `once` does one on each."""
     fsync, overwrite = bool(cfg["engine"].get("fsync", True)), bool(cfg.get("overwrite"))
     once(lambda: stage.finish(p.staging, p.layout, runs, small))
-    once(lambda: stage.publish(p.staging, fsync, overwrite))
+    once(lambda: stage.publish(p.staging, p.layout, fsync, overwrite))
     if p.local:
         once(lambda: stage.settle(p.staging))
 

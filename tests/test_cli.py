@@ -394,6 +394,32 @@ def test_exit_codes_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("shut", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "2> >(exit)"])
+def test_what_nobody_can_hear_ends_no_job(tmp_path: Path, shut: str) -> None:
+    source, words = model(tmp_path / "one", 1), f"convert source.path={tmp_path}/one target.path={tmp_path}/two nproc=1"
+    more = "" if ">&-" in shut else "json=true"  # a report on stderr, a result on stdout
+    command = f"sleep 0.2; {sys.executable} -c 'from ckpt_dist import cli; exit(cli.console())' {words} {more} {shut}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "two/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert not more or json.loads(done.stdout)["verb"] == "convert"
+
+
+def test_a_result_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    command = f"{sys.executable} jobs/inspect.py source.path={model(tmp_path / 'one', 1)} json=true >/dev/full"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "Error: 'standard output': No space left on device.\n"
+
+
+def test_names_that_a_terminal_does_not_know(tmp_path: Path) -> None:
+    name = tmp_path / "\xfc\udcff"
+    model(name, 1)
+    for encoding in ("ascii", "utf-8"):
+        done = job(f"source.path={name}", "json=true", PYTHONIOENCODING=encoding)
+        assert done.returncode == 0 and json.loads(done.stdout)["path"] == str(name), done.stderr
+        assert job(f"source.path={name}", PYTHONIOENCODING=encoding).returncode == 0
+
+
 def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in job("source.path=nowhere", CKPT_DIST_DEBUG="1").stderr
 

@@ -99,6 +99,15 @@ def test_a_damaged_file_that_one_rank_reads_is_said_at_once(tmp_path: Path) -> N
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_what_the_system_refuses_one_rank_is_no_mistake_of_ours(tmp_path: Path) -> None:
+    source = model(tmp_path / "source")
+    deny = "import os; from ckpt_dist.files import safetensors\ndef deny(path): os.listdir('nowhere')"
+    words = ("convert", f"source.path={source}", f"target.path={tmp_path / 'out'}")
+    every = nodes([tmp_path, tmp_path], *words, first=f"{deny}\nsafetensors.read_header = deny")
+    assert [code for code, _ in every] == [3, 3], every
+    assert [text for _, text in every] == ["Error: 'nowhere': No such file or directory.\n", ""]
+
+
 def test_a_device_that_one_node_has_not_is_said_at_once(tmp_path: Path) -> None:
     one, two = model(tmp_path / "one"), model(tmp_path / "two", 1)
     fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1"

@@ -27,13 +27,13 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt_dist
-from ckpt_dist import task
+from ckpt_dist import task, writing
 from ckpt_dist.catalog import Catalog, Chunks
 from ckpt_dist.cli import main
 from ckpt_dist.engine import fill, journal
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Done
-from ckpt_dist.errors import STOPPED, CheckpointError, Stopped
+from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped, UsageError
 from ckpt_dist.model import ZEROS, Model
 from ckpt_dist.sources import Source
 from ckpt_dist.writing import saved
@@ -124,6 +124,44 @@ def test_a_job_that_was_ended_goes_on(tmp_path: Path, way: str, how: signal.Sign
     getattr(ckpt_dist, verb)(source, tmp_path / "straight", format=format.partition("=")[2], quiet=True)
     assert same(tmp_path / "out", tmp_path / "straight")
     assert not staged.exists() and not (tmp_path / "out/.ckpt_dist").exists()
+
+
+def test_a_job_that_is_stopped_after_its_last_tile_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_summed", lambda p: STOP.set() or [])
+        with pytest.raises(Stopped):
+            ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    STOP.clear()
+    assert not (tmp_path / "out").exists()
+    done = ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    assert f"resumed: {TENSORS} tiles were there already" in done["notes"]
+    assert ckpt_dist.verify(tmp_path / "out", source)["bit_equal"]
+
+
+@pytest.mark.parametrize(("who", "how"), [("launcher", "SIGUSR1"), ("launcher", "SIGTERM"), ("rank 1", "SIGKILL")])
+def test_nproc_ends_all_its_ranks_and_says_that_the_job_goes_on(tmp_path: Path, who: str, how: str) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    (tmp_path / "convert.py").write_text(
+        f"import runpy, sys\nsys.argv[:1] = [{str(SLOW)!r}, '0.5', 'convert']\nrunpy.run_path({str(SLOW)!r}, run_name='__main__')"
+    )
+    code = f"""import pathlib; from ckpt_dist import cli, config
+folder = config.folder
+config.folder = lambda name: pathlib.Path({str(tmp_path)!r}) if name == "jobs" else folder(name)
+exit(cli.console())"""
+    words = ["convert", f"source.path={source}", f"target.path={tmp_path / 'out'}", "nproc=2", "engine.workers=1"]
+    command = [sys.executable, "-c", code, *words, "engine.timeout=60"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(job.pid if who == "launcher" else int(children[1]), signal.Signals[how])
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 75 and said.count("Run the same command again to go on from here.") == 1, said
+    assert all(line.startswith(("convert: ", "Error: ")) for line in said.splitlines()), said
+    assert who == "launcher" or f"rank 1 ({socket.gethostname()})" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children) and not (tmp_path / "out").exists()
 
 
 def test_other_ranks_go_on_where_killed_ones_were(tmp_path: Path) -> None:
@@ -226,6 +264,16 @@ def test_what_a_disk_lost_of_the_skeleton_is_there_again(tmp_path: Path, monkeyp
     assert ckpt_dist.verify(tmp_path / "out", source)["bit_equal"]
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    (source / "tokenizer.json").write_text("{}")
+    (source / "config.json").write_text('{"model_type": "none"}')
+    monkeypatch.setattr(writing, "_summed", lambda p: (source / "tokenizer.json").unlink() or [])
+    with pytest.raises(CheckpointError, match=r"Cannot read .*/tokenizer\.json: No such file"):
+        ckpt_dist.convert(source, tmp_path / "out", quiet=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_zeros_that_lengthen_a_vocabulary_are_of_no_time(tmp_path: Path) -> None:
     """They are read from a device, whose time is that of the last start of the machine."""
     catalog = Catalog(
@@ -299,6 +347,29 @@ ckpt_dist.convert({str(source)!r}, {str(tmp_path / "out")!r}, format="dcp", max_
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("verb", ["convert to a file", "convert to a folder", "merge into a folder"])
+def test_what_somebody_made_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    ckpt_dist.convert(source, tmp_path / "dcp", format="dcp", quiet=True)
+    out = tmp_path / ("dcp/model.safetensors" if verb.startswith("merge") else "out")
+    theirs = out / "theirs" if verb.endswith("to a folder") else out
+
+    def come_first(p: object) -> list[str]:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("of somebody else")
+        return []
+
+    monkeypatch.setattr(writing, "_summed", come_first)
+    with pytest.raises(UsageError, match=r"exists|already holds model\.safetensors"):
+        if verb.startswith("merge"):
+            ckpt_dist.merge(tmp_path / "dcp")
+        else:
+            ckpt_dist.convert(source, out, format="torch" if verb.endswith("file") else "hf", quiet=True)
+    assert theirs.read_text() == "of somebody else" and not list(tmp_path.glob(".*"))
+
+
 def test_two_jobs_cannot_make_one_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HURRY", str(tmp_path / "hurry"))  # the others may take long to start
     run = checkpoints(tmp_path / "run", 1)
@@ -314,6 +385,30 @@ def test_two_jobs_cannot_make_one_target(tmp_path: Path, monkeypatch: pytest.Mon
     assert job.returncode == 0, said
     ckpt_dist.convert(run / "step-1", tmp_path / "straight", quiet=True)
     assert same(tmp_path / "out", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("no", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no: int) -> None:
+    """As Lustre is where it was mounted without them, or NFS whose lock server is away."""
+
+    def flock(fd: int, how: int) -> None:
+        raise OSError(no, os.strerror(no))
+
+    source = checkpoints(tmp_path / "run", 1) / "step-1"
+    words = ["convert", f"source.path={source}", f"target.path={tmp_path / 'out'}", "engine.workers=1"]
+    job = start(1, 0.3, *words)
+    wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
+    job.kill()
+    job.communicate(timeout=60)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UsageError, match="remove this folder"):  # nobody knows whether its job still runs
+        ckpt_dist.convert(source, tmp_path / "out", dtype="float32", quiet=True)
+    assert noted(tmp_path / ".out.ckpt_dist") >= 1
+    done = ckpt_dist.convert(source, tmp_path / "out", quiet=True, **{"engine.workers": 1})
+    assert any("tiles were there already" in note for note in done["notes"])
+    ckpt_dist.convert(source, tmp_path / "out", quiet=True, overwrite=True)
+    ckpt_dist.convert(source, tmp_path / "straight", quiet=True)
+    assert same(tmp_path / "out", tmp_path / "straight") and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

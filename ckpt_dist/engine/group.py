@@ -227,6 +227,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     except Exception as error:
         import traceback
 
+        if isinstance(error, OSError) and error.filename is not None:  # no mistake of ours, as in one process
+            return None, CheckpointError(f"{error.filename!r:.300}: {error.strerror}.")
         return None, RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 

@@ -87,13 +87,8 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
     _keep_sources(staging, [target / n for n in names], sources)
     if staging.into:
         _one_disk(staging, names)
-        taken = [n for n in names if staging.there(n)]
-        if taken and not overwrite:
-            raise UsageError(
-                f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
-            )
-    elif (target.exists() or target.is_symlink()) and not overwrite and (staging.old.exists() or not staging.unsettled):
-        raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
+    if not overwrite:
+        _free(staging, names)
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
@@ -111,6 +106,19 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
         raise CheckpointError(
             f"Not enough space for {target}: {need} bytes are needed, {room} are free on its disk. Nothing was written."
         )
+
+
+def _free(staging: Staging, names: Sequence[str]) -> None:
+    """Nothing has the target's name, or, in a folder that files join, one of these."""
+    target = staging.target
+    if staging.into:
+        taken = [n for n in names if staging.there(n)]
+        if taken:
+            raise UsageError(
+                f"{target} already holds {taken[0]}; nothing was written. Give another target.path, or overwrite=true."
+            )
+    elif lexists(target) and (staging.old.exists() or not staging.unsettled):
+        raise UsageError(f"{target} exists; nothing was written. Choose another target.path, or give overwrite=true.")
 
 
 def _reserved(folder: Path) -> int:
@@ -149,13 +157,15 @@ def _keep_sources(staging: Staging, made: Sequence[Path], sources: Sequence[Path
 def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     """The skeleton: every file at its full size, with its header bytes. Whether an earlier attempt's is gone on with."""
     folder = staging.folder
-    if staging.unsettled:
-        _claim(staging, staging.target)  # the job that published it may be waiting for other nodes
-        _take_back(staging)
-    else:
-        _claim(staging, folder)
-        _take_back(staging)
+    # where it is published already, that job may be waiting for other nodes
+    claimed = _claim(staging, staging.target if staging.unsettled else folder)
+    _take_back(staging)
     resumed = resume and journal.matches(folder, plan)
+    if claimed is False and not resumed:  # with the same job nobody is in the way: it writes the same bytes
+        raise UsageError(
+            f"{folder} is there from another job for {staging.target}, and its disk has no locks that would say whether that "
+            "still runs. If it does not, remove this folder; or choose another target.path."
+        )
     # nobody looks for a new one under this name, so it is found whole and claimed, or not at all
     made = folder if resumed else folder.with_name(f"{folder.name}-new-{uuid4().hex[:8]}")
     try:
@@ -164,7 +174,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
             _litter(folder)
             _abandoned(staging)
             journal.begin(made, plan)
-            if not _claim(staging, made):
+            if _claim(staging, made) is None:
                 raise _taken(staging)
         _skeleton(made, layout, held(layout, staging.node))
         if not resumed:
@@ -202,13 +212,13 @@ def _skeleton(folder: Path, layout: Layout, here: NDArray[np.bool_]) -> None:
 _claims: list[int] = []
 
 
-def _claim(staging: Staging, folder: Path) -> bool:
-    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends. Whether
-    there is something to claim."""
+def _claim(staging: Staging, folder: Path) -> bool | None:
+    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends. None where
+    there is nothing to claim, False where the disk has no locks (Lustre that is mounted without them)."""
     try:
         fd = os.open(folder / journal.FOLDER / journal.PLAN, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return False  # nobody has begun
+        return None  # nobody has begun
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _claims.append(fd)
@@ -230,8 +240,7 @@ def _abandoned(staging: Staging) -> None:
     """Remove what jobs that were killed before their skeleton was finished have left."""
     for path in staging.folder.parent.glob(escape(f"{staging.folder.name}-new-") + "*"):
         with suppress(UsageError, OSError):
-            if (path / journal.FOLDER / journal.PLAN).exists():
-                _claim(staging, path)
+            if (path / journal.FOLDER / journal.PLAN).exists() and _claim(staging, path) is not False:
                 _litter(path)
 
 
@@ -276,7 +285,7 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
             path = staging.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(
-                content if isinstance(content, bytes) else content() if callable(content) else contents(content)
+                content if isinstance(content, bytes) else content() if callable(content) else _read(content)
             )
         if staging.into and staging.target.is_dir():
             order = dict.fromkeys([*small, *reversed(layout.catalog.files), *layout.late])  # what finds others is last
@@ -287,6 +296,14 @@ def finish(staging: Staging, layout: Layout, runs: Runs, small: Mapping[str, byt
         raise CheckpointError(
             f"Cannot write {error.filename or staging.folder}: {error.strerror}. Nothing was published."
         ) from None
+
+
+def _read(path: Path) -> bytes:
+    """A small file of a source, which is not where the target is made."""
+    try:
+        return contents(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}. Nothing was published.") from None
 
 
 def _patch_crcs(staging: Staging, layout: Layout, runs: Runs) -> None:
@@ -308,9 +325,11 @@ def _patch_crcs(staging: Staging, layout: Layout, runs: Runs) -> None:
                     file.write(value.to_bytes(4, "little"))
 
 
-def publish(staging: Staging, fsync: bool, overwrite: bool) -> None:
+def publish(staging: Staging, layout: Layout, fsync: bool, overwrite: bool) -> None:
     """Give the finished files the target's name: one rename, or one for each file when they join a folder."""
     folder, target = staging.folder, staging.target
+    if not overwrite:
+        _free(staging, layout.catalog.files)  # somebody may have come first since it was checked
     try:
         if staging.joining():
             _join(staging, fsync)
