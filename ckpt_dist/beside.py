@@ -13,14 +13,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import __version__, configs, design, formats, megatron, sources
+from ckpt_dist import __version__, configs, design, formats, megatron, megatron_args, sources
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout
-from ckpt_dist.model import Model, rules
+from ckpt_dist.model import Model
 from ckpt_dist.report import Report
+from ckpt_dist.spelling import rules
 
 Config = Mapping[str, Any]
 
@@ -162,9 +163,9 @@ def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
         config["torch_dtype"] = main  # the word that every version of transformers reads
     if megatron.is_args(config) and m.family and "v" in m.sizes:
         weights = {w for rule in d.target.rules if rule for w in rule.weights}
-        kind = megatron.model_type(m.family.model_types, weights)
-        if kind in megatron.CLASSES:
-            made = megatron.to_hf(config, kind, m.sizes, "head" not in weights, weights)
+        kind = megatron_args.model_type(m.family.model_types, weights)
+        if kind in megatron_args.CLASSES:
+            made = megatron_args.to_hf(config, kind, m.sizes, "head" not in weights, weights)
             config = translated(made, "args", report)
             config["torch_dtype"] = main
     for axis, key in m.family.further.items() if m.family else ():
@@ -209,14 +210,14 @@ def args(d: design.Design, m: Model) -> configs.Translation:
     weights = {w for rule in d.target.rules if rule for w in rule.weights}
     if m.unresolved:
         return configs.Translation(
-            dict(megatron.SPLIT),
+            dict(megatron_args.SPLIT),
             (),
             (f"{m.unresolved} are not known, so args do not say them: give model.config=PATH",),
         )
     config, tied = m.source.config, "head" not in weights
     if configs.is_params(config) and {"v", "f"} <= set(m.sizes):
         config = configs.to_hf(config, m.sizes, tied).config
-    made = megatron.to_args(config, m.sizes, weights, tied)
+    made = megatron_args.to_args(config, m.sizes, weights, tied)
     if megatron.is_args(config):
         return made
     return replace(made, config={**made.config, **_tokenizer(m)}, lost=(*_odd(config, m, tied), *made.lost))

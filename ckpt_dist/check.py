@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import design, model, plan, replicas, task, ties
+from ckpt_dist import design, plan, replicas, spelling, task, ties
 from ckpt_dist.design import Design
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, Difference
@@ -131,7 +131,7 @@ def _most(value: Any) -> float:
 def _pair(a: Model, b: Model) -> Design:
     """Both checkpoints over the same weights: by name where the spelling is the same, else by family."""
     if a.dialect == b.dialect and (a.family is None) == (b.family is None):
-        bounds, canon = (model.bind_plain(a), model.bind_plain(b)), design.plain_entries(a)
+        bounds, canon = (spelling.bind_plain(a), spelling.bind_plain(b)), design.plain_entries(a)
         return Design(bounds, canon, canon, a.dialect)
     for m in (a, b):
         if m.family is None:
@@ -210,7 +210,7 @@ def _verdict(
     exact = not found
     print_a = task.fingerprint_of(task.weight_digests(d.canon, done, 0))
     largest = max((g.any for g in found.values()), default=0.0)
-    named = model.canonical(d.dialect) or bool(d.canon.axes)
+    named = spelling.canonical(d.dialect) or bool(d.canon.axes)
     beside = any(e.role == "optimizer" for m in (a, b) for e in m.catalog.entries)
     text = f"{len(d.canon.entries)} tensors are {'bit-equal' if exact else f'equal within tolerance (largest difference {largest:.6g})'}"
     return {
@@ -233,7 +233,7 @@ def fingerprint(cfg: Config) -> str:
         m = _open(group, report, cfg["a"], cfg, "fingerprint")
         for text in report.warnings if group.rank == 0 else ():
             warnings.warn(f"{m.source.folder}: {text}", stacklevel=3)
-        bare = model.canonical(m.dialect)
+        bare = spelling.canonical(m.dialect)
         d = design.of([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else own_design(m)
         done = read(group, report, "fingerprint", canon, [(m, bound)], drain, cfg, digests=True)

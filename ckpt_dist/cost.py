@@ -30,8 +30,9 @@ from ckpt_dist.files.dtypes import is_floating, itemsize
 from ckpt_dist.files.zips import crc32
 from ckpt_dist.formats import Layout, held
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.report import Report, size, table
+from ckpt_dist.spelling import Bound
 
 BLOCK = 1 << 17  # tiles looked at together, to bound the memory of a count
 ASSUMED = {"read": 2e9, "exchange": 1e9, "write": 1e9, "sum": 4e9}  # bytes/s of a node: one NVMe disk, one 10G port

@@ -10,15 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ckpt_dist import altered, formats, model, slots, spelling
 from ckpt_dist import family as families
-from ckpt_dist import formats, model, slots
 from ckpt_dist.catalog import Entry
 from ckpt_dist.configs import is_hf
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files.dtypes import holding, is_floating, known
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.part import wholly
 from ckpt_dist.sources import Source, open_source
+from ckpt_dist.spelling import Bound
 
 TIED = "tied to "  # the rule by which an equal copy is left out
 EQUAL = "equal to "  # the same, of copies that belong to a dialect, and not to a model
@@ -71,7 +72,7 @@ def _trimmed(m: Model) -> Model:
     words = m.catalog.about.get("vocabulary", have)
     if is_hf(m.source.config) and isinstance(said, int) and said < have:
         text = f"{said} rows of the vocabulary, as config.json says; the other {have - said} are padding"
-        return replace(model.resized(m, "v", said), guesses=(*m.guesses, text))
+        return replace(altered.resized(m, "v", said), guesses=(*m.guesses, text))
     if words < have:
         text = f"all {have} rows of the vocabulary; {words} are said to be words: target.vocab_size={words} takes only these"
         return replace(m, guesses=(*m.guesses, text))
@@ -83,11 +84,11 @@ def of(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     first = models[0]
     dialect = _target_dialect(first, cfg_target)
     same = all(m.dialect == first.dialect for m in models)
-    names_stay = same and dialect == first.dialect and (model.canonical(dialect) or first.unresolved)
+    names_stay = same and dialect == first.dialect and (spelling.canonical(dialect) or first.unresolved)
     ordered = cfg_target.get("format") in formats.ORDERED and first.family is not None and not first.unresolved
     ordered |= any(rule.startswith(EQUAL) for m in models for rule in m.dropped)  # they are stored again
     if names_stay and cfg_target.get("vocab_size") is None and not ordered:
-        bounds = tuple(model.bind_plain(m) for m in models)
+        bounds = tuple(spelling.bind_plain(m) for m in models)
         canon = plain_entries(first)
         return Design(bounds, canon, _with_paths(canon, first, cfg_target, dialect), dialect)
     return of_family(models, dialect, cfg_target)
@@ -96,7 +97,7 @@ def of(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
 def spoken(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> list[Model]:
     """The sources without what the target's dialect has no words for, and says so."""
     dialect = _target_dialect(models[0], cfg_target)
-    return [model.spoken(m, dialect) for m in models]
+    return [spelling.spoken(m, dialect) for m in models]
 
 
 def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
@@ -132,7 +133,7 @@ def _uniform(m: Model) -> bool:
     """Whether all layers have the same weights, so that one tensor can hold a weight of all of them."""
     assert m.family is not None
     layers: dict[str, set[int]] = {}
-    for rule in model.rules(m):
+    for rule in spelling.rules(m):
         for axis, index in rule.fixed if rule else ():
             if axis == "l":
                 layers.setdefault(rule.weights[0], set()).add(index)  # type: ignore[union-attr]
@@ -158,24 +159,24 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
             )
     first = models[0]
     assert first.family is not None
-    bounds = tuple(model.bind_family(m) for m in models)
+    bounds = tuple(spelling.bind_family(m) for m in models)
     for m, bound in zip(models, bounds, strict=True):
         _spellable(m, bound, dialect, cfg_target)
-    present = model.corners(first.family, bounds[0], wholly(bounds[0]))
+    present = spelling.corners(first.family, bounds[0], wholly(bounds[0]))
     kinds, dtype_of = stored_kinds(bounds[0]), stored_dtypes(bounds[0])
-    canon = model.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
+    canon = spelling.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {
         copy: of
         for copy, of in first.family.ties.items()
         if dialect in families.COPIES and copy not in present and tied(first)
     }
     zeros = {w: of for w, of in first.family.zeros.items() if w not in present and of in present}
-    more = {c: present[o] for c, o in ties.items()} | model.beside(first.family, zeros, present)
+    more = {c: present[o] for c, o in ties.items()} | spelling.beside(first.family, zeros, present)
     named = families.weights_in(first.family, dialect)
-    copies = {c: found for c, found in model.copied(first.family, present).items() if c in named}
+    copies = {c: found for c, found in spelling.copied(first.family, present).items() if c in named}
     more |= {c: corners for c, (_, corners) in copies.items()}
     ties |= {c: of for c, (of, _) in copies.items()}
-    target = model.spelled(first.family, dialect, present | more, first.sizes, dtype_of_tied(dtype_of, ties | zeros))
+    target = spelling.spelled(first.family, dialect, present | more, first.sizes, dtype_of_tied(dtype_of, ties | zeros))
     canon, target = (_with_others(side, bounds[0], first.family) for side in (canon, target))
     canon = _with_own(canon, target, {*first.family.zeros} - {*zeros})
     rules = tuple(

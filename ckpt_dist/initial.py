@@ -20,14 +20,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ckpt_dist import conditions, draw, model, sources
+from ckpt_dist import conditions, draw, sources, spelling
 from ckpt_dist import family as families
 from ckpt_dist.box import Ints
 from ckpt_dist.catalog import Catalog, whole
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.family import CANONICAL, Family, Rule
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.sources import Source
+from ckpt_dist.spelling import Bound
 
 Config = Mapping[str, Any]
 T = TypeVar("T")
@@ -89,7 +90,7 @@ def checkpoint(cfg: Config) -> Model:
     sizes = _sizes(family, weights, complete, path)
     corners = {w: _corners(family, w, sizes, complete, path) for w in weights}
     present = {w: found for w, found in corners.items() if len(found)}
-    bound = model.spelled(family, CANONICAL, present, sizes, lambda rule: DTYPE)
+    bound = spelling.spelled(family, CANONICAL, present, sizes, lambda rule: DTYPE)
     begins = list(accumulate((ITEM * prod(e.shape) for e in bound.entries), initial=0))[:-1]
     drawn = _drawn(family, bound, begins, complete, int(cfg["seed"]), path)
     chunks = whole(bound.entries, [0] * len(begins), begins)
@@ -104,7 +105,7 @@ def described(m: Model) -> dict[str, str]:
     """How each weight begins, in words: `{"embed": "normal, std 0.02", "norm": "1"}`."""
     assert m.family is not None
     starts = m.source.reader.starts
-    return {w: str(s) for rule, s in zip(model.rules(m), starts, strict=True) if rule for w in rule.weights}
+    return {w: str(s) for rule, s in zip(spelling.rules(m), starts, strict=True) if rule for w in rule.weights}
 
 
 def _family(asked: str, config: Config, path: Path) -> Family:

@@ -32,7 +32,8 @@ from ckpt_dist.errors import CheckpointError, Missing
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import Answers, Question
 from ckpt_dist.formats.torch import head
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
+from ckpt_dist.spelling import Bound
 
 T = TypeVar("T")
 ANSWER: dict[str, Callable[[str], Any]] = {"size": os.path.getsize, "names": os.listdir, "head": head}

@@ -13,7 +13,20 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_dist import beside, configs, design, formats, megatron, model, part, quantised, slots, task, ties
+from ckpt_dist import (
+    altered,
+    beside,
+    configs,
+    design,
+    formats,
+    megatron_args,
+    part,
+    quantised,
+    slots,
+    task,
+    ties,
+)
+from ckpt_dist.altered import resized
 from ckpt_dist.catalog import Catalog, Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.fill import Combine, keep
@@ -21,8 +34,9 @@ from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.traffic import node_of
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats import Layout, Spec
-from ckpt_dist.model import Bound, Model, bind_plain, resized
+from ckpt_dist.model import Model
 from ckpt_dist.report import Report, parse_size
+from ckpt_dist.spelling import Bound, bind_plain
 from ckpt_dist.whole import contents
 
 Config = Mapping[str, Any]
@@ -80,7 +94,7 @@ def prepare(
         )
     if target["format"] == "torch_dist":
         models = [
-            model.together(m) if m.family is None and m.catalog.format in ("megatron", "nemo") else m for m in models
+            altered.together(m) if m.family is None and m.catalog.format in ("megatron", "nemo") else m for m in models
         ]
     models = [ties.settle(group, report, m, task.engine_of(cfg)) for m in design.spoken(models, target)]
     report.notes += [note for m in models for note in m.source.notes]
@@ -94,7 +108,7 @@ def prepare(
     _same_tensors(models, d.sources)
     report.warnings += design.unused(target["dtype"], d.target.entries)
     if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
-        report.warnings += megatron.centred(models[0].source.config)
+        report.warnings += megatron_args.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
     # a tokenizer may be on one node only, and all must write the same

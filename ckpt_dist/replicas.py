@@ -20,9 +20,10 @@ from ckpt_dist import design, plan, task
 from ckpt_dist import family as families
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.part import scanned
 from ckpt_dist.report import Report
+from ckpt_dist.spelling import Bound
 
 MOST_COPIES = 16  # that are compared only to be sure
 

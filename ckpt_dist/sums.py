@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_dist import design, model, plan, task
+from ckpt_dist import design, plan, spelling, task
 from ckpt_dist.engine.group import Group
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.report import Report
+from ckpt_dist.spelling import Bound
 
 Config = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ class Sums:
 
 def own_design(m: Model) -> tuple[Bound, Bound]:
     """A checkpoint read as it is: every selected name a tensor of its own."""
-    bound = model.bind_plain(m)
+    bound = spelling.bind_plain(m)
     canon = design.plain_entries(m)
     return bound, canon
 

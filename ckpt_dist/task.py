@@ -33,9 +33,10 @@ from ckpt_dist.engine.moves import Array
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.formats import Layout
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.part import Part, item_bytes, located, parts, readers, share, stored, tile_bytes, wanted, wholly
 from ckpt_dist.report import Progress, Report, parse_size, size
+from ckpt_dist.spelling import Bound
 
 OWN = "own"  # a transport by which ranks read what they see, and exchange only what somebody does not
 KEPT = 1 << 30  # of compressed chunks, by a reader without an engine

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from ckpt_dist import family as families
-from ckpt_dist import model, slots, task
+from ckpt_dist import slots, spelling, task
 from ckpt_dist.configs import is_hf
 from ckpt_dist.design import EQUAL, TIED, tied
 from ckpt_dist.engine.group import Group
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.report import Report
+from ckpt_dist.spelling import Bound
 
 
 def settle(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
@@ -31,7 +32,7 @@ def settle(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) ->
     assert m.family is not None
     if not tied(m) and is_hf(m.source.config):
         return m
-    where = {r.weights[0]: e for e, r in enumerate(model.rules(m)) if r is not None and len(r.weights) == 1}
+    where = {r.weights[0]: e for e, r in enumerate(spelling.rules(m)) if r is not None and len(r.weights) == 1}
     for copy, of in m.family.ties.items():
         if copy not in where or of not in where:
             continue
@@ -59,7 +60,7 @@ def _left_out(m: Model, copy: int, rule: str) -> Model:
 def _without_copies(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
     """Without the copies that only some dialects have; one that is not equal stays, and is said."""
     assert m.family is not None
-    found = [(e, r.weights[0]) for e, r in enumerate(model.rules(m)) if r and len(r.weights) == 1]
+    found = [(e, r.weights[0]) for e, r in enumerate(spelling.rules(m)) if r and len(r.weights) == 1]
     where = {weight: e for e, weight in found}
     for e, copy in found if not m.unresolved else ():
         of = m.family.copies.get(copy, "")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist import __version__, beside, cost, design, formats, plan, sources, task
+from ckpt_dist.altered import ZEROS
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
@@ -23,9 +24,10 @@ from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped, UsageError
 from ckpt_dist.formats.catalog import needs_data
-from ckpt_dist.model import ZEROS, Bound, Model, canonical
+from ckpt_dist.model import Model
 from ckpt_dist.prepared import Prepared, prepare
 from ckpt_dist.report import Report, peak_memory, size
+from ckpt_dist.spelling import Bound, canonical
 
 Config = Mapping[str, Any]
 Times: TypeAlias = "Mapping[str, tuple[int, int]]"

@@ -28,13 +28,14 @@ from safetensors.torch import save_file
 
 import ckpt_dist
 from ckpt_dist import task, writing
+from ckpt_dist.altered import ZEROS
 from ckpt_dist.catalog import Catalog, Chunks
 from ckpt_dist.cli import main
 from ckpt_dist.engine import fill, journal
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Done
 from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped, UsageError
-from ckpt_dist.model import ZEROS, Model
+from ckpt_dist.model import Model
 from ckpt_dist.sources import Source
 from ckpt_dist.writing import saved
 from tests.conftest import ROOT
@@ -482,7 +483,10 @@ def test_a_rank_that_the_system_kills_is_named_and_the_code_says_that_the_job_ma
     os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
     _, said = job.communicate(timeout=100)
     assert job.returncode == 75, said
-    assert said.count("Error: rank 1 was ended by signal 9") == 1 and "lower engine.memory" in said
+    assert (
+        said.count(f"Error: rank 1 ({socket.gethostname()}) was ended by signal 9") == 1
+        and "lower engine.memory" in said
+    )
     assert "Run the same command again to go on from here" in said and not (tmp_path / "out").exists()
 
 

@@ -19,8 +19,9 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry
 from ckpt_dist.design import plain_entries
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError
-from ckpt_dist.model import Model, bind_plain, recognise
+from ckpt_dist.model import Model, recognise
 from ckpt_dist.sources import Source
+from ckpt_dist.spelling import bind_plain
 from tests.conftest import ROOT
 
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_dist import design, model, part, slots, task
+from ckpt_dist import design, part, slots, spelling, task
 from ckpt_dist import family as families
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.config import fill
@@ -42,7 +42,8 @@ from ckpt_dist.engine.fill import Side
 from ckpt_dist.engine.group import Group
 from ckpt_dist.errors import CheckpointError, UsageError, nearest
 from ckpt_dist.family import Rule
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
+from ckpt_dist.spelling import Bound
 
 STORED = "stored "  # in front of the name of what is no weight of a family: no weight is called so
 
@@ -107,10 +108,10 @@ def show(settings: Mapping[str, Any], dialect: str, key: str) -> Shown:
         assert m.family is not None
         ties = m.family.ties if design.tied(m) else {}
         known = tuple(r if r and r.weights[0] in bound.axes else None for r in bound.rules)
-        present = model.corners(m.family, bound, part.wholly(replace(bound, rules=known)))
+        present = spelling.corners(m.family, bound, part.wholly(replace(bound, rules=known)))
         held = set(present)
         present |= {copy: present[of] for copy, of in ties.items() if copy not in held and of in held}
-        for copy, (of, corners) in model.copied(m.family, present).items():
+        for copy, (of, corners) in spelling.copied(m.family, present).items():
             present[copy], ties = corners, {**ties, copy: ties.get(of, of)}
         dtype_of = design.dtype_of_tied(design.stored_dtypes(bound), {c: o for c, o in ties.items() if c not in held})
         for spoken in wanted:

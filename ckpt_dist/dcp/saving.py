@@ -37,10 +37,11 @@ from ckpt_dist.engine.fill import Done, keep
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.memory import Memory
 from ckpt_dist.errors import CheckpointError, UsageError
-from ckpt_dist.model import Bound, Model
+from ckpt_dist.model import Model
 from ckpt_dist.prepared import Prepared, prepare
 from ckpt_dist.report import Report
 from ckpt_dist.sources import Source
+from ckpt_dist.spelling import Bound
 
 PROGRAM = Path("the state dict")  # what errors call the source
 ABOUT = {"verb": "save"}

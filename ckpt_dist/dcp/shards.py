@@ -19,8 +19,8 @@ from ckpt_dist.catalog import Views, padded
 from ckpt_dist.engine.files import Writer
 from ckpt_dist.engine.fill import Crew, Done, Job, Side, fill, keep
 from ckpt_dist.engine.memory import Memory
-from ckpt_dist.model import Bound
 from ckpt_dist.report import parse_size
+from ckpt_dist.spelling import Bound
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import megatron, ranks, slots
+from ckpt_dist import megatron, megatron_args, ranks, slots
 from ckpt_dist import stages as pipeline
 from ckpt_dist.box import ints
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded
@@ -373,7 +373,7 @@ def lay_out(spec: Spec) -> Layout:
     top = "release" if o.get("release") else megatron.STEPS.format(step)
     further = _count((e.name for e in spec.entries), ranks.FURTHEST)
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"), further)}
-    args |= megatron.divisor(args, tp)
+    args |= megatron_args.divisor(args, tp)
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
     names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]

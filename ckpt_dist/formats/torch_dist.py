@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import megatron, nemo, slots
+from ckpt_dist import megatron, megatron_args, nemo, slots
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.files import inert, yamls
@@ -189,7 +189,7 @@ def key_of(spec: Spec) -> str | None:
 def _made_common(spec: Spec, step: int) -> bytes:
     args = dict(spec.options.get("args") or {})
     args |= dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, ckpt_format="torch_dist")
-    args |= megatron.divisor(args, 1)
+    args |= megatron_args.divisor(args, 1)
     common: dict[str, Any] = {"iteration": step, "checkpoint_version": 3.0}
     if any(e.role == "optimizer" for e in spec.entries):  # a run asks for it unless args say that it was not saved
         args["no_save_optim"] = False
