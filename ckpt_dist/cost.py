@@ -330,6 +330,8 @@ def _kernel(job: Job, dtypes: Sequence[str], want: str) -> Callable[[list[Array]
     floats = all(is_floating(d) for d in (*dtypes, want))
     if not job.all_worked and (dtypes[0] == want or not floats):
         return None
+    from ckpt_dist.averages import tensors  # noqa: F401  torch, which is not to be imported while the clock runs
+
     largest = max(range(len(job.canon.entries)), key=lambda e: np.prod(job.canon.entries[e].shape))
     tile = int(plan.tile_counts(job.canon.entries)[:largest].sum())
 

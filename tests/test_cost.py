@@ -293,6 +293,25 @@ def test_calibration_counts_what_a_slow_disk_has_left(
     assert {p.name for p in tmp_path.iterdir()} == {"source"}
 
 
+def test_sums_are_measured_with_one_thread_of_torch_for_each_of_ours(tmp_path: Path) -> None:
+    """As a job makes them; what a program has set is set again."""
+    (tmp_path / "source").write_bytes(bytes(1 << 22))
+    seen, before = set[int](), torch.get_num_threads()
+
+    def summed(values: list[Array]) -> Array:
+        seen.add(torch.get_num_threads())
+        time.sleep(0.01)
+        return values[0]
+
+    samples = [calibrate.sample(str(tmp_path), ["source"], 2, 1 << 16)]
+    torch.set_num_threads(3)
+    try:
+        calibrate.rates(samples, tmp_path / "out", 2, 1 << 16, 1 << 16, summed, False)
+        assert seen == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_calibration_measures_and_leaves_nothing(tmp_path: Path, meta: Path) -> None:
     plan = ckpt_dist.convert(meta, tmp_path / "out", dry_run=True, **{"engine.calibrate": True})
     assert [v["from"] for v in plan["bandwidth"].values()] == ["measured", "assumed", "measured", "assumed"]

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ckpt_dist.engine.files import PIECE, Files, reserve
+from ckpt_dist.engine.fill import Crew
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import WORDS, Array
 from ckpt_dist.errors import CheckpointError
@@ -82,7 +83,7 @@ def rates(
     flush = out.sync if fsync else lambda: None
     try:
         start = time.perf_counter()
-        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as journal:
+        with Crew(workers) as crew, ThreadPoolExecutor(1) as journal:
             flushing = journal.submit(flush)
             while not over:
                 if first >= number:
@@ -92,7 +93,8 @@ def rates(
                 first = now.stop
                 begin = time.perf_counter()
                 parts = [
-                    pool.submit(_work, samples, sources, out, block, kernel, now[k::workers]) for k in range(workers)
+                    crew.pool.submit(_work, samples, sources, out, block, kernel, now[k::workers])
+                    for k in range(workers)
                 ]
                 for part in parts:
                     total.add(part.result())
