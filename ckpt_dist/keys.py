@@ -101,9 +101,12 @@ def _path(value: Any) -> str:
         raise ValueError
     if os.path.lexists(path):
         return path
-    if ADDRESS.match(bare(path)):  # a folder called `s3:` would be made here
+    own = os.path.expanduser(bare(path))
+    if (
+        ADDRESS.match(own) or own.startswith("~") or own in ("null", "None")
+    ):  # folders of these names would be made here
         raise ValueError
-    return os.path.expanduser(bare(path))
+    return own
 
 
 def _paths(value: Any) -> str | list[str]:

@@ -87,7 +87,7 @@ def prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
-    _folder_or_file(path, target["format"])
+    _nameable(path, target["format"], into)
     if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
@@ -286,8 +286,10 @@ def is_file_name(path: Path, format: str) -> bool:
     return format == "torch" and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
 
 
-def _folder_or_file(path: Path, format: str) -> None:
-    """Refuse to make a folder with the name of a file (Lightning's `.ckpt` are folders, too)."""
+def _nameable(path: Path, format: str, into: bool) -> None:
+    """Refuse to make a folder with no name of its own, or with that of a file (Lightning's `.ckpt` are folders, too)."""
+    if path.name in ("", "..") and not into:
+        raise UsageError(f"target.path={path}: give the folder that is to be made by its name.")
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_file_name(path, format) and not path.exists():
         raise UsageError(
             f"target.path={path}: {format} would make a folder of that name. Give one without {path.suffix}, or, for one file "

@@ -443,6 +443,8 @@ def test_what_was_given_is_said_and_not_what_it_seems_to_hold(tmp_path: Path, re
 def test_no_folder_gets_the_name_of_a_file(tmp_path: Path, refused: Refused, name: str) -> None:
     source = make("hf", tmp_path / "source")
     assert "would make a folder" in refused(source, code=2, target=tmp_path / name)
+    for odd in (tmp_path / "new/..", Path("."), Path("/")):
+        assert "by its name" in refused(source, "overwrite=true", code=2, target=odd)
     ckpt_dist.convert(source, tmp_path / "lightning.ckpt", format="dcp")  # whose folders are called so
     assert (tmp_path / "lightning.ckpt").is_dir()
 

@@ -188,6 +188,8 @@ def test_a_program_gives_a_dtype_of_torch_itself() -> None:
         ("a.path=run", "'source.path' or 'target.path'"),
         ("target.path=s3://bucket/model", "object stores"),
         ("source.path='hf://org/model'", "object stores"),
+        ("target.path=null", "target.path is 'null'. Give a path"),
+        ("target.path=~nobody-of-that-name/model", "Give a path"),
         ("target.format=safetensors", "Here it is called 'hf'"),
         ("target.format=megatron-core", "Here it is called 'torch_dist'"),
         ("keep=[weights,optim]", "Did you mean 'optimizer'?"),
