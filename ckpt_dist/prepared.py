@@ -146,7 +146,9 @@ def prepare(
     if combine is keep and any(quantised.computed(m.catalog) for m in models):
         combine = made
     p = Prepared(models, d, combine, layout, proof, staging, small)
-    if not any("saved" in m.catalog.about for m in models):  # plans may be made on another machine
+    engine = cfg["engine"]  # plans may be of another machine, and made on another one
+    elsewhere = any("saved" in m.catalog.about for m in models) or engine.get("ranks") or engine.get("nodes")
+    if not elsewhere:
         p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     return p
 

@@ -312,6 +312,16 @@ def test_sums_are_measured_with_one_thread_of_torch_for_each_of_ours(tmp_path: P
         torch.set_num_threads(before)
 
 
+def test_a_plan_for_other_nodes_needs_no_room_on_this_one(
+    tmp_path: Path, meta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
+    with pytest.raises(CheckpointError, match="10 are free on its disk"):
+        ckpt_dist.convert(meta, tmp_path / "out", dry_run=True)
+    for key in ("engine.ranks", "engine.nodes"):
+        assert ckpt_dist.convert(meta, tmp_path / "out", dry_run=True, **{key: 2})["bandwidth"]
+
+
 def test_calibration_measures_and_leaves_nothing(tmp_path: Path, meta: Path) -> None:
     plan = ckpt_dist.convert(meta, tmp_path / "out", dry_run=True, **{"engine.calibrate": True})
     assert [v["from"] for v in plan["bandwidth"].values()] == ["measured", "assumed", "measured", "assumed"]

@@ -158,10 +158,11 @@ exit(cli.console())"""
     wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(job.pid if who == "launcher" else int(children[1]), signal.Signals[how])
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=120)
     assert job.returncode == 75 and said.count("Run the same command again to go on from here.") == 1, said
     assert all(line.startswith(("convert: ", "Error: ")) for line in said.splitlines()), said
-    assert who == "launcher" or f"rank 1 ({socket.gethostname()})" in said
+    killed = f"Error: rank 1 ({socket.gethostname()}) was ended by signal 9."
+    assert who == "launcher" or (said.count(killed) == 1 and "lower engine.memory" in said), said
     assert not any(Path(f"/proc/{pid}").exists() for pid in children) and not (tmp_path / "out").exists()
 
 
@@ -470,24 +471,6 @@ def test_a_dead_or_hanging_rank_ends_all(tmp_path: Path, victim: int, how: signa
     assert "to go on from here" in everything and "Traceback" not in everything, everything
     assert not (tmp_path / "out").exists()
     assert ckpt_dist.convert(run / "step-1", tmp_path / "out", quiet=True)
-
-
-def test_a_rank_that_the_system_kills_is_named_and_the_code_says_that_the_job_may_go_on(tmp_path: Path) -> None:
-    """As the kernel does where memory is full; `nproc=` starts the ranks, which are the command's own children."""
-    run = checkpoints(tmp_path / "run", 1)
-    words = ["convert", f"source.path={run / 'step-1'}", f"target.path={tmp_path / 'out'}", "nproc=2"]
-    command = [sys.executable, "-c", "import sys; from ckpt_dist.cli import console; sys.exit(console())", *words]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    wait(lambda: len(children.read_text().split()) == 2)
-    os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
-    _, said = job.communicate(timeout=100)
-    assert job.returncode == 75, said
-    assert (
-        said.count(f"Error: rank 1 ({socket.gethostname()}) was ended by signal 9") == 1
-        and "lower engine.memory" in said
-    )
-    assert "Run the same command again to go on from here" in said and not (tmp_path / "out").exists()
 
 
 def test_the_disk_writes_while_tiles_are_made(tmp_path: Path) -> None:
