@@ -214,7 +214,8 @@ def _streams() -> None:
             encoding, errors = (before.encoding, before.errors) if before else ("utf-8", "strict")
             errors = "backslashreplace" if errors == "strict" else errors  # names that the terminal does not know
             buffer = io.BufferedWriter(Stream(number, "w", closefd=False))
-            new = io.TextIOWrapper(buffer, encoding, errors, line_buffering=number == 2 or os.isatty(number))
+            at_once = number == 2 or os.isatty(number) or getattr(before, "write_through", False)  # as python -u says
+            new = io.TextIOWrapper(buffer, encoding, errors, line_buffering=at_once)
             setattr(sys, name, new)
             setattr(sys, f"__{name}__", new)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from ckpt_dist import altered, formats, model, slots, spelling
@@ -193,12 +194,13 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
 
 def _with_others(side: Bound, source: Bound, family: families.Family) -> Bound:
     """Also what is no weight of the family and no slot of one, as the source has it."""
-    more = []
+    more, names = [], {e.name for e in side.entries}
     for e, r in zip(source.entries, source.rules, strict=True):
         if r and e.role == "weight" and r.weights[0] not in source.axes:
-            if any(r.weights[0] == known.name for known in side.entries):
+            if r.weights[0] in names:
                 raise UsageError(
-                    f"unmatched=keep: {r.weights[0]!r} is another weight's name in the target. Use unmatched=drop."
+                    f"{r.weights[0]!r} cannot be kept: it is another weight's name in the target, or in Hugging Face's words. Leave it "
+                    "out with unmatched=drop, or keep all names as they are with model=identity."
                 )
             more.append((replace(e, name=r.weights[0], path=(r.weights[0],)), r))
         elif r and e.role != "weight" and not slots.is_slot(family, r):
@@ -258,19 +260,27 @@ def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
 
 
 def stored_kinds(bound: Bound) -> Callable[[Any], set[str]]:
-    """The stored dtypes of a rule's weights, at its layer where layers are told apart."""
-    exact: dict[tuple[str, tuple[tuple[str, int], ...]], set[str]] = {}
-    loose: dict[str, set[str]] = {}
+    """The stored dtypes of a rule's weights, at its layer (and expert) as far as both tell them apart."""
+    stored: dict[str, list[tuple[str, tuple[tuple[str, int], ...]]]] = {}
     for entry, rule in zip(bound.entries, bound.rules, strict=True):
         for weight in rule.weights if rule else ():
-            exact.setdefault((weight, tuple(sorted(rule.fixed))), set()).add(entry.dtype)  # type: ignore[union-attr]
-            loose.setdefault(weight, set()).add(entry.dtype)
+            stored.setdefault(weight, []).append((entry.dtype, rule.fixed))  # type: ignore[union-attr]
 
-    def of(rule: Any) -> set[str]:
-        fixed = tuple(sorted(rule.fixed))
-        return set().union(*(exact.get((w, fixed), loose[w]) for w in rule.weights))
+    @cache
+    def table(weight: str, axes: frozenset[str]) -> dict[frozenset[tuple[str, int]], frozenset[str]]:
+        found: dict[frozenset[tuple[str, int]], frozenset[str]] = {}
+        for dtype, fixed in stored[weight]:
+            place = frozenset(one for one in fixed if one[0] in axes)
+            found[place] = found.get(place, frozenset()) | {dtype}
+        return found
 
-    return of
+    def at(weight: str, fixed: tuple[tuple[str, int], ...]) -> frozenset[str]:
+        each = table(weight, frozenset(axis for axis, _ in fixed))
+        told = {axis for axis, _ in stored[weight][0][1]}
+        kinds = each.get(frozenset(one for one in fixed if one[0] in told))
+        return frozenset().union(*each.values()) if kinds is None else kinds
+
+    return lambda rule: set().union(*(at(w, rule.fixed) for w in rule.weights))
 
 
 def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any], dialect: str | None) -> Bound:

@@ -45,6 +45,10 @@ class UsageError(CheckpointError, ValueError):
     exit_code = 2
 
 
+class Taken(UsageError):
+    """Somebody made something of the target's name while the job ran; the job goes on when that is settled."""
+
+
 class Difference(CheckpointError):
     """`verify` found that two checkpoints differ."""
 

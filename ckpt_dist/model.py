@@ -106,7 +106,7 @@ def recognise(
                 continue
             names[e] = None
             lost.append(name)
-    if lost and other and (partial or unmatched == "error"):
+    if (lost or own_way) and other and (partial or unmatched != "drop"):
         return recognise(source, family="identity", keep=keep)
     if lost and unmatched != "drop" and chosen:
         hint = families.missing_names(chosen, spoken, lost[0])

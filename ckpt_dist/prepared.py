@@ -219,16 +219,16 @@ def _same_tensors(models: Sequence[Model], bounds: Sequence[Bound]) -> None:
 
 def _same_dtypes(models: Sequence[Model], d: design.Design, asked: str | Mapping[str, str]) -> None:
     """Each tensor would have the same dtype from whichever source, or the differences are shown."""
-    of, differences = [design.stored_dtypes(bound) for bound in d.sources], []
-    for e, r in zip(d.target.entries, d.target.rules, strict=True):
-        stored = [replace(e, dtype=dtype(r)) for dtype in of] if r and len(models) > 1 else []
-        other = next(
-            (k for k, s in enumerate(stored) if design.target_dtype(asked, s) != design.target_dtype(asked, stored[0])),
-            0,
-        )
-        if other:
-            kinds = [f"{_kind((stored[k].dtype, e.shape))} in {models[k].source.folder.name}" for k in (0, other)]
-            differences.append(f"  {e.name}: {', '.join(kinds)}")
+    pairs = [(e, r) for e, r in zip(d.target.entries, d.target.rules, strict=True) if r]
+    first, differences = design.stored_dtypes(d.sources[0]), list[str]()
+    for m, bound in zip(models[1:], d.sources[1:], strict=True):  # one at a time: there may be many, of many tensors
+        other = design.stored_dtypes(bound)
+        for e, r in pairs:
+            one, two = first(r), other(r)
+            if one != two and len({design.target_dtype(asked, replace(e, dtype=k)) for k in (one, two)}) > 1:
+                kinds = [(one, models[0]), (two, m)]
+                said = [f"{_kind((k, e.shape))} in {which.source.folder.name}" for k, which in kinds]
+                differences.append(f"  {e.name}: {', '.join(said)}")
     if differences:
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise CheckpointError(
@@ -292,7 +292,7 @@ def _nameable(path: Path, format: str, into: bool) -> None:
     """Refuse to make a folder with no name of its own, or with that of a file (Lightning's `.ckpt` are folders, too)."""
     if path.name in ("", "..") and not into:
         raise UsageError(f"target.path={path}: give the folder that is to be made by its name.")
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_file_name(path, format) and not path.exists():
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_file_name(path, format) and not into:
         raise UsageError(
             f"target.path={path}: {format} would make a folder of that name. Give one without {path.suffix}, or, for one file "
             "(.pt, .pth, .bin, .ckpt), target.format=torch."

@@ -322,9 +322,9 @@ def _scan(
         raise _no_masters(folder, name)
     try:
         catalog = with_optimizers(formats.load(name).scan(folder, keys))
-    except CheckpointError:
-        if pointer := formats.lfs_pointer(folder):
-            raise CheckpointError(f"{folder}: {pointer}.") from None
+    except CheckpointError as error:
+        if not isinstance(error, Missing) and (pointer := formats.lfs_pointer(folder)):
+            raise CheckpointError(f"{str(error).rstrip('.')}; {pointer}.") from None
         raise
     if not catalog.entries:
         raise CheckpointError(f"{folder} is a {name} checkpoint without a single tensor.")

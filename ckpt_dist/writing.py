@@ -22,7 +22,7 @@ from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
-from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped, UsageError
+from ckpt_dist.errors import STOP, STOPPED, CheckpointError, Stopped, Taken, UsageError
 from ckpt_dist.formats.catalog import needs_data
 from ckpt_dist.model import Model
 from ckpt_dist.prepared import Prepared, prepare
@@ -66,7 +66,7 @@ def write(
     try:
         prints = _fill(group, report, p, cfg, engine, about, given, staged, times)
     except CheckpointError as error:  # nobody will go on with what is wrong; anything else may be resumed
-        if not isinstance(error, Stopped) and (group.rank == 0 or (p.local and group.local_rank == 0)):
+        if not isinstance(error, (Stopped, Taken)) and (group.rank == 0 or (p.local and group.local_rank == 0)):
             stage.discard(p.staging)
         raise
     finally:
@@ -184,6 +184,8 @@ def _fill(
     if beyond := sorted({name(tile) for tile in done.beyond}):
         more = f" and {len(beyond) - 1} more tensors" if len(beyond) > 1 else ""
         report.warnings.append(f"{beyond[0]}{more}: values beyond 65504 do not fit into float16 and are infinite there")
+    if staged.finished and any(e.dtype == "float16" for e in p.design.target.entries) and _casts(p.design):
+        report.notes.append("tiles of the attempt before were not looked at for values beyond what fits into float16")
     if engine.get("verify"):
         with report.phase("verify"):
             _reread(group, report, p, done, engine, quiet, here)
@@ -247,11 +249,9 @@ def _fingerprints(d: design.Design, done: Any, models: Sequence[Model], report: 
             f"no fingerprint: it is taken of the Hugging Face spelling, which needs {models[0].unresolved}; give model.config=PATH"
         )
         return {"fingerprint": None, "source_fingerprints": [None] * len(models)}
-    written = {
-        (w, r.fixed): e.dtype for e, r in zip(d.target.entries, d.target.rules, strict=True) if r for w in r.weights
-    }
+    written, held = design.stored_dtypes(d.target), {w for r in d.target.rules if r for w in r.weights}
     canon_dtypes = {
-        e.name: written.get((r.weights[0], r.fixed), e.dtype)
+        e.name: written(r) if held.issuperset(r.weights) else e.dtype
         for e, r in zip(d.canon.entries, d.canon.rules, strict=True)
         if r
     }

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from ckpt_dist import config, cost, run
 from ckpt_dist.catalog import Catalog, Entry, whole
 from ckpt_dist.engine import calibrate
 from ckpt_dist.engine.files import Files
+from ckpt_dist.engine.fill import Crew
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import Array
 from ckpt_dist.errors import CheckpointError, UsageError
@@ -310,6 +313,12 @@ def test_sums_are_measured_with_one_thread_of_torch_for_each_of_ours(tmp_path: P
         assert seen == {1} and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_thread_of_a_program_may_be_importing_torch_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    with Crew(1) as crew:
+        assert crew.pool.submit(lambda: 1).result() == 1
 
 
 def test_a_plan_for_other_nodes_needs_no_room_on_this_one(

@@ -513,6 +513,37 @@ def test_a_head_of_another_kind_is_kept_when_asked(tmp_path: Path, capsys: pytes
     assert "no output layer, for none is stored" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("format", ["torch_dist", "megatron", "dcp", "hf"])
+@pytest.mark.parametrize("name", ["llama_plain", "qwen3_moe"])
+def test_the_fingerprint_that_is_recorded_is_the_results_own(
+    name: str, format: str, made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """Also where one tensor holds all layers or experts, and has another dtype than the source."""
+    hf = made(name)[1] / "hf"
+    more = {"target.dialect": "torchtitan"} if format == "dcp" else {}
+    for number, dtype in enumerate(("bfloat16", {"default": "bfloat16", "*norm*": "float32"})):
+        out = tmp_path / f"{format}{number}"
+        done = ckpt_dist.average([hf, hf], out, format=format, dtype=dtype, quiet=True, **more)
+        assert done["fingerprint"] == ckpt_dist.fingerprint(out, **{"model.config": str(hf)})
+        assert done["source_fingerprints"] == [ckpt_dist.fingerprint(hf)] * 2
+
+
+def test_experts_of_a_layer_have_the_dtype_of_that_layer(
+    made: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """Joined over experts, not over layers: one layer in float32 does not make the others so."""
+    hf = made("qwen3_moe")[1] / "hf"
+    shutil.copytree(hf, tmp_path / "hf")
+    tensors = {k: v if ".layers.1." in k else v.bfloat16() for k, v in load_file(hf / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    done = ckpt_dist.convert(tmp_path / "hf", tmp_path / "t", format="dcp", dialect="torchtitan", quiet=True)
+    stored = dcp.FileSystemReader(tmp_path / "t").read_metadata().state_dict_metadata
+    kinds = {n: m.properties.dtype for n, m in stored.items() if n.endswith("_EFD") or n.endswith("_EDF")}
+    assert {kind for n, kind in kinds.items() if "layers.1." in n} == {torch.float32}
+    assert {kind for n, kind in kinds.items() if "layers.2." in n} == {torch.bfloat16}
+    assert not any("unlike dtypes" in w for w in done["warnings"])
+
+
 def test_what_is_kept_has_no_name_of_another_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = transformers.LlamaConfig(
         **dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2),
@@ -523,7 +554,7 @@ def test_what_is_kept_has_no_name_of_another_weight(tmp_path: Path, capsys: pyte
     save_file({**tensors, "norm.weight": torch.ones(32)}, tmp_path / "hf/model.safetensors")
     words = [f"source.path={tmp_path / 'hf'}", f"target.path={tmp_path / 'titan'}", "target.format=dcp"]
     assert main("convert", [*words, "target.dialect=torchtitan", "unmatched=keep"]) == 2
-    assert "unmatched=keep: 'norm.weight' is another weight's name in the target" in capsys.readouterr().err
+    assert "'norm.weight' cannot be kept: it is another weight's name in the target" in capsys.readouterr().err
     assert not (tmp_path / "titan").exists()
 
 

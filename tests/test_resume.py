@@ -364,12 +364,24 @@ def test_what_somebody_made_meanwhile_is_not_replaced(
         return []
 
     monkeypatch.setattr(writing, "_summed", come_first)
-    with pytest.raises(UsageError, match=r"exists|already holds model\.safetensors"):
+
+    def job() -> object:
         if verb.startswith("merge"):
-            ckpt_dist.merge(tmp_path / "dcp")
-        else:
-            ckpt_dist.convert(source, out, format="torch" if verb.endswith("file") else "hf", quiet=True)
-    assert theirs.read_text() == "of somebody else" and not list(tmp_path.glob(".*"))
+            return ckpt_dist.merge(tmp_path / "dcp")
+        return ckpt_dist.convert(source, out, format="torch" if verb.endswith("file") else "hf", quiet=True)
+
+    with pytest.raises(UsageError, match=r"Somebody has made .* nothing was published.* run the same command again"):
+        job()
+    assert theirs.read_text() == "of somebody else"
+    with pytest.raises(UsageError, match=r"exists|already holds model\.safetensors"):
+        job()
+    monkeypatch.undo()
+    theirs.unlink()
+    if verb.endswith("to a folder"):
+        out.rmdir()
+    done = job()
+    assert isinstance(done, Path) or any("resumed: " in note for note in done["notes"])  # type: ignore[index]
+    assert ckpt_dist.verify(out, source)["bit_equal"] and not list(tmp_path.glob(".*"))
 
 
 def test_two_jobs_cannot_make_one_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,8 @@ class Single:
         self.lock, self.crews, self.before = threading.Lock(), 0, 0
 
     def change(self, by: int) -> None:
-        torch = sys.modules.get("torch")  # who has not imported it computes nothing
+        torch = sys.modules.get("torch")  # who has not imported it, or does so now, computes nothing yet
+        torch = torch if hasattr(torch, "get_num_threads") and hasattr(torch, "set_num_threads") else None
         with self.lock:
             if torch and not self.crews:
                 self.before = torch.get_num_threads()
@@ -138,8 +139,10 @@ class Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.pool.shutdown()
-        SINGLE.change(-1)
+        try:
+            self.pool.shutdown()
+        finally:
+            SINGLE.change(-1)
 
 
 def fill(job: Job, crew: Crew, advance: Callable[[int], None] = lambda n: None) -> Done:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from ckpt_dist.engine import journal
 from ckpt_dist.engine.files import reserve
-from ckpt_dist.errors import CheckpointError, UsageError
+from ckpt_dist.errors import CheckpointError, Taken, UsageError
 from ckpt_dist.files.zips import combine_runs, crc_of_zeros
 from ckpt_dist.formats import Layout, held, inside
 from ckpt_dist.whole import contents
@@ -329,7 +329,13 @@ def publish(staging: Staging, layout: Layout, fsync: bool, overwrite: bool) -> N
     """Give the finished files the target's name: one rename, or one for each file when they join a folder."""
     folder, target = staging.folder, staging.target
     if not overwrite:
-        _free(staging, layout.catalog.files)  # somebody may have come first since it was checked
+        try:
+            _free(staging, layout.catalog.files)
+        except UsageError:
+            raise Taken(
+                f"Somebody has made {target}, or files in it, since this job began, so nothing was published. Move that away, and "
+                "run the same command again to go on from here; or with overwrite=true."
+            ) from None
     try:
         if staging.joining():
             _join(staging, fsync)
