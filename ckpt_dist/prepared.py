@@ -87,7 +87,7 @@ def prepare(
 ) -> Prepared:
     """Design, layout and proof: the same on every rank, nothing written."""
     target = cfg["target"]
-    _nameable(path, target["format"], into)
+    group.on_first(lambda: _nameable(path, target["format"], into))  # others may see another disk
     if target["format"] in formats.FOLDERS and set(cfg.get("keep") or ()) - {"weights"}:
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
@@ -292,7 +292,7 @@ def _nameable(path: Path, format: str, into: bool) -> None:
     """Refuse to make a folder with no name of its own, or with that of a file (Lightning's `.ckpt` are folders, too)."""
     if path.name in ("", "..") and not into:
         raise UsageError(f"target.path={path}: give the folder that is to be made by its name.")
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_file_name(path, format) and not into:
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not is_file_name(path, format) and not path.exists():
         raise UsageError(
             f"target.path={path}: {format} would make a folder of that name. Give one without {path.suffix}, or, for one file "
             "(.pt, .pth, .bin, .ckpt), target.format=torch."
