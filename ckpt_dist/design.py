@@ -164,7 +164,8 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
     for m, bound in zip(models, bounds, strict=True):
         _spellable(m, bound, dialect, cfg_target)
     present = spelling.corners(first.family, bounds[0], wholly(bounds[0]))
-    kinds, dtype_of = stored_kinds(bounds[0]), stored_dtypes(bounds[0])
+    kinds = stored_kinds(bounds[0])
+    dtype_of = _widest(kinds)
     canon = spelling.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
     ties = {
         copy: of
@@ -255,7 +256,10 @@ def dtype_of_tied(dtype_of: Callable[[Any], str], ties: Mapping[str, str]) -> Ca
 
 def stored_dtypes(bound: Bound) -> Callable[[Any], str]:
     """The dtype that holds all that is stored of a rule's weights."""
-    kinds = stored_kinds(bound)
+    return _widest(stored_kinds(bound))
+
+
+def _widest(kinds: Callable[[Any], set[str]]) -> Callable[[Any], str]:
     return lambda rule: holding(kinds(rule))
 
 

@@ -26,7 +26,6 @@ from ckpt_dist import (
     task,
     ties,
 )
-from ckpt_dist.altered import resized
 from ckpt_dist.catalog import Catalog, Extra, Views
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.engine.fill import Combine, keep
@@ -185,7 +184,7 @@ def _with_vocabulary(m: Model, asked: int | None, report: Report) -> Model:
         raise UsageError(
             f"target.vocab_size={asked}: these values are not stored yet, and have the vocabulary of their config; change vocab_size there."
         )
-    found = resized(m, "v", asked)
+    found = altered.resized(m, "v", asked)
     what = "the rest are zeros" if have and asked > have else "the last ones are left out"
     report.notes.append(f"vocabulary of {asked} instead of {have} rows: {what}; all fingerprints are of {asked}")
     return found
