@@ -87,25 +87,7 @@ def recognise(
         kind = source.config["model_type"]
         raise CheckpointError(f"{source.folder}: the names are not those of {kind}, which model.config names.")
     other = family == dialect == "auto" and spoken.startswith(CANONICAL) and _other_type(source.config)
-    names: list[str | None] = [n[len(prefix) :] if n is not None and n.startswith(prefix) else n for n in own]
-    dropped: dict[str, list[str]] = {}
-    lost: list[str] = []
-    own_way: list[str] = []
-    for e, name in enumerate(names):
-        entry = catalog.entries[e]
-        if entry.role != "weight":
-            if _kept(entry.role, keep):
-                continue
-            dropped.setdefault(f"{entry.role} (keep={','.join(keep)})", []).append(entry.name)
-        elif name is not None and chosen and families.dropped(chosen, name):
-            names[e] = None
-            dropped.setdefault("derived buffer", []).append(entry.name)
-        elif name is not None and chosen and families.match(chosen, spoken, name) is None:
-            if unmatched == "keep" and name not in chosen.weights:
-                own_way.append(name)
-                continue
-            names[e] = None
-            lost.append(name)
+    names, dropped, lost, own_way = _selected(catalog, own, chosen, spoken, prefix, keep, unmatched)
     if (lost or own_way) and other and (partial or unmatched != "drop"):
         return recognise(source, family="identity", keep=keep)
     if lost and unmatched != "drop" and chosen:
@@ -116,12 +98,6 @@ def recognise(
         )
     if lost:
         dropped["unmatched"] = lost
-    names = [
-        n
-        if catalog.entries[e].role == "weight"
-        else (_own(catalog.entries[e].name, chosen, spoken, prefix) if _kept(catalog.entries[e].role, keep) else None)
-        for e, n in enumerate(names)
-    ]
     _unambiguous(names, source)
     try:
         sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
@@ -156,6 +132,39 @@ def recognise(
         tuple(guesses),
         lacks=lacks,
     )
+
+
+def _selected(
+    catalog: Catalog,
+    own: Sequence[str | None],
+    family: Family | None,
+    dialect: str,
+    prefix: str,
+    keep: Sequence[str],
+    unmatched: str,
+) -> tuple[list[str | None], dict[str, list[str]], list[str], list[str]]:
+    """The name of each entry that is wanted; those that are not, by the rule; weights that the family does not have, and
+    those of them that keep their names."""
+    names: list[str | None] = []
+    dropped, lost, own_way = dict[str, list[str]](), list[str](), list[str]()
+    for entry, name in zip(catalog.entries, own, strict=True):
+        found = name.removeprefix(prefix) if name is not None else None
+        if entry.role != "weight":
+            kept = _kept(entry.role, keep)
+            found = _own(entry.name, family, dialect, prefix) if kept else None
+            if not kept:
+                dropped.setdefault(f"{entry.role} (keep={','.join(keep)})", []).append(entry.name)
+        elif found is not None and family and families.dropped(family, found):
+            dropped.setdefault("derived buffer", []).append(entry.name)
+            found = None
+        elif found is not None and family and families.match(family, dialect, found) is None:
+            if unmatched == "keep" and found not in family.weights:
+                own_way.append(found)
+            else:
+                lost.append(found)
+                found = None
+        names.append(found)
+    return names, dropped, lost, own_way
 
 
 def _originals(

@@ -91,10 +91,39 @@ def prepare(
         raise UsageError(
             f"keep={','.join(cfg['keep'])}: a folder of format {target['format']} holds weights only. Use keep=weights, or target.format=dcp or torch."
         )
+    models = _settled(group, report, models, cfg)
+    d = design.of(models, target)
+    _same_tensors(models, d.sources)
+    extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
+    placement = _placement(group, cfg)
+    # a tokenizer may be on one node only, and all must write the same
+    told = group.on_first(lambda: beside.args(d, models[-1])) if target["format"] in formats.ARGS else None
+    source = beside.with_states(group, models[-1], target["format"])
+    layout = _lay_out(d, models[-1], source, extras, told.config if told else {}, cfg, path, placement)
+    _say(report, d, models[0], layout, told, target)
+    proof = task.prove_all(group, d, models, layout.catalog.chunks)
+    _same_dtypes(models, d, target["dtype"])
+    task.divided(task.engine_of(cfg), models)  # also a run says here what is too big
+    staging = _staging(group, layout, path, cfg, into)
+    small = _beside(group, report, models[0], d, layout, staging, cfg)
+    beside.account(report, models, lost | design.unsaid(models[0], d))
+    combine = combination(d)
+    if combine is keep and any(quantised.computed(m.catalog) for m in models):
+        combine = made
+    p = Prepared(models, d, combine, layout, proof, staging, small)
+    engine = cfg["engine"]  # plans may be of another machine, and made on another one
+    if not (any("saved" in m.catalog.about for m in models) or engine.get("ranks") or engine.get("nodes")):
+        used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
+        p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
+    return p
+
+
+def _settled(group: Group, report: Report, models: Sequence[Model], cfg: Config) -> list[Model]:
+    """The sources as the target needs them: in tensors, ties and a vocabulary that it has words for."""
+    target = cfg["target"]
     if target["format"] == "torch_dist":
-        models = [
-            altered.together(m) if m.family is None and m.catalog.format in ("megatron", "nemo") else m for m in models
-        ]
+        apart = ("megatron", "nemo")
+        models = [altered.together(m) if m.family is None and m.catalog.format in apart else m for m in models]
     models = [ties.settle(group, report, m, task.engine_of(cfg)) for m in design.spoken(models, target)]
     report.notes += [note for m in models for note in m.source.notes]
     report.guesses += [*models[0].guesses, *quantised.guesses([m.catalog for m in models], target["dtype"])]
@@ -102,54 +131,50 @@ def prepare(
         report.warnings += [text for m in models for text in slots.lacking(m.catalog)]
     if any((m.family is None) != (models[0].family is None) for m in models):
         _same_tensors(models, [bind_plain(m) for m in models])
-    models = [_with_vocabulary(m, target["vocab_size"], report) for m in models]
-    d = design.of(models, target)
-    _same_tensors(models, d.sources)
+    return [_with_vocabulary(m, target["vocab_size"], report) for m in models]
+
+
+def _say(
+    report: Report, d: design.Design, m: Model, layout: Layout, told: configs.Translation | None, target: Config
+) -> None:
+    """What a person should know of the target: what was guessed for it, and where it may not be what they expect."""
     report.warnings += design.unused(target["dtype"], d.target.entries)
-    if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
-        report.warnings += megatron_args.centred(models[0].source.config)
-    extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
-    placement = _placement(group, cfg)
-    # a tokenizer may be on one node only, and all must write the same
-    told = group.on_first(lambda: beside.args(d, models[-1])) if target["format"] in formats.ARGS else None
+    if d.dialect and not d.dialect.startswith("megatron") and not _zeros(m):
+        report.warnings += megatron_args.centred(m.source.config)
     if told and target["format"] != "merak":  # which writes those of a source, not of a config.json
         beside.translated(told, "config.json", report)
-    source = beside.with_states(group, models[-1], target["format"])
-    layout = _lay_out(d, models[-1], source, extras, told.config if told else {}, cfg, path, placement)
     report.guesses += layout.catalog.about.get("guesses", ())
     if d.mixed and target["dtype"] == "keep":
         report.warnings.append(
             f"{len(d.mixed)} tensors, first {d.mixed[0]!r}, join stored ones of unlike dtypes; each is of the one that holds all values"
         )
-    if unlike := beside.unlike_titan(d, models[0]):
+    if unlike := beside.unlike_titan(d, m):
         report.warnings.append(unlike)
-    if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
+    if d.dialect == "torchtitan" and (built := configs.flavour(m.source.config)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
-    proof = task.prove_all(group, d, models, layout.catalog.chunks)
-    _same_dtypes(models, d, target["dtype"])
-    task.divided(task.engine_of(cfg), models)  # also a run says here what is too big
-    node = None if target["shared"] else group.node
+
+
+def _staging(group: Group, layout: Layout, path: Path, cfg: Config, into: bool) -> stage.Staging:
+    """Where the target will be, and where it is made."""
+    node = None if cfg["target"]["shared"] else group.node
     place = path.resolve() if into else path.absolute()  # a link may lead to another disk
-    staging = stage.Staging(place, _single(layout, path, cfg), into, node)
-    if node is not None and (staging.single or into):
+    single = is_file_name(path, cfg["target"]["format"]) and len(layout.catalog.files) == 1
+    if node is not None and (single or into):
         raise UsageError("target.shared=false: each node gets a folder of its own; give a new folder as target.path.")
-    carries = target["format"] in formats.FOLDERS and not staging.single
-    small = beside.small_files(models[0], d, layout, cfg, report) if carries else {}
-    if into:  # what a checkpoint has of its own stays as it is
+    return stage.Staging(place, single, into, node)
+
+
+def _beside(
+    group: Group, report: Report, m: Model, d: design.Design, layout: Layout, staging: stage.Staging, cfg: Config
+) -> dict[str, bytes | Path]:
+    """The small files that travel along: configs, tokenizers."""
+    carries = cfg["target"]["format"] in formats.FOLDERS and not staging.single
+    small = beside.small_files(m, d, layout, cfg, report) if carries else {}
+    if staging.into:  # what a checkpoint has of its own stays as it is
         small = {n: f for n, f in small.items() if not staging.there(n)}
-    if node is not None:  # the first node may be the only one that has them
+    if staging.node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else contents(f) for n, f in small.items()})
-    used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
-    beside.account(report, models, lost | design.unsaid(models[0], d))
-    combine = combination(d)
-    if combine is keep and any(quantised.computed(m.catalog) for m in models):
-        combine = made
-    p = Prepared(models, d, combine, layout, proof, staging, small)
-    engine = cfg["engine"]  # plans may be of another machine, and made on another one
-    elsewhere = any("saved" in m.catalog.about for m in models) or engine.get("ranks") or engine.get("nodes")
-    if not elsewhere:
-        p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
-    return p
+    return small
 
 
 def _zeros(m: Model) -> bool:
@@ -211,9 +236,7 @@ def _same_tensors(models: Sequence[Model], bounds: Sequence[Bound]) -> None:
                 differences.append(
                     f"  {name}: {_kind(first.get(key))} in {models[0].source.folder.name}, {_kind(table_.get(key))} in {m.source.folder.name}"
                 )
-    if differences:
-        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise CheckpointError("These checkpoints are not of one model:\n" + "\n".join(differences[:10]) + more)
+    _refuse("These checkpoints are not of one model:", differences)
 
 
 def _same_dtypes(models: Sequence[Model], d: design.Design, asked: str | Mapping[str, str]) -> None:
@@ -228,14 +251,18 @@ def _same_dtypes(models: Sequence[Model], d: design.Design, asked: str | Mapping
                 kinds = [(one, models[0]), (two, m)]
                 said = [f"{_kind((k, e.shape))} in {which.source.folder.name}" for k, which in kinds]
                 differences.append(f"  {e.name}: {', '.join(said)}")
+    _refuse(
+        "These checkpoints have different dtypes:",
+        differences,
+        "Say which one the mean should have: target.dtype=float32.",
+    )
+
+
+def _refuse(what: str, differences: Sequence[str], *todo: str) -> None:
+    """The first of the differences, if there are any."""
     if differences:
-        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise CheckpointError(
-            "These checkpoints have different dtypes:\n"
-            + "\n".join(differences[:10])
-            + more
-            + "\nSay which one the mean should have: target.dtype=float32."
-        )
+        more = [f"  and {len(differences) - 10} more"] if len(differences) > 10 else []
+        raise CheckpointError("\n".join([what, *differences[:10], *more, *todo]))
 
 
 def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:
@@ -296,7 +323,3 @@ def _nameable(path: Path, format: str, into: bool) -> None:
             f"target.path={path}: {format} would make a folder of that name. Give one without {path.suffix}, or, for one file "
             "(.pt, .pth, .bin, .ckpt), target.format=torch."
         )
-
-
-def _single(layout: Layout, path: Path, cfg: Config) -> bool:
-    return is_file_name(path, cfg["target"]["format"]) and len(layout.catalog.files) == 1

@@ -157,8 +157,10 @@ exit(cli.console())"""
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     wait(lambda: noted(tmp_path / ".out.ckpt_dist") >= 1)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    killed_at = time.monotonic()
     os.kill(job.pid if who == "launcher" else int(children[1]), signal.Signals[how])
     _, said = job.communicate(timeout=120)
+    assert time.monotonic() - killed_at < 20, said  # torchrun asks the others to end, and kills them 30 s later
     assert job.returncode == 75 and said.count("Run the same command again to go on from here.") == 1, said
     assert all(line.startswith(("convert: ", "Error: ")) for line in said.splitlines()), said
     killed = f"Error: rank 1 ({socket.gethostname()}) was ended by signal 9."

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from ckpt_dist.errors import Stopped
+from ckpt_dist.errors import STOP, Stopped
 
 GONE = "gone"
 JOBS = itertools.count()
@@ -56,9 +56,10 @@ class Watch:
         self.last = time.monotonic()
 
     def wait(self) -> None:
-        """Give the thread the time to end this process with a verdict."""
+        """Give the thread the time to end this process with a verdict; where a launcher ends all ranks it has its own."""
         self.end()
-        time.sleep(3 * self.timeout_s)
+        if STOP.wait(3 * self.timeout_s):
+            _die("", self.name)
 
     def close(self, in_order: bool) -> None:
         """Stop. A rank that failed on its own leaves no farewell, so the others soon miss it."""
