@@ -8,5 +8,5 @@ PATH=$PWD/.venv/bin:$PATH
 python -m ruff check .
 python -m mypy
 # Ranks wait for each other's imports, so two at a time cost little; a file's tests share what they train.
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile --durations=25
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 python -m pytest "$@"

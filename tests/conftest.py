@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -13,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOUR_RANKS = ("fsdp2", "bf16", "buffers", "tied", "dim1", "hsdp", "tp_fsdp", "fsdp1", "steps")
 TWO_RANKS = ("tp",)
+LONG = (
+    "resume", "megatron", "transport", "cost", "slurm", "nodes", "real", "local_target", "seed", "megatron_optimizer", "memory", "local",
+    "average", "reader", "cli", "packaging", "scale", "docs",
+)  # fmt: skip
 
 
 def torchrun(num_ranks: int, *argv: str | Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
@@ -38,15 +43,23 @@ def _train(out: Path, num_ranks: int, cases: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a case of `tests/real/train.py`."""
-    made: dict[int, Path] = {}
+    """The folder of a case of `tests/real/train.py`; the workers of pytest-xdist share what one of them has trained."""
+    top = tmp_path_factory.getbasetemp()
+    top = top.parent if "PYTEST_XDIST_WORKER" in os.environ else top
 
     def folder(case: str) -> Path:
-        num_ranks = 2 if case in TWO_RANKS else 4
-        if num_ranks not in made:
-            made[num_ranks] = _train(
-                tmp_path_factory.mktemp("real"), num_ranks, TWO_RANKS if num_ranks == 2 else FOUR_RANKS
-            )
-        return made[num_ranks] / case
+        num_ranks, cases = (2, TWO_RANKS) if case in TWO_RANKS else (4, FOUR_RANKS)
+        made = top / f"real{num_ranks}"
+        with open(top / f"{made.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                _train(top / f"{made.name}.part", num_ranks, cases).rename(made)
+        return made / case
 
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first, so that at the end no worker waits for another's."""
+    order = {name: k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
