@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_dist
+from ckpt_dist.errors import CheckpointError, UsageError
 from tests.test_real import equal_trees, same
 
 
@@ -271,6 +272,25 @@ PUBLISHED = (  # beside the weights of models on the hub
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
     *("modeling_own.py", "attention.py", "vocab.json", "video_preprocessor_config.json"),
 )
+
+
+def test_a_step_is_found_beside_the_last_model_and_no_other_is_taken_for_it(tmp_path: Path) -> None:
+    """As transformers' Trainer leaves them: the steps lie in the folder of the last model."""
+    for number, folder in enumerate(("run", "run/checkpoint-500", "run/checkpoint-1000")):
+        (tmp_path / folder).mkdir()
+        save_file({"w": torch.full((3,), float(number))}, tmp_path / folder / "model.safetensors")
+
+    def found(path: str, step: Any) -> float:
+        ckpt_dist.convert(tmp_path / path, tmp_path / "out.pt", format="torch", overwrite=True, **{"source.step": step})
+        return float(torch.load(tmp_path / "out.pt")["w"][0])
+
+    assert [found("run", step) for step in ("latest", 500, 1000)] == [0, 1, 2]
+    assert found("run/checkpoint-500", 500) == 1
+    for path, said in (("run", "of no step"), ("run/checkpoint-500", "of step 500"), ("out.pt", "of no step")):
+        with pytest.raises(UsageError, match=f"source.step=20: .*{path} is one checkpoint, {said}"):
+            ckpt_dist.inspect(tmp_path / path, **{"source.step": 20})
+    with pytest.raises(CheckpointError, match=r"out\.pt is one of format torch, not hf"):
+        ckpt_dist.inspect(tmp_path / "out.pt", **{"source.format": "hf"})
 
 
 def test_files_of_a_snapshot_in_a_hub_cache(tmp_path: Path) -> None:
