@@ -371,3 +371,24 @@ def test_what_torchtitan_would_compute_otherwise_is_said(tmp_path: Path) -> None
         AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(source)
         report = ckpt_dist.convert(source, tmp_path / f"out-{said}", format="dcp", dialect="torchtitan", quiet=True)
         assert any("does not compute" in w and "'granite'" in w for w in report["warnings"]) is said
+
+
+def test_a_file_per_tensor_of_an_unknown_model_is_recognised(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": torch.randn(3, 2), "scale": torch.randn(3)}, tmp_path / "all.pt")
+    ckpt_dist.convert(tmp_path / "all.pt", tmp_path / "single", format="sfpt")
+    assert ckpt_dist.inspect(tmp_path / "single")["format"] == "sfpt"
+    assert ckpt_dist.verify(tmp_path / "all.pt", tmp_path / "single")["bit_equal"]
+    torch.save({"other": torch.randn(3)}, tmp_path / "single/features.0.weight.pt")
+    with pytest.raises(CheckpointError, match="No checkpoint recognised"):
+        ckpt_dist.inspect(tmp_path / "single")
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "said"),
+    [("zarr", "a/b", "'a/b' is no name of a folder"), ("merak", "features.2.weight", "lacks layer 1")],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, format: str, name: str, said: str) -> None:
+    torch.save({"features.0.weight": torch.ones(2, 2), name: torch.ones(3)}, tmp_path / "all.pt")
+    with pytest.raises(UsageError, match=said):
+        ckpt_dist.convert(tmp_path / "all.pt", tmp_path / "out", format=format)
+    assert [p.name for p in tmp_path.iterdir()] == ["all.pt"]
