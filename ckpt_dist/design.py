@@ -121,7 +121,11 @@ def _target_dialect(first: Model, cfg_target: Mapping[str, Any]) -> str:
         fits = [d for d in choices if d in first.family.dialects and (_uniform(first) or not d.endswith("_stacked"))]
         asked = first.dialect if first.unresolved and first.dialect in choices else (fits or choices)[0]
     if asked not in first.family.dialects:
-        raise UsageError(f"target.dialect={asked}: {first.family.name} has {', '.join(first.family.dialects)}.")
+        given = cfg_target.get("dialect", "auto") != "auto"
+        what = (
+            f"target.dialect={asked}" if given else f"target.format={cfg_target.get('format')}, in the dialect {asked}"
+        )
+        raise UsageError(f"{what}: {first.family.name} has {', '.join(first.family.dialects)}.")
     if asked.startswith("megatron") and asked.endswith("_stacked") and not _uniform(first):
         raise UsageError(
             f"target.dialect={asked}: some layers have weights that others lack, so no tensor can hold those of all. "

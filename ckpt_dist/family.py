@@ -67,6 +67,10 @@ class Family:
     def axes(self, weight: str) -> tuple[str, ...]:
         return tuple(self.weights[weight].split())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other ranks read a table by its name; what stands in it need not be what can be sent."""
+        return load, (self.name,)
+
 
 def load(name: str) -> Family:
     """The family of that name: the module `families/<name>.py` read as a table."""

@@ -70,6 +70,15 @@ class Rank:
         return self.t + self.tp * self.e == self.replica
 
 
+def unshared(parts: int, dim: int, name: str, shape: Sequence[int]) -> str:
+    """What to say of a tensor that so many ranks cannot share: only a vocabulary can be made longer."""
+    more = ", or a longer vocabulary with target.vocab_size" if re.search("embedding|output", name) else ""
+    return (
+        f"target.tp={parts}: dim {dim} of {name!r} has length {shape[dim]}, which {parts} ranks cannot share evenly. Choose "
+        f"another target.tp{more}."
+    )
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a rank's tensor lies in the whole: `dim` is divided by `parts`; of `fused` tensors in one each for itself."""
@@ -93,10 +102,7 @@ class Cut:
 
     def part(self, shape: Sequence[int], name: str) -> tuple[int, ...]:
         if self.dim is not None and shape[self.dim] % (self.parts * self.fused):
-            raise UsageError(
-                f"target.tp={self.parts}: dim {self.dim} of {name!r} has length {shape[self.dim]}, which {self.parts} ranks "
-                "cannot share evenly. Choose another target.tp, or a longer vocabulary with target.vocab_size."
-            )
+            raise UsageError(unshared(self.parts, self.dim, name, shape))
         return tuple(n // self.parts if d == self.dim else n for d, n in enumerate(shape))
 
     def pieces(self, shape: Sequence[int], strides: Sequence[int], rank: int) -> Iterator[Piece]:

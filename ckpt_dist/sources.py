@@ -170,11 +170,15 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     folder = _here(asked, weights, name)
     beside = folder is None or keys.get("universal")  # a model beside the run it is of
     tracked = _tracked(asked) if step == "latest" and beside else None
-    if folder is not None and tracked is None:
-        return _scan(asked, asked, folder, name, keys, config, ())
+    within = (
+        step not in ("latest", _said(asked.name)) and asked.is_dir() and step in steps(asked)
+    )  # beside the last model
+    if folder is not None and tracked is None and not within:
+        return _of_step(_scan(asked, asked, folder, name, keys, config, ()), step)
     if not asked.is_dir():
-        formats.detect(asked)
+        found = formats.detect(asked)
         _explain(asked, weights)
+        raise CheckpointError(f"{asked} is one of format {found}, not {name}. Leave the key of the format out.")
     if step == "latest" and (named := _named(asked)):
         source = open_source({**keys, "path": named[0]}, config)
         return replace(source, asked=asked, notes=(named[1], *source.notes))
@@ -189,6 +193,17 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     if step != "latest":
         return _one(asked, choose(asked, [int(step)], None)[int(step)], weights, name, keys, config, ())
     return _latest(asked, numbered, weights, name, keys, config)
+
+
+def _of_step(source: Source, step: Any) -> Source:
+    """Itself, where no other step is asked for than the one it is of."""
+    if step in ("latest", source.step):
+        return source
+    its = "of no step that its name says" if source.step is None else f"of step {source.step}"
+    raise UsageError(
+        f"source.step={step}: {source.asked} is one checkpoint, {its}, and holds no folder of that step. Leave source.step out, or "
+        "give the folder of the steps."
+    )
 
 
 def _named(asked: Path) -> tuple[Path, str] | None:

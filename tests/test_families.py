@@ -6,6 +6,7 @@ Not checked: families in the names of other frameworks than transformers (test_r
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -25,6 +26,7 @@ from ckpt_dist import families, family, formats
 from ckpt_dist.cli import main
 from ckpt_dist.errors import CheckpointError, UsageError
 from ckpt_dist.pattern import parse
+from tests.conftest import ROOT, torchrun
 
 SMALL = dict(
     hidden_size=32,
@@ -156,7 +158,9 @@ def test_every_format_holds_every_family_that_has_its_dialect(
             ckpt_dist.convert(folder / "hf", out, format=format, universal=universal, quiet=True)
             assert ckpt_dist.fingerprint(out, **{"model.config": str(folder / "hf")}) == print_, format
         else:
-            with pytest.raises(UsageError, match=f"{name} has hf|it holds models of bloom and gpt2"):
+            with pytest.raises(
+                UsageError, match=f"target.format={format}.*({name} has hf|it holds models of bloom and gpt2)"
+            ):
                 ckpt_dist.convert(folder / "hf", out, format=format, quiet=True)
             assert not out.exists()
 
@@ -183,6 +187,19 @@ def test_a_table_is_whole(name: str) -> None:
                 assert sorted(axes) == sorted(table.axes(weight)), (dialect, stored)
                 named.add(weight)
         assert set(table.weights) - named <= {*table.optional, *table.zeros}, dialect
+
+
+@pytest.mark.parametrize("name", sorted({NAMES.get(n, n) for n in CONFIGS}))
+def test_ranks_tell_each_other_of_every_family(name: str) -> None:
+    assert pickle.loads(pickle.dumps(family.load(name))) == family.load(name)
+
+
+def test_two_ranks_convert_a_mixture_of_experts(made: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    _, folder = made("mixtral")
+    keys = {"source.path": folder / "memory", "target.path": tmp_path / "out", "model.config": folder / "hf"}
+    done = torchrun(2, ROOT / "jobs/convert.py", *(f"{k}={v}" for k, v in keys.items()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert equal(tmp_path / "out", folder / "hf")
 
 
 def test_every_family_is_here() -> None:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_dist
+from ckpt_dist.errors import CheckpointError, UsageError
 from tests.test_real import equal_trees, same
 
 
@@ -273,6 +274,25 @@ PUBLISHED = (  # beside the weights of models on the hub
 )
 
 
+def test_a_step_is_found_beside_the_last_model_and_no_other_is_taken_for_it(tmp_path: Path) -> None:
+    """As transformers' Trainer leaves them: the steps lie in the folder of the last model."""
+    for number, folder in enumerate(("run", "run/checkpoint-500", "run/checkpoint-1000")):
+        (tmp_path / folder).mkdir()
+        save_file({"w": torch.full((3,), float(number))}, tmp_path / folder / "model.safetensors")
+
+    def found(path: str, step: Any) -> float:
+        ckpt_dist.convert(tmp_path / path, tmp_path / "out.pt", format="torch", overwrite=True, **{"source.step": step})
+        return float(torch.load(tmp_path / "out.pt")["w"][0])
+
+    assert [found("run", step) for step in ("latest", 500, 1000)] == [0, 1, 2]
+    assert found("run/checkpoint-500", 500) == 1
+    for path, said in (("run", "of no step"), ("run/checkpoint-500", "of step 500"), ("out.pt", "of no step")):
+        with pytest.raises(UsageError, match=f"source.step=20: .*{path} is one checkpoint, {said}"):
+            ckpt_dist.inspect(tmp_path / path, **{"source.step": 20})
+    with pytest.raises(CheckpointError, match=r"out\.pt is one of format torch, not hf"):
+        ckpt_dist.inspect(tmp_path / "out.pt", **{"source.format": "hf"})
+
+
 def test_files_of_a_snapshot_in_a_hub_cache(tmp_path: Path) -> None:
     """The cache of huggingface_hub has links to blobs. Code of a model's own may import any module beside it."""
     from tests.real.train import model
@@ -351,3 +371,24 @@ def test_what_torchtitan_would_compute_otherwise_is_said(tmp_path: Path) -> None
         AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(source)
         report = ckpt_dist.convert(source, tmp_path / f"out-{said}", format="dcp", dialect="torchtitan", quiet=True)
         assert any("does not compute" in w and "'granite'" in w for w in report["warnings"]) is said
+
+
+def test_a_file_per_tensor_of_an_unknown_model_is_recognised(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": torch.randn(3, 2), "scale": torch.randn(3)}, tmp_path / "all.pt")
+    ckpt_dist.convert(tmp_path / "all.pt", tmp_path / "single", format="sfpt")
+    assert ckpt_dist.inspect(tmp_path / "single")["format"] == "sfpt"
+    assert ckpt_dist.verify(tmp_path / "all.pt", tmp_path / "single")["bit_equal"]
+    torch.save({"other": torch.randn(3)}, tmp_path / "single/features.0.weight.pt")
+    with pytest.raises(CheckpointError, match="No checkpoint recognised"):
+        ckpt_dist.inspect(tmp_path / "single")
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "said"),
+    [("zarr", "a/b", "'a/b' is no name of a folder"), ("merak", "features.2.weight", "lacks layer 1")],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, format: str, name: str, said: str) -> None:
+    torch.save({"features.0.weight": torch.ones(2, 2), name: torch.ones(3)}, tmp_path / "all.pt")
+    with pytest.raises(UsageError, match=said):
+        ckpt_dist.convert(tmp_path / "all.pt", tmp_path / "out", format=format)
+    assert [p.name for p in tmp_path.iterdir()] == ["all.pt"]

@@ -74,6 +74,9 @@ def test_a_vocabulary_that_ranks_cannot_share_is_made_longer(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "hf")
     with pytest.raises(UsageError, match=r"97, which 8 ranks cannot share evenly.*target\.vocab_size"):
         ckpt_dist.convert(tmp_path / "hf", tmp_path / "meta", format="meta", tp=8)
+    hf_model(vocab_size=96, intermediate_size=100).save_pretrained(tmp_path / "odd")
+    with pytest.raises(UsageError, match=r"100, which 8 ranks cannot share evenly\. Choose another target\.tp\.$"):
+        ckpt_dist.convert(tmp_path / "odd", tmp_path / "meta", format="meta", tp=8)
     ckpt_dist.convert(tmp_path / "hf", tmp_path / "meta", format="meta", tp=8, vocab_size=104)
     whole = to_meta(dict(model.state_dict()))
     for name in ("tok_embeddings.weight", "output.weight"):

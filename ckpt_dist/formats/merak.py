@@ -155,13 +155,19 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
 
 def _whole(path: Path, names: Sequence[str], pp: int) -> None:
     """No file says how many stages there were: the first and the last tensors are there, and all layers."""
+    if what := _lost(names, pp):
+        raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
+
+
+def _lost(names: Sequence[str], pp: int) -> str:
+    """What a model lacks, by the numbers in its names."""
     found = merak.modules(names)
     there = set(found.number.values())
     lost = next(n for n in count() if n not in there)
     ends = found.count - 1 in there or pp == 1  # some models end with a layer
     if found.layers and (lost < found.count - 1 or not ends):
-        what = f"layer {lost - found.front}" if ends else "what comes after the layers"
-        raise CheckpointError(f"{path} lacks {what}. Is the folder of a stage missing? Fetch it.")
+        return f"layer {lost - found.front}" if ends else "what comes after the layers"
+    return ""
 
 
 def _parts(
@@ -216,6 +222,11 @@ def lay_out(spec: Spec) -> Layout:
     tp, pp = int(o.get("tp") or 1), int(o.get("pp") or 1)
     release, shared = o.get("release") is not False, o.get("embedding") != "whole"
     _refuse(spec, tp)
+    if what := _lost([e.name for e in spec.entries], 1):
+        raise UsageError(
+            f"target.format=merak: by the numbers in its names the model lacks {what}, so nobody could tell what is written from "
+            "a part of it. Use another target.format."
+        )
     found = merak.modules([e.name for e in spec.entries])
     stages = merak.bounds(found, pp, str(o.get("partition_method") or "uniform"), o.get("partition"))
     step = 0 if release else int(o.get("step") or 1)

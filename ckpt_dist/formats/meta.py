@@ -25,6 +25,7 @@ from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec, holders
 from ckpt_dist.formats import torch as pt
 from ckpt_dist.parallel import even
+from ckpt_dist.ranks import unshared
 
 FILE = re.compile(r"consolidated\.(\d\d)\.pth")
 PARAMS = "params.json"
@@ -283,10 +284,7 @@ def _target_dims(spec: Spec, count: int) -> dict[str, int | None]:
         if entry.name == EMBEDDING:
             dim = dims[entry.name] = SPLITS.get(asked, ROWS if like is None else like)
         if dim is not None and entry.shape[dim] % count:
-            raise UsageError(
-                f"target.tp={count}: dim {dim} of {entry.name!r} has length {entry.shape[dim]}, which {count} ranks cannot "
-                "share evenly. Choose another target.tp, or a longer vocabulary with target.vocab_size."
-            )
+            raise UsageError(unshared(count, dim, entry.name, entry.shape))
     groups = (spec.options.get("sizes") or {}).get("g")
     if count > 1 and (groups is None or groups % count):
         have = f"the model has {groups}" if groups else "how many there are is not known: give model.config=PATH"

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckpt_dist.catalog import Catalog
 from ckpt_dist.errors import CheckpointError
+from ckpt_dist.files import inert
 from ckpt_dist.formats import Layout, Spec
 from ckpt_dist.formats import torch as pt
 
@@ -21,7 +22,17 @@ KEYS = ("decoder.", "embedding.", "output_layer.", "mtp.")
 
 
 def claims(path: Path) -> bool:
-    return path.is_dir() and any(p.name.startswith(KEYS) and p.suffix == ".pt" for p in path.iterdir())
+    """Megatron's names, or, of a model of no known family, several files of one tensor each, under the file's own name."""
+    files = sorted(p for p in path.iterdir() if p.suffix == ".pt") if path.is_dir() else []
+    return any(p.name.startswith(KEYS) for p in files) or (len(files) > 1 and _alone(files[0]))
+
+
+def _alone(file: Path) -> bool:
+    try:
+        tree, _ = pt.open_archive(file)
+    except CheckpointError:
+        return False
+    return isinstance(tree, Mapping) and [*tree] == [file.stem] and isinstance(tree[file.stem], inert.TensorRef)
 
 
 def scan(path: Path, options: Mapping[str, Any]) -> Catalog:

@@ -25,7 +25,7 @@ import numpy as np
 
 from ckpt_dist.box import Ints, ints, row_major, stacked
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
-from ckpt_dist.errors import CheckpointError, Missing
+from ckpt_dist.errors import CheckpointError, Missing, UsageError
 from ckpt_dist.files.codecs import CODECS, Packed
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import answers
@@ -234,6 +234,8 @@ def _rows(entry: Entry) -> Grid:
 
 
 def _header(entry: Entry, grid: Grid) -> str:
+    if "/" in entry.name:
+        raise UsageError(f"target.format=zarr: {entry.name!r} is no name of a folder. Use another target.format.")
     stored = next((word for word, dtype in DTYPES.items() if dtype == entry.dtype), None)
     if stored is None:
         raise CheckpointError(
