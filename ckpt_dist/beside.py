@@ -31,11 +31,13 @@ def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, 
     chosen: list[Extra] = []
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
-    heads = {_head(e) for e in m.catalog.entries if e.role == "weight"}
+    weights = [e for e in m.catalog.entries if e.role == "weight"]
+    dicts, heads = {e.path[:-1] for e in weights} - {()}, {_head(e) for e in weights if len(e.path) < 2}
     format = cfg["target"]["format"]
     holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
-        if extra.role == "weight" and extra.path and _head(extra) not in heads:  # not among the weights
+        among = _head(extra) in heads or any(extra.path[: len(d)] == d for d in dicts)
+        if extra.role == "weight" and extra.path and not among:
             extra = replace(extra, role="state")
         if "saved" in m.catalog.about and extra.role in wanted:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
@@ -52,6 +54,29 @@ def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, 
         else:
             carried.append(extra)
     return carried, lost
+
+
+def lacking(m: Model, carried: Sequence[Extra], cfg: Config) -> list[str]:
+    """What to say where something was asked for, and nothing of it is carried."""
+    there = {e.role for e, name in zip(m.catalog.entries, m.names, strict=True) if name is not None}
+    there |= {x.role for x in carried}
+    found = []
+    for role in sources.ASIDE:
+        if role in (cfg.get("keep") or ()) and role not in there:
+            names = sources.aside(m.source, role)
+            more = f"; {_some(names)} beside it {'is' if len(names) == 1 else 'are'} not read with it" if names else ""
+            found.append(f"keep={role}: {m.source.folder} has none that is carried{more}")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def aside(m: Model) -> list[str]:
+    """A note of what lies beside the weights, and is no part of what was read."""
+    names = [n for role in sources.ASIDE for n in sources.aside(m.source, role)]
+    return [f"beside the weights, and not read with them: {_some(names)}"] if names else []
 
 
 def _head(x: Entry | Extra) -> str:
@@ -101,9 +126,8 @@ def account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence
     if m.source.reader is None:
         report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
     for rule in {**m.dropped, **lost}:
-        names = (*m.dropped.get(rule, ()), *lost.get(rule, ()))
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        report.notes.append(f"dropped, {rule}: {some}")
+        report.notes.append(f"dropped, {rule}: {_some((*m.dropped.get(rule, ()), *lost.get(rule, ())))}")
+    report.notes += aside(m)
 
 
 def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:

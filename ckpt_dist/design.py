@@ -64,6 +64,12 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
             f"{source.folder}: {m.lacks}. Fetch the rest, give the model's own config with model.config=PATH, or keep what is "
             "there, in the same names, with model=identity."
         )
+    if not any(m.names) and not cfg.get("partial"):
+        kinds = sorted({e.role for e in m.catalog.entries} - {"weight"})
+        raise CheckpointError(
+            f"{source.folder}: none of its {len(m.names)} tensors is carried; they are taken for {' and '.join(kinds) or 'no weights'}, "
+            f"first {m.catalog.entries[0].name!r}. Give the model's own checkpoint, or keep=[{','.join(('weights', *kinds))}]."
+        )
     return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import design, formats, quantised, slots
+from ckpt_dist import beside, design, formats, quantised, slots
 from ckpt_dist.box import distinct, volume
 from ckpt_dist.catalog import Entry
 from ckpt_dist.engine.group import Group
@@ -94,7 +94,7 @@ def _facts(m: Model) -> dict[str, Any]:
         "sizes": dict(m.sizes),
         "config": str(m.source.config_path) if m.source.config_path else None,
         "extras": [x.name for x in catalog.extras],
-        "notes": [*m.source.notes, *([m.lacks] if m.lacks else []), *slots.lacking(catalog)],
+        "notes": [*m.source.notes, *beside.aside(m), *([m.lacks] if m.lacks else []), *slots.lacking(catalog)],
         "dropped": {k: list(v) for k, v in m.dropped.items() if k != "unmatched"},
         "unmatched": list(m.dropped.get("unmatched", ())),
     }

@@ -1,0 +1,124 @@
+"""Training goes on from what was converted: all that torch itself finds in the source is in the result, or it is said.
+
+What is kept is judged by torch's own loaders. Sharded and real runs are in test_real.py, Megatron's, DeepSpeed's and
+torchtitan's in their own files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+import ckpt_dist
+from ckpt_dist.errors import CheckpointError
+
+EVERYTHING: dict[str, Any] = {"keep": ["weights", "optimizer", "state"], "quiet": True}
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def trained(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def saved(folder: Path, state: dict[str, Any]) -> Path:
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def loaded(path: Path) -> Any:
+    """All of a checkpoint, as torch nests it."""
+    if path.is_dir():
+        dcp_to_torch_save(path, path.parent / f"{path.name}.all")
+        path = path.parent / f"{path.name}.all"
+    return torch.load(path, weights_only=False)
+
+
+def flat(tree: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """Leaves by their path, tensors as values that can be compared; a path has the kind of its containers."""
+    if isinstance(tree, dict) and tree:
+        return {p: v for key, of in tree.items() for p, v in flat(of, (*place, key)).items()}
+    if type(tree) in (list, tuple) and tree:
+        return {p: v for k, of in enumerate(tree) for p, v in flat(of, (*place, type(tree).__name__, k)).items()}
+    kind = type(tree).__name__
+    is_tensor = isinstance(tree, torch.Tensor)
+    return {place: (str(tree.dtype), tree.tolist()) if is_tensor else (kind, getattr(tree, "tolist", lambda: tree)())}
+
+
+def test_an_optimizer_in_files_of_its_own_is_not_lost_in_silence(tmp_path: Path) -> None:
+    """As accelerate (`optimizer_0`), verl and transformers' Trainer lay out a checkpoint."""
+    weights, moments = get_state_dict(*trained(torch.nn.Linear(3, 2)))
+    step = tmp_path / "run/checkpoint-3"
+    saved(step / "pytorch_model_fsdp_0", {"model": weights})
+    saved(step / "optimizer_0", {"optimizer": moments})
+    torch.save({"last_epoch": 3}, step / "scheduler.bin")
+    for given in (tmp_path / "run", step, step / "pytorch_model_fsdp_0"):
+        report = ckpt_dist.convert(given, tmp_path / "out", format="dcp", overwrite=True, **EVERYTHING)
+        assert [w.partition(" beside it")[0].rpartition("; ")[2] for w in report["warnings"]] == [
+            "optimizer_0",
+            "scheduler.bin",
+        ]
+        said = "beside the weights, and not read with them: optimizer_0, scheduler.bin"
+        assert said in ckpt_dist.inspect(given)["notes"]
+        assert said in ckpt_dist.convert(given, tmp_path / "out", overwrite=True, quiet=True)["notes"]
+    keep: dict[str, Any] = {"keep": ["weights", "optimizer"], "quiet": True}
+    report = ckpt_dist.convert(step / "optimizer_0", tmp_path / "moments", format="dcp", **keep)
+    assert not report["warnings"] and flat(loaded(tmp_path / "moments")) == flat(loaded(step / "optimizer_0"))
+    for name in ("model_world_size_1_rank_0.pt", "optim_world_size_1_rank_0.pt"):
+        torch.save(weights, tmp_path / name)
+    (warning,) = ckpt_dist.convert(tmp_path, tmp_path / "fsdp", format="dcp", **keep)["warnings"]
+    assert "keep=optimizer: " in warning and "optim_world_size_1_rank_0.pt beside it is not read with it" in warning
+    assert ckpt_dist.convert(step / "pytorch_model_fsdp_0", tmp_path / "w", quiet=True)["warnings"][0].startswith(
+        "no config"
+    )
+
+
+def test_a_target_without_a_tensor_is_not_made(tmp_path: Path) -> None:
+    weights, moments = get_state_dict(*trained(torch.nn.Linear(3, 2)))
+    for state, kind in (({"optimizer": moments}, "optimizer"), ({"train_state": {"model": weights}}, "state")):
+        folder = saved(tmp_path / kind, state)
+        says = rf"none of its \d tensors is carried; they are taken for {kind}, first .*keep=\[weights,{kind}\]"
+        with pytest.raises(CheckpointError, match=says):
+            ckpt_dist.convert(folder, tmp_path / "no", format="dcp")
+        assert not (tmp_path / "no").exists()
+        ckpt_dist.convert(folder, tmp_path / f"{kind}-kept", format="dcp", keep=["weights", kind], quiet=True)
+        assert flat(loaded(tmp_path / f"{kind}-kept")) == flat(loaded(folder))
+
+
+def test_modules_may_be_called_as_the_state_of_a_training_is(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    for name in ("scaler", "scheduler", "args", "trainer", "head"):
+        model.add_module(name, torch.nn.Linear(2, 2))
+    inner = {**model.state_dict(), "step": torch.tensor(7), "optim.weight": torch.ones(2)}
+    for name, state in (("flat", dict(model.state_dict())), ("model", {"model": inner, "step": torch.tensor(5)})):
+        torch.save(state, tmp_path / f"{name}.pt")
+        saved(tmp_path / name, state)
+        for source in (tmp_path / f"{name}.pt", tmp_path / name):
+            ckpt_dist.convert(source, tmp_path / "out.pt", format="torch", overwrite=True, quiet=True)
+            held = {k: v for k, v in state.items() if k != "step"}
+            assert flat(torch.load(tmp_path / "out.pt")) == flat(held)
+
+
+@pytest.mark.parametrize("options", [None, FLAT], ids=["nested", "flattened"])
+@pytest.mark.parametrize("around", ["opt", ""])
+def test_an_optimizer_of_any_name_is_one(tmp_path: Path, around: str, options: StateDictOptions | None) -> None:
+    """Also where torch has flattened it, and where it lies beside the weights; its moments are no weights."""
+    weights, moments = get_state_dict(*trained(torch.nn.Linear(3, 2)), options=options)
+    for step in (1, 2):
+        state = {**weights, **({around: moments} if around else moments)}
+        saved(tmp_path / f"run/step-{step}", state)
+    ckpt_dist.convert(tmp_path / "run", tmp_path / "all", format="dcp", **EVERYTHING)
+    assert flat(loaded(tmp_path / "all")) == flat(loaded(tmp_path / "run/step-2"))
+    ckpt_dist.convert(tmp_path / "run", tmp_path / "weights", format="dcp", quiet=True)
+    ckpt_dist.average(tmp_path / "run", tmp_path / "mean", format="dcp", quiet=True)
+    assert loaded(tmp_path / "weights").keys() == loaded(tmp_path / "mean").keys() == weights.keys()
