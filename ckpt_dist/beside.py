@@ -119,14 +119,17 @@ def _read(group: Group, m: Model, chosen: Sequence[Extra], format: str) -> list[
     ]
 
 
-def account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence[str]]) -> None:
+def account(report: Report, models: Sequence[Model], d: design.Design, lost: Mapping[str, Sequence[str]]) -> None:
     """Each stored name is mapped, carried or dropped, and the report says by which rule."""
-    m = models[0]
-    mapped = sum(n is not None for n in m.names)
+    m, made = models[0], {e.name for e in d.target.entries}
+    rules = {**m.dropped, **{rule: (*m.dropped.get(rule, ()), *names) for rule, names in lost.items()}}
+    again = {f"{m.around}.{c}".lstrip(".") for c in m.copies if any(f".{n}".endswith(f".{c}") for n in made)}
+    mapped = sum(n is not None for n in m.names) + len(again)
     if m.source.reader is None:
         report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
-    for rule in {**m.dropped, **lost}:
-        report.notes.append(f"dropped, {rule}: {_some((*m.dropped.get(rule, ()), *lost.get(rule, ())))}")
+    for rule, names in rules.items():
+        if gone := [n for n in names if n not in again]:
+            report.notes.append(f"dropped, {rule}: {_some(gone)}")
     report.notes += aside(m)
 
 

@@ -90,7 +90,7 @@ def _facts(m: Model) -> dict[str, Any]:
         "num_chunks": len(catalog.chunks),
         "num_files": len(set(catalog.files)),  # a file with quantised weights is read in two ways
         "optimizer": "optimizer" in roles or any(x.role == "optimizer" for x in catalog.extras),
-        "wrapper": ".".join(map(str, m.wrapper)),
+        "wrapper": m.around,
         "sizes": dict(m.sizes),
         "config": str(m.source.config_path) if m.source.config_path else None,
         "extras": [x.name for x in catalog.extras],

@@ -141,7 +141,7 @@ def prepare(
     if node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else contents(f) for n, f in small.items()})
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]
-    beside.account(report, models, lost | design.unsaid(models[0], d))
+    beside.account(report, models, d, lost | design.unsaid(models[0], d))
     combine = combination(d)
     if combine is keep and any(quantised.computed(m.catalog) for m in models):
         combine = made

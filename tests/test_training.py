@@ -122,3 +122,56 @@ def test_an_optimizer_of_any_name_is_one(tmp_path: Path, around: str, options: S
     ckpt_dist.convert(tmp_path / "run", tmp_path / "weights", format="dcp", quiet=True)
     ckpt_dist.average(tmp_path / "run", tmp_path / "mean", format="dcp", quiet=True)
     assert loaded(tmp_path / "weights").keys() == loaded(tmp_path / "mean").keys() == weights.keys()
+
+
+def llama(tied: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    return trained(LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).float())
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_a_training_of_a_tied_model_goes_on(tmp_path: Path, config: bool) -> None:
+    """It has two names for one tensor, and asks for both; a published model has one."""
+    model, optimizer = llama(tied=True)
+    weights, moments = get_state_dict(model, optimizer)
+    run = saved(tmp_path / "run", {"model": weights, "optim": moments})
+    torch.save({"model": model.state_dict(), "optim": moments}, tmp_path / "run.pt")
+    if config:
+        model.config.save_pretrained(run)  # type: ignore[operator, union-attr]
+    for source in (run, tmp_path / "run.pt"):
+        for keys in ({}, {"target.dtype": "bfloat16"}, {"target.key": "net"}):
+            out = tmp_path / "out"
+            report = ckpt_dist.convert(source, out, format="dcp", overwrite=True, **EVERYTHING, **keys)
+            assert not any("dropped" in n for n in report["notes"])
+            assert "45 of 45 stored tensors are written" in report["notes"]
+            asked = {keys.get("target.key", "model"): {n: torch.zeros_like(t) for n, t in weights.items()}}
+            dcp.load(asked, checkpoint_id=out, no_dist=True)
+            (found,) = asked.values()
+            assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+            if not keys:
+                assert flat(loaded(out)) == flat(loaded(run))
+                assert ckpt_dist.fingerprint(out) == ckpt_dist.fingerprint(run)
+    ckpt_dist.average([run, run], tmp_path / "mean.pt", format="torch", quiet=True)
+    assert flat(torch.load(tmp_path / "mean.pt")) == flat({"model": weights})
+    ckpt_dist.convert(run, tmp_path / "hf", quiet=True)
+    from safetensors import safe_open
+
+    assert "lm_head.weight" not in safe_open(tmp_path / "hf/model.safetensors", "pt").keys()  # noqa: SIM118
+    assert ckpt_dist.fingerprint(tmp_path / "hf") == ckpt_dist.fingerprint(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"), [("state_dict", "model."), ("model", "module."), ("model", "module.model.")]
+)
+def test_what_names_begin_with_is_part_of_them(tmp_path: Path, key: str, prefix: str) -> None:
+    """As DDP and Lightning have them; a strict load knows no dict of that name."""
+    model, optimizer = llama(tied=False)
+    state = {key: {prefix + n: t for n, t in model.state_dict().items()}, "optimizer_states": [optimizer.state_dict()]}
+    torch.save(state, tmp_path / "run.ckpt")
+    ckpt_dist.convert(tmp_path / "run.ckpt", tmp_path / "out.ckpt", format="torch", **EVERYTHING)
+    assert flat(torch.load(tmp_path / "out.ckpt")) == flat(state)
+    ckpt_dist.convert(tmp_path / "run.ckpt", tmp_path / "dcp", format="dcp", quiet=True)
+    assert flat(loaded(tmp_path / "dcp")) == flat({key: state[key]})
+    assert ckpt_dist.inspect(tmp_path / "run.ckpt")["wrapper"] == f"{key}.{prefix.rstrip('.')}"
