@@ -26,8 +26,9 @@ from ckpt_dist.spelling import rules
 Config = Mapping[str, Any]
 
 
-def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
-    """What is no tensor: carried where it was asked for and the target can hold it, else listed as dropped."""
+def extras(group: Group, m: Model, cfg: Config, stays: bool) -> tuple[list[Extra], dict[str, list[str]]]:
+    """What is no tensor: carried where it was asked for and the target can hold it, else listed as dropped. What modules keep
+    in a model's own dict is state where names stay, and has no name where they do not."""
     chosen: list[Extra] = []
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
@@ -36,8 +37,9 @@ def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, 
     format = cfg["target"]["format"]
     holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
-        among = _head(extra) in heads or any(extra.path[: len(d)] == d for d in dicts)
-        if extra.role == "weight" and extra.path and not among:
+        among = _head(extra) in heads or any(extra.path[:k] in dicts for k in range(len(extra.path)))
+        held = stays and "state" in wanted and holds and m.catalog.format != "deepspeed"
+        if extra.role == "weight" and extra.path and (held or not among):
             extra = replace(extra, role="state")
         if "saved" in m.catalog.about and extra.role in wanted:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
@@ -51,6 +53,8 @@ def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, 
     for extra in _read(group, m, chosen, format):
         if extra.address is None and not pickles.writable(extra.value):
             lost.setdefault("of a class that is not written", []).append(extra.name)
+            if any(type(part) is int for part in extra.path):  # what comes after it in a list stays there
+                carried.append(replace(extra, value=None))
         else:
             carried.append(extra)
     return carried, lost

@@ -108,7 +108,8 @@ def prepare(
     report.warnings += design.unused(target["dtype"], d.target.entries)
     if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
         report.warnings += megatron_args.centred(models[0].source.config)
-    extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
+    stays = d.dialect == models[-1].dialect and target["key"] == "auto"
+    extras, lost = beside.extras(group, models[-1], cfg, stays)  # of several what is no weight is the last one's
     report.warnings += beside.lacking(models[-1], extras, cfg)
     placement = _placement(group, cfg)
     # a tokenizer may be on one node only, and all must write the same

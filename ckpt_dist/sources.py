@@ -28,7 +28,7 @@ STEP = re.compile(
 DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
 NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
 INSIDE = {
-    "param": ("pytorch_model_fsdp_0", "actor", "actor/dist_ckpt", "dist_ckpt", "model"),
+    "param": ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin", "actor", "actor/dist_ckpt", "dist_ckpt", "model"),
     "ema": ("pytorch_ema_model_fsdp_0", "ema"),
     "master": (),
 }

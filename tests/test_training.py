@@ -175,3 +175,62 @@ def test_what_names_begin_with_is_part_of_them(tmp_path: Path, key: str, prefix:
     ckpt_dist.convert(tmp_path / "run.ckpt", tmp_path / "dcp", format="dcp", quiet=True)
     assert flat(loaded(tmp_path / "dcp")) == flat({key: state[key]})
     assert ckpt_dist.inspect(tmp_path / "run.ckpt")["wrapper"] == f"{key}.{prefix.rstrip('.')}"
+
+
+class Counts(torch.nn.Linear):
+    """A module that keeps what is no tensor."""
+
+    def get_extra_state(self) -> Any:
+        return {"seen": 7, "scale": [0.5]}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == self.get_extra_state()
+
+
+def test_state_that_is_no_tensor_comes_along(tmp_path: Path) -> None:
+    """numpy's random state and numbers, what modules keep in the model's dict, and lists in their order."""
+    import random
+
+    numpy = pytest.importorskip("numpy")
+    model, optimizer = trained(Counts(3, 2))
+    rng = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict(), "rng": rng, "best": numpy.float64(1.5)}
+    state |= {"table": numpy.arange(6, dtype=">i2").reshape(2, 3), "names": numpy.array(["a", None], object)}
+    run = saved(tmp_path / "run", state)
+    ckpt_dist.convert(run, tmp_path / "out.pt", format="torch", **EVERYTHING)
+    assert flat(loaded(tmp_path / "out.pt")) == flat(loaded(run))
+    torch.save({**state, "rng": tuple(rng)}, tmp_path / "run.pt")
+    ckpt_dist.convert(tmp_path / "run.pt", tmp_path / "out", format="dcp", **EVERYTHING)
+    assert flat(loaded(tmp_path / "out")) == flat(loaded(run))
+
+
+@pytest.mark.parametrize("format", ["torch", "dcp"])
+def test_what_is_not_written_leaves_its_place_in_a_list(tmp_path: Path, format: str) -> None:
+    import argparse
+
+    odd = [torch.ones(2), argparse.Namespace(lr=1), torch.zeros(3), "x"]
+    torch.save(
+        {"model": {"w": torch.ones(2), "parts": [torch.ones(1), None, torch.zeros(1)]}, "rng": odd}, tmp_path / "run.pt"
+    )
+    out = tmp_path / {"torch": "out.pt", "dcp": "out"}[format]
+    report = ckpt_dist.convert(tmp_path / "run.pt", out, format=format, **EVERYTHING)
+    assert "dropped, of a class that is not written: rng.1" in report["notes"]
+    found = loaded(out)
+    assert flat(found["rng"]) == flat([odd[0], None, *odd[2:]])
+    assert flat(found["model"]["parts"]) == flat([torch.ones(1), None, torch.zeros(1)])
+
+
+def test_accelerates_whole_model_is_found_in_its_folder(tmp_path: Path) -> None:
+    """Where FULL_STATE_DICT was saved, beside the optimizer and the scheduler."""
+    model, optimizer = trained(torch.nn.Linear(3, 2))
+    step = tmp_path / "checkpoint-3"
+    step.mkdir()
+    torch.save(model.state_dict(), step / "pytorch_model_fsdp.bin")
+    torch.save(optimizer.state_dict(), step / "optimizer.bin")
+    torch.save({"last_epoch": 3}, step / "scheduler.bin")
+    report = ckpt_dist.convert(tmp_path, tmp_path / "out", quiet=True)
+    assert "beside the weights, and not read with them: optimizer.bin, scheduler.bin" in report["notes"]
+    from safetensors.torch import load_file
+
+    assert flat(load_file(tmp_path / "out/model.safetensors")) == flat(dict(model.state_dict()))
+    assert ckpt_dist.merge(tmp_path, quiet=True) == step
