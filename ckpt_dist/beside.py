@@ -26,16 +26,20 @@ from ckpt_dist.spelling import rules
 Config = Mapping[str, Any]
 
 
-def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, list[str]]]:
-    """What is no tensor: carried where it was asked for and the target can hold it, else listed as dropped."""
+def extras(group: Group, m: Model, cfg: Config, stays: bool) -> tuple[list[Extra], dict[str, list[str]]]:
+    """What is no tensor: carried where it was asked for and the target can hold it, else listed as dropped. What modules keep
+    in a model's own dict is state where names stay, and has no name where they do not."""
     chosen: list[Extra] = []
     lost: dict[str, list[str]] = {}
     wanted = set(cfg.get("keep") or ["weights"])
-    heads = {_head(e) for e in m.catalog.entries if e.role == "weight"}
+    weights = [e for e in m.catalog.entries if e.role == "weight"]
+    dicts, heads = {e.path[:-1] for e in weights} - {()}, {_head(e) for e in weights if len(e.path) < 2}
     format = cfg["target"]["format"]
     holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
-        if extra.role == "weight" and extra.path and _head(extra) not in heads:  # not among the weights
+        among = _head(extra) in heads or any(extra.path[:k] in dicts for k in range(len(extra.path)))
+        held = stays and "state" in wanted and holds and m.catalog.format != "deepspeed"
+        if extra.role == "weight" and extra.path and (held or not among):
             extra = replace(extra, role="state")
         if "saved" in m.catalog.about and extra.role in wanted:
             lost.setdefault("its value is not in the saved catalog", []).append(extra.name)
@@ -49,9 +53,34 @@ def extras(group: Group, m: Model, cfg: Config) -> tuple[list[Extra], dict[str, 
     for extra in _read(group, m, chosen, format):
         if extra.address is None and not pickles.writable(extra.value):
             lost.setdefault("of a class that is not written", []).append(extra.name)
+            if any(type(part) is int for part in extra.path):  # what comes after it in a list stays there
+                carried.append(replace(extra, value=None))
         else:
             carried.append(extra)
     return carried, lost
+
+
+def lacking(m: Model, carried: Sequence[Extra], cfg: Config) -> list[str]:
+    """What to say where something was asked for, and nothing of it is carried."""
+    there = {e.role for e, name in zip(m.catalog.entries, m.names, strict=True) if name is not None}
+    there |= {x.role for x in carried}
+    found = []
+    for role in sources.ASIDE:
+        if role in (cfg.get("keep") or ()) and role not in there:
+            names = sources.aside(m.source, role)
+            more = f"; {_some(names)} beside it {'is' if len(names) == 1 else 'are'} not read with it" if names else ""
+            found.append(f"keep={role}: {m.source.folder} has none that is carried{more}")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def aside(m: Model) -> list[str]:
+    """A note of what lies beside the weights, and is no part of what was read."""
+    names = [n for role in sources.ASIDE for n in sources.aside(m.source, role)]
+    return [f"beside the weights, and not read with them: {_some(names)}"] if names else []
 
 
 def _head(x: Entry | Extra) -> str:
@@ -94,16 +123,18 @@ def _read(group: Group, m: Model, chosen: Sequence[Extra], format: str) -> list[
     ]
 
 
-def account(report: Report, models: Sequence[Model], lost: Mapping[str, Sequence[str]]) -> None:
+def account(report: Report, models: Sequence[Model], d: design.Design, lost: Mapping[str, Sequence[str]]) -> None:
     """Each stored name is mapped, carried or dropped, and the report says by which rule."""
-    m = models[0]
-    mapped = sum(n is not None for n in m.names)
+    m, made = models[0], {e.name for e in d.target.entries}
+    rules = {**m.dropped, **{rule: (*m.dropped.get(rule, ()), *names) for rule, names in lost.items()}}
+    again = {f"{m.around}.{c}".lstrip(".") for c in m.copies if any(f".{n}".endswith(f".{c}") for n in made)}
+    mapped = sum(n is not None for n in m.names) + len(again)
     if m.source.reader is None:
         report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
-    for rule in {**m.dropped, **lost}:
-        names = (*m.dropped.get(rule, ()), *lost.get(rule, ()))
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        report.notes.append(f"dropped, {rule}: {some}")
+    for rule, names in rules.items():
+        if gone := [n for n in names if n not in again]:
+            report.notes.append(f"dropped, {rule}: {_some(gone)}")
+    report.notes += aside(m)
 
 
 def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:

@@ -129,14 +129,8 @@ class Views:
 
 
 T = TypeVar("T", "Entry", "Extra")
-WRAPPERS = (
-    "model",
-    "module",
-    "state_dict",
-    "model_state_dict",
-    "app",
-    "state",
-)  # dicts that a training script puts around a model
+MODELS = ("model", "module", "state_dict", "model_state_dict")  # dicts in which a training script has a model
+WRAPPERS = (*MODELS, "app", "state")  # the same, and those in which it has everything
 OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict", "optimizer_states")
 GROUPS = "param_groups"  # what every optimizer of torch has beside its state
 CHAINED = re.compile(r"chained_\d+")  # several optimizers of Megatron, each with some of the parameters
@@ -164,15 +158,17 @@ STATES = (
 
 
 def role(path: Sequence[str | int]) -> str:
-    """What a stored value is, from where the framework nests it: `("optim", "state.wq.exp_avg")` -> "optimizer"."""
-    parts = [str(p) for p in path]
-    heads = parts[:-1] + parts[-1].split(".")[:1]
-    for head in heads:
+    """What a stored value is, from where the framework nests it: `("optim", "state.wq.exp_avg")` -> "optimizer".
+
+    A model may have modules of such names: `("scaler.weight",)` and `("model", "step")` are weights, `("step",)` is not.
+    """
+    *around, own = map(str, path)
+    for head, name in (*zip(around, around, strict=True), (own.partition(".")[0], own)):
         if head in OPTIMIZERS or CHAINED.fullmatch(head):
             return "optimizer"
-        if head in STATES:
+        if name in STATES:
             return "state"
-        if head not in WRAPPERS:
+        if head in MODELS or head not in WRAPPERS:
             break
     return "weight"
 
@@ -181,15 +177,20 @@ def with_optimizers(catalog: Catalog) -> Catalog:
     """The same with all that lies beside `param_groups` as an optimizer's, whatever a training script calls it."""
     stored: list[Entry | Extra] = [*catalog.entries, *catalog.extras]
     paths = [x.path for x in stored if x.role == "weight"]
-    around = {path[: path.index(GROUPS)] for path in paths if GROUPS in path[1:]}
+    around = {path[:k] for path in paths for k, part in enumerate(path) if _first(part) == GROUPS}
     if not around:
         return catalog
 
     def said(x: T) -> T:
-        ours = x.role == "weight" and any(x.path[: len(a)] == a for a in around)
-        return replace(x, role="optimizer") if ours else x
+        beside = any(x.path[: len(a)] == a and (a or _first(x.path[0]) in ("state", GROUPS)) for a in around)
+        return replace(x, role="optimizer") if x.role == "weight" and x.path and beside else x
 
     return replace(catalog, entries=tuple(map(said, catalog.entries)), extras=tuple(map(said, catalog.extras)))
+
+
+def _first(part: str | int) -> str:
+    """Of names that torch flattened: `param_groups.wq.lr` -> `param_groups`."""
+    return str(part).partition(".")[0]
 
 
 def unwrap(path: Sequence[str | int]) -> tuple[tuple[str | int, ...], str]:

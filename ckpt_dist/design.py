@@ -23,6 +23,7 @@ from ckpt_dist.sources import Source, open_source
 from ckpt_dist.spelling import Bound
 
 TIED = "tied to "  # the rule by which an equal copy is left out
+NESTED = ("dcp", "torch")  # formats of what a program loads into its own dicts
 EQUAL = "equal to "  # the same, of copies that belong to a dialect, and not to a model
 
 
@@ -64,6 +65,12 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
             f"{source.folder}: {m.lacks}. Fetch the rest, give the model's own config with model.config=PATH, or keep what is "
             "there, in the same names, with model=identity."
         )
+    if not any(m.names) and not cfg.get("partial"):
+        kinds = sorted({e.role for e in m.catalog.entries} - {"weight"})
+        raise CheckpointError(
+            f"{source.folder}: none of its {len(m.names)} tensors is carried; they are taken for {' and '.join(kinds) or 'no weights'}, "
+            f"first {m.catalog.entries[0].name!r}. Give the model's own checkpoint, or keep=[{','.join(('weights', *kinds))}]."
+        )
     return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
 
 
@@ -91,7 +98,8 @@ def of(models: Sequence[Model], cfg_target: Mapping[str, Any]) -> Design:
     if names_stay and cfg_target.get("vocab_size") is None and not ordered:
         bounds = tuple(spelling.bind_plain(m) for m in models)
         canon = plain_entries(first)
-        return Design(bounds, canon, _with_paths(canon, first, cfg_target, dialect), dialect)
+        target = _with_copies(canon, first, cfg_target)
+        return Design(bounds, canon, _with_paths(target, first, cfg_target, dialect), dialect)
     return of_family(models, dialect, cfg_target)
 
 
@@ -153,6 +161,15 @@ def plain_entries(first: Model) -> Bound:
     return Bound(entries, tuple(families.plain(e, n) for e, n in picked), {}, {})
 
 
+def _with_copies(canon: Bound, first: Model, cfg_target: Mapping[str, Any]) -> Bound:
+    """Also the copies of weights that the source stores, where a program loads all names that its model has."""
+    if cfg_target.get("format") not in NESTED:
+        return canon
+    pairs = {e.name: (e, r) for e, r in zip(canon.entries, canon.rules, strict=True)}
+    more = [(replace(pairs[of][0], name=copy), pairs[of][1]) for copy, of in first.copies.items()]
+    return replace(canon, entries=(*canon.entries, *(e for e, _ in more)), rules=(*canon.rules, *(r for _, r in more)))
+
+
 def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, Any]) -> Design:
     """The design where names are translated, by the family's table. Raises UsageError if there is none to do it by."""
     for m in models:
@@ -171,10 +188,11 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
     kinds = stored_kinds(bounds[0])
     dtype_of = _widest(kinds)
     canon = spelling.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
+    kept = first.copies and dialect == first.dialect and cfg_target.get("format") in NESTED
     ties = {
         copy: of
         for copy, of in first.family.ties.items()
-        if dialect in families.COPIES and copy not in present and tied(first)
+        if (dialect in families.COPIES or kept) and copy not in present and tied(first)
     }
     zeros = {w: of for w, of in first.family.zeros.items() if w not in present and of in present}
     more = {c: present[o] for c, o in ties.items()} | spelling.beside(first.family, zeros, present)
@@ -297,20 +315,19 @@ def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any], dial
     Dicts are a framework's, as names are: those of another dialect come without.
     """
     key = cfg_target.get("key", "auto")
-    nested = ("dcp", "torch")
-    keeps = cfg_target.get("format") in nested and first.catalog.format in (*nested, "torch_dist", "zarr")
+    keeps = cfg_target.get("format") in NESTED and first.catalog.format in (*NESTED, "torch_dist", "zarr")
     keeps &= str(dialect).partition("_")[0] == str(first.dialect).partition("_")[0]  # `megatron_stacked` is Megatron's
     keeps |= cfg_target.get("format") == first.catalog.format == "deepspeed"  # an engine's names are its wrappers' too
     around: tuple[str | int, ...] = (
         (first.wrapper if keeps else ()) if key == "auto" else tuple(str(key).split(".")) if key else ()
     )
-    nested_at = first.paths if keeps and key == "auto" else {}
+    nested_at, prefix = (first.paths, first.prefix) if keeps and key == "auto" else ({}, "")
     entries = []
     for entry, rule in zip(target.entries, target.rules, strict=True):
-        path = entry.path if entry.role != "weight" else nested_at.get(entry.name, (*around, entry.name))
+        path = entry.path if entry.role != "weight" else nested_at.get(entry.name, (*around, prefix + entry.name))
         if entry.role == "optimizer" and rule and rule.weights[0] in target.axes:  # a slot, named after its weight
             slot, own = slots.parted(entry.name)
-            path = (slot + ".".join(map(str, (*around, own))),)
+            path = (slot + ".".join(map(str, (*around, prefix + own))),)
             entry = replace(entry, name=path[0])
         name = entry.name if entry.role != "weight" else ".".join(map(str, path))
         entries.append(replace(entry, name=name, path=path, dtype=target_dtype(cfg_target.get("dtype", "keep"), entry)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_dist import design, formats, quantised, slots
+from ckpt_dist import beside, design, formats, quantised, slots
 from ckpt_dist.box import distinct, volume
 from ckpt_dist.catalog import Entry
 from ckpt_dist.engine.group import Group
@@ -90,11 +90,11 @@ def _facts(m: Model) -> dict[str, Any]:
         "num_chunks": len(catalog.chunks),
         "num_files": len(set(catalog.files)),  # a file with quantised weights is read in two ways
         "optimizer": "optimizer" in roles or any(x.role == "optimizer" for x in catalog.extras),
-        "wrapper": ".".join(map(str, m.wrapper)),
+        "wrapper": m.around,
         "sizes": dict(m.sizes),
         "config": str(m.source.config_path) if m.source.config_path else None,
         "extras": [x.name for x in catalog.extras],
-        "notes": [*m.source.notes, *([m.lacks] if m.lacks else []), *slots.lacking(catalog)],
+        "notes": [*m.source.notes, *beside.aside(m), *([m.lacks] if m.lacks else []), *slots.lacking(catalog)],
         "dropped": {k: list(v) for k, v in m.dropped.items() if k != "unmatched"},
         "unmatched": list(m.dropped.get("unmatched", ())),
     }

@@ -26,8 +26,9 @@ NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "
 class Model:
     """A source, understood. `names[e]` is the model's own name of an entry, None when it is not selected.
 
-    `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs. `lacks`: which layers
-    or weights are not there, in words, or nothing.
+    `wrapper` are the dicts around the weights, `prefix` is what names in them begin with. `copies`: what was left out as
+    a copy of another weight. `apart`: the catalog's chunks are on rank 0 only; `part.fetch` gets those that a rank needs.
+    `lacks`: which layers or weights are not there, in words, or nothing.
     """
 
     source: Source
@@ -39,8 +40,15 @@ class Model:
     unresolved: str = ""
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guesses: tuple[str, ...] = ()
+    prefix: str = ""
+    copies: Mapping[str, str] = field(default_factory=dict)
     apart: bool = False
     lacks: str = ""
+
+    @property
+    def around(self) -> str:
+        """What stands before the names of weights: `state_dict.model`."""
+        return ".".join(map(str, (*self.wrapper, self.prefix))).rstrip(".")
 
     @property
     def catalog(self) -> Catalog:
@@ -123,13 +131,14 @@ def recognise(
     return Model(
         source,
         tuple(names),
-        wrapper + ((prefix.rstrip("."),) if prefix else ()),
+        wrapper,
         chosen,
         spoken,
         sizes,
         unresolved,
         {k: tuple(v) for k, v in dropped.items()},
         tuple(guesses),
+        prefix=prefix,
         lacks=lacks,
     )
 

@@ -94,7 +94,9 @@ def prepare(
     models = _settled(group, report, models, cfg)
     d = design.of(models, target)
     _same_tensors(models, d.sources)
-    extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
+    stays = d.dialect == models[-1].dialect and target["key"] == "auto"
+    extras, lost = beside.extras(group, models[-1], cfg, stays)  # of several what is no weight is the last one's
+    report.warnings += beside.lacking(models[-1], extras, cfg)
     placement = _placement(group, cfg)
     # a tokenizer may be on one node only, and all must write the same
     told = group.on_first(lambda: beside.args(d, models[-1])) if target["format"] in formats.ARGS else None
@@ -106,7 +108,7 @@ def prepare(
     task.divided(task.engine_of(cfg), models)  # also a run says here what is too big
     staging = _staging(group, layout, path, cfg, into)
     small = _beside(group, report, models[0], d, layout, staging, cfg)
-    beside.account(report, models, lost | design.unsaid(models[0], d))
+    beside.account(report, models, d, lost | design.unsaid(models[0], d))
     combine = combination(d)
     if combine is keep and any(quantised.computed(m.catalog) for m in models):
         combine = made

@@ -98,7 +98,7 @@ def _as_stored(cfg: Config, m: Model) -> Config:
         raise UsageError(f"target.format=same: {m.catalog.format} is only read. Give target.format=dcp.")
     about, target = m.catalog.about, {**cfg["target"], "format": m.catalog.format}
     if about.get("lightning") and target["key"] == "auto":  # NeMo's, also where names are read without it
-        target["key"] = ".".join(map(str, m.wrapper)) or "auto"
+        target["key"] = m.around or "auto"
     if m.catalog.format == "megatron":
         asked = {k: target[k] for k in ("tp", "pp", "vpp", "ep") if target[k] != 1}
         uneven = len(set(about["partition"])) > 1 and not asked and target["partition"] is None

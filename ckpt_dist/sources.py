@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ STEP = re.compile(
 DAY = re.compile(r"\d{4}-\d\d-\d\d_ckpt")
 NAMED = ("release", "best_model", "best_ckpt")  # the last one holds the one before, and its tracker says a step
 INSIDE = {
-    "param": ("pytorch_model_fsdp_0", "actor", "actor/dist_ckpt", "dist_ckpt", "model"),
+    "param": ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin", "actor", "actor/dist_ckpt", "dist_ckpt", "model"),
     "ema": ("pytorch_ema_model_fsdp_0", "ema"),
     "master": (),
 }
 LATEST = ("latest", "latest_universal")  # DeepSpeed: the name of the folder that was saved last
 BELOW = ("weights", "model_weights")  # of NeMo: where the arrays are if nothing beside them is a checkpoint
+ASIDE = {  # where training keeps the rest in files of its own
+    "optimizer": ("*optim*",),
+    "state": ("*scheduler*", "random_states_*", "rng_state*", "extra_state_*", "trainer_state.json"),
+}
+ALONE = ("fsdp", "dcp", "hf", "torch")  # formats in which it may
 CONFIGS = ("config.json", "params.json")
 ADAPTER = "adapter_config.json"  # of peft
 ASSETS = (
@@ -410,11 +416,23 @@ def assets(source: Source) -> dict[str, Path]:
     return found
 
 
+def aside(source: Source, role: str) -> list[str]:
+    """The files and folders beside a model in which its training keeps an optimizer, or its state: accelerate's
+    `optimizer_0`, verl's `optim_world_size_2_rank_0.pt`; they are not read with it."""
+    if source.catalog.format not in ALONE or "saved" in source.catalog.about:
+        return []
+    folder = source.folder if source.folder.is_dir() else source.folder.parent
+    inner = {part for names in INSIDE.values() for name in names for part in name.split("/")}
+    places = [folder, folder.parent] if folder.name in inner else [folder]
+    names = [p.name for place in places if place.is_dir() for p in sorted(place.iterdir()) if p != source.folder]
+    return [n for n in names if n not in source.catalog.files and any(fnmatch(n, form) for form in ASIDE[role])]
+
+
 def left(source: Source) -> list[str]:
     """The files beside a Hugging Face model that are neither its weights nor carried."""
     if source.catalog.format != "hf" or not source.folder.is_dir():
         return []
-    known = {*assets(source), *source.catalog.files}
+    known = {*assets(source), *source.catalog.files, *(n for role in ASIDE for n in aside(source, role))}
     there = [p for glob in ("*", "[0-9]_*/*") for p in sorted(source.folder.glob(glob)) if p.is_file()]
     names = [p.relative_to(source.folder).as_posix() for p in there]
     return [n for n in names if n not in known and not n.startswith(".") and not n.endswith(".index.json")]

@@ -33,16 +33,17 @@ def settle(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) ->
     if not tied(m) and is_hf(m.source.config):
         return m
     where = {r.weights[0]: e for e, r in enumerate(spelling.rules(m)) if r is not None and len(r.weights) == 1}
-    for copy, of in m.family.ties.items():
-        if copy not in where or of not in where:
+    for weight, other in m.family.ties.items():
+        if weight not in where or other not in where:
             continue
-        one, two = where[copy], where[of]
+        one, two = where[weight], where[other]
         saved = "saved" in m.catalog.about
         if saved:
             differ = "are equal, as the config says" if tied(m) else "differ"
             report.guesses.append(f"{m.names[one]} and {m.names[two]} {differ}")
         if tied(m) if saved else equal_entries(group, report, m, one, two, engine):
-            m = _left_out(m, one, TIED + str(m.names[two]))
+            copy, of = str(m.names[one]), str(m.names[two])
+            m = replace(_left_out(m, one, TIED + of), copies={**m.copies, copy: of})
         elif tied(m):
             report.warnings.append(
                 f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied"

@@ -23,6 +23,11 @@ from ckpt_dist.files.inert import DEEP, Dtype, Instance, Pairs, Record, Small, S
 
 BUFFER = 1 << 22  # the C unpickler is three times as fast on a stream that it can peek into
 MOST_CLASSES = 1 << 12  # of a framework, in one pickle
+ARRAYS = {  # calls of numpy that are written again, and how many arguments they have; a state may follow
+    "numpy.dtype": 3,
+    **{f"numpy.{core}.multiarray._reconstruct": 3 for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": 2 for core in ("core", "_core")},
+}
 SHARED = 16  # times its length: what a pickle may stand for where it names one thing again and again
 
 
@@ -280,6 +285,14 @@ class _Pickler(_PurePython):  # type: ignore[misc]
             self._call("_codecs encode", value.decode("latin1"), "latin1")
         elif isinstance(value, complex):
             self._call("builtins complex", value.real, value.imag)
+        elif isinstance(value, Record) and len(value) - ARRAYS.get(value.path, len(value) + 1) in (0, 1):
+            count = ARRAYS[value.path]
+            self._call(" ".join(value.path.rpartition(".")[::2]), *value[:count])
+            for state in value[count:]:
+                self.save(state)
+                self.write(pickle.BUILD)
+        elif value is allowed.INERT["numpy.ndarray"]:
+            self.save(_Name("numpy ndarray"))
         elif isinstance(value, Record) or not isinstance(
             value, (dict, list, tuple, str, bytes, int, float, bool, complex, type(None), Storage)
         ):

@@ -25,6 +25,7 @@ from ckpt_dist.formats import Crc, Layout, Spec
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 MAX_DEPTH = 64
+MOST_LEFT_OUT = 1 << 16  # values of a list
 SMALL = 256  # bytes of a tensor that is a value like a number is one
 COUNTER_BYTES = 8  # of a storage that may be a counter's
 
@@ -259,9 +260,11 @@ def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
 
 
 def _lists(node: Any) -> Any:
-    """Dicts keyed by list indices become lists again; integer keys of dicts stay keys."""
+    """Dicts keyed by list indices become lists again, with None for what is not carried; integer keys of dicts stay keys."""
     if not isinstance(node, dict) or isinstance(node, inert.Instance):
         return node
     if node and all(type(k) is int for k in node):
-        return [_lists(node[k]) for k in sorted(node)]
+        if max(node) - len(node) > MOST_LEFT_OUT:
+            raise CheckpointError(f"A list of {max(node) + 1} values, of which {len(node)} are there, is damaged.")
+        return [_lists(node.get(k)) for k in range(max(node) + 1)]
     return {int(k) if isinstance(k, Key) else k: _lists(v) for k, v in node.items()}
