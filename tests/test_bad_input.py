@@ -728,3 +728,29 @@ def test_the_worst_are_the_worst(tmp_path: Path, limits: dict[str, float]) -> No
     )[:10]
     for n, said in lines[1:]:
         assert said.endswith(f"by up to {order[n.strip()][1]:.6g}")
+
+
+@pytest.mark.parametrize("what", ["through", "deep"])
+def test_no_tensor_is_lost_where_a_metadata_puts_two_into_one_place(
+    tmp_path: Path, refused: Refused, what: str
+) -> None:
+    source = make("dcp", tmp_path / "source")
+    data = pickle.loads((source / ".metadata").read_bytes())
+    one, two = [name for name in data.planner_data if "up_proj" in name]
+    data.planner_data[two] = (*data.planner_data[one], "inside") if what == "through" else ("a",) * 5000
+    (source / ".metadata").write_bytes(pickle.dumps(data))
+    words = ["target.format=torch", "model=identity"]
+    if what == "through":
+        assert "something else is at this place" in refused(source, *words)
+    else:
+        assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", *words]) == 0
+        found = torch.load(tmp_path / "out/model.pt", weights_only=True)
+        assert torch.equal(found[two], tensors()[two.removeprefix("model.")])
+
+
+def test_a_key_that_a_value_has_is_refused(tmp_path: Path, refused: Refused) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save({"net": tensors(), "step": 3}, source / "model.pt")
+    words = ["target.format=torch", "keep=weights,state", "model=identity"]
+    assert "step: something else is at this place" in refused(source, *words, "target.key=step")
