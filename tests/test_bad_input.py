@@ -730,6 +730,43 @@ def test_the_worst_are_the_worst(tmp_path: Path, limits: dict[str, float]) -> No
         assert said.endswith(f"by up to {order[n.strip()][1]:.6g}")
 
 
+LISTS = {
+    "above": json.dumps(["../outside/new"]),
+    "absolute": json.dumps(["/etc/new"]),
+    "no list": "3",
+    "no names": "[[1]]",
+    "cut": '["a',
+    "deep": "[" * 10**5,
+    "noise": "\0\0",
+}
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_list_of_files_that_somebody_has_put_there_moves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """What joins a folder is noted beside it; an archive of a checkpoint may hold such a note."""
+    source = make("dcp", tmp_path / "run/step-3")
+    kept = tmp_path / "run/.step-3.ckpt_dist/.ckpt_dist"
+    (kept / "old").mkdir(parents=True)
+    (kept / "order").write_text(LISTS[what])
+    (kept / "outside").mkdir()  # where `old/../outside` leads, and from the target one folder up
+    (kept / "outside/new").write_text("from a stranger")
+    before = contents(tmp_path)
+    assert main("merge", [f"source.path={source}", "model=identity"]) == 3
+    message = capsys.readouterr().err
+    assert str(kept / "order") in message and "Traceback" not in message
+    assert contents(tmp_path) == before and not (tmp_path / "run/outside").exists()
+
+
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_is_there_in_place_of_a_plan_is_not_waited_for(tmp_path: Path, refused: Refused, what: str) -> None:
+    source, place = make("hf", tmp_path / "source"), tmp_path / ".out.ckpt_dist/.ckpt_dist"
+    place.mkdir(parents=True)
+    os.mkfifo(place / "plan") if what == "pipe" else (place / "plan").symlink_to("/dev/zero")
+    assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", "model=identity"]) == 3
+
+
 @pytest.mark.parametrize("what", ["through", "deep"])
 def test_no_tensor_is_lost_where_a_metadata_puts_two_into_one_place(
     tmp_path: Path, refused: Refused, what: str
