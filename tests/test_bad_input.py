@@ -14,6 +14,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -728,6 +729,25 @@ def test_the_worst_are_the_worst(tmp_path: Path, limits: dict[str, float]) -> No
     )[:10]
     for n, said in lines[1:]:
         assert said.endswith(f"by up to {order[n.strip()][1]:.6g}")
+
+
+@pytest.mark.parametrize("what", ["ranks", "layers"])
+def test_a_number_that_a_name_or_a_config_says_is_not_counted_to(tmp_path: Path, refused: Refused, what: str) -> None:
+    """Ten digits would be as many gigabytes."""
+    source = tmp_path / "source"
+    source.mkdir()
+    if what == "ranks":
+        torch.save(tensors(), source / "model_world_size_3000000_rank_1.pt")
+    else:
+        torch.save(tensors(), source / "consolidated.00.pth")
+        (source / "params.json").write_text('{"dim": 4, "n_heads": 2, "n_layers": 3000000}')
+    tracemalloc.start()
+    try:
+        message = refused(source, "model=identity")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+    assert "2999999 of 3000000 shards are missing, first that of rank 0" in message or "n_layers=3000000" in message
 
 
 LISTS = {
