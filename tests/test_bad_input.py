@@ -750,6 +750,39 @@ def test_a_number_that_a_name_or_a_config_says_is_not_counted_to(tmp_path: Path,
     assert "2999999 of 3000000 shards are missing, first that of rank 0" in message or "n_layers=3000000" in message
 
 
+CONTROLS = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202e"
+
+
+@pytest.mark.parametrize("place", ["inspect", "verify", "convert", "error"])
+def test_nothing_that_a_file_says_controls_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    name = f"{CONTROLS}w\nanother line"
+    save_file({name: torch.full((2,), math.nan)}, tmp_path / "model.safetensors")
+    if place == "error":
+        index(tmp_path, f"{CONTROLS}.safetensors")
+    words = {
+        "inspect": ["match=*"],
+        "convert": [f"target.path={tmp_path / 'out'}", "target.format=torch", "model=identity"],
+    }
+    torch.save({CONTROLS: 3, "w": torch.ones(2)}, tmp_path / "value.pt")
+    path = tmp_path / {"convert": "value.pt", "error": ""}.get(place, "model.safetensors")
+    key = "a" if place == "verify" else "source"
+    code = main("inspect" if place == "error" else place, [f"{key}.path={path}", *words.get(place, [])])
+    assert code == {"verify": 4, "error": 3}.get(place, 0)
+    shown = "".join(capsys.readouterr())
+    assert r"\x1b[2J" in shown and not {c for c in shown if not c.isprintable()} - {"\n"}
+    assert place != "inspect" or r"\nanother line" in shown
+
+
+def test_one_long_name_does_not_widen_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(
+        {"x" * 10**6: torch.ones(1)} | {f"{k}": torch.ones(1) for k in range(100)}, tmp_path / "model.safetensors"
+    )
+    assert main("inspect", [f"source.path={tmp_path / 'model.safetensors'}", "match=*"]) == 0
+    assert 10**6 < len(capsys.readouterr().out) < 11 * 10**5
+
+
 LISTS = {
     "above": json.dumps(["../outside/new"]),
     "absolute": json.dumps(["/etc/new"]),
