@@ -11,7 +11,8 @@ import difflib
 import re
 import reprlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CheckpointError(Exception):
@@ -90,3 +91,17 @@ def visible(text: str) -> str:
     `visible("layers.0\x1b[2J")` -> `layers.0\\x1b[2J`
     """
     return _ODD.sub(lambda odd: odd[0] if odd[0].isprintable() else repr(odd[0])[1:-1], text)
+
+
+@contextmanager
+def translating(where: object) -> Iterator[None]:
+    """Settings whose kinds nobody has checked one by one: a word where a number should be is said of their file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{where} has a value of another kind than it should be ({type(error).__name__}: {error!s:.100}). Give the right "
+            "one with model.config=PATH."
+        ) from error

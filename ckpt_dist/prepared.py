@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from ckpt_dist import (
     altered,
     beside,
-    configs,
     design,
     formats,
     megatron_args,
@@ -123,7 +122,7 @@ def prepare(
         )
     if unlike := beside.unlike_titan(d, models[0]):
         report.warnings.append(unlike)
-    if d.dialect == "torchtitan" and (built := configs.flavour(models[0].source.config)):
+    if d.dialect == "torchtitan" and (built := beside.flavour(models[0])):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
     proof = task.prove_all(group, d, models, layout.catalog.chunks)
     _same_dtypes(models, d, target["dtype"])
@@ -135,8 +134,9 @@ def prepare(
         raise UsageError("target.shared=false: each node gets a folder of its own; give a new folder as target.path.")
     carries = target["format"] in formats.FOLDERS and not staging.single
     small = beside.small_files(models[0], d, layout, cfg, report) if carries else {}
-    if into:  # what a checkpoint has of its own stays as it is
-        small = {n: f for n, f in small.items() if not staging.there(n)}
+    if into:  # what a checkpoint has of its own stays as it is, also where its links lead
+        own = [n for n in small if staging.there(n) or not (place / n).resolve().is_relative_to(place)]
+        small = {n: f for n, f in small.items() if n not in own}
     if node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else contents(f) for n, f in small.items()})
     used = [Path(m.catalog.root) / f for m in models for f in m.catalog.files]

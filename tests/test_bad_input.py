@@ -820,6 +820,16 @@ def test_what_is_there_in_place_of_a_plan_is_not_waited_for(tmp_path: Path, refu
     assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", "model=identity"]) == 3
 
 
+def test_a_merge_does_not_follow_the_links_of_a_checkpoint(tmp_path: Path) -> None:
+    source = make("dcp", tmp_path / "step-3/pytorch_model_fsdp_0").parent
+    (source / "pytorch_model_fsdp_0/1_Pooling").mkdir()
+    (source / "pytorch_model_fsdp_0/1_Pooling/config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (source / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    ckpt_dist.merge(source, model="identity", quiet=True)
+    assert (source / "model.safetensors").is_file() and not list((tmp_path / "elsewhere").iterdir())
+
+
 @pytest.mark.parametrize("what", ["through", "deep"])
 def test_no_tensor_is_lost_where_a_metadata_puts_two_into_one_place(
     tmp_path: Path, refused: Refused, what: str
