@@ -16,7 +16,7 @@ from typing import Any
 from ckpt_dist import __version__, configs, design, formats, megatron, megatron_args, sources
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.engine.group import Group
-from ckpt_dist.errors import CheckpointError
+from ckpt_dist.errors import CheckpointError, translating
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout
 from ckpt_dist.model import Model
@@ -152,12 +152,19 @@ def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report:
         report.notes.append(f"beside the model and not carried: {', '.join(left[:6])}{more}")
     if cfg["target"]["format"] == "meta":
         small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
-        params = _params_json(m, report)
+        with translating(_settings(m)):
+            params = _params_json(m, report)
         return {**small, "params.json": _text(_sized(params, cfg, m))} if params else small
-    config = {} if adapter else _config_json(m, d, report)
+    with translating(_settings(m)):
+        config = {} if adapter else _config_json(m, d, report)
     if config and cfg["target"]["vocab_size"] is None and _unlike_rows(config, m, report):
         config["vocab_size"] = m.sizes["v"]
     return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small
+
+
+def _settings(m: Model) -> Path:
+    """Where a source's config was found: the file, or the checkpoint that holds it."""
+    return m.source.config_path or m.source.folder
 
 
 def _sized(config: Config, cfg: Config, m: Model) -> Config:
@@ -226,6 +233,12 @@ def _params_json(m: Model, report: Report) -> dict[str, Any]:
     return config
 
 
+def flavour(m: Model) -> str | None:
+    """What torchtitan builds the model as, by its config, if that is known."""
+    with translating(_settings(m)):
+        return configs.flavour(m.source.config)
+
+
 def unlike_titan(d: design.Design, m: Model) -> str:
     """What of a config.json torchtitan's Llama has no code for, in words; its names alone would not tell."""
     config = m.source.config
@@ -246,9 +259,10 @@ def args(d: design.Design, m: Model) -> configs.Translation:
             (f"{m.unresolved} are not known, so args do not say them: give model.config=PATH",),
         )
     config, tied = m.source.config, "head" not in weights
-    if configs.is_params(config) and {"v", "f"} <= set(m.sizes):
-        config = configs.to_hf(config, m.sizes, tied).config
-    made = megatron_args.to_args(config, m.sizes, weights, tied)
+    with translating(_settings(m)):
+        if configs.is_params(config) and {"v", "f"} <= set(m.sizes):
+            config = configs.to_hf(config, m.sizes, tied).config
+        made = megatron_args.to_args(config, m.sizes, weights, tied)
     if megatron.is_args(config):
         return made
     return replace(made, config={**made.config, **_tokenizer(m)}, lost=(*_odd(config, m, tied), *made.lost))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_dist import __version__, config, keys
-from ckpt_dist.errors import STOP, CheckpointError, Stopped, UsageError, nearest
+from ckpt_dist.errors import STOP, CheckpointError, Stopped, UsageError, nearest, visible
 from ckpt_dist.report import rank, show_result
 
 if TYPE_CHECKING:
@@ -263,4 +263,4 @@ def _last_word(message: str, debug: bool = False, certain: bool = False) -> None
         message = f"rank {rank()}: {message}"
     if debug and os.environ.get("CKPT_DIST_DEBUG") == "1":
         message = traceback.format_exc() + message
-    print(message, file=sys.stderr, flush=True)
+    print(visible(message), file=sys.stderr, flush=True)

@@ -8,9 +8,11 @@ An exit code travels with the class, so that every way out of the program agrees
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CheckpointError(Exception):
@@ -78,3 +80,28 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 def shown(value: object, most: int = 60) -> str:
     """The beginning of what a file says. The rest is not made: lists that hold one list twice, and so on, have no end."""
     return _SHORT.repr(value)[:most]
+
+
+_ODD = re.compile(r"[^ -~\n]")
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may get it: nothing that a file says moves its cursor, colours it or turns its writing around.
+
+    `visible("layers.0\x1b[2J")` -> `layers.0\\x1b[2J`
+    """
+    return _ODD.sub(lambda odd: odd[0] if odd[0].isprintable() else repr(odd[0])[1:-1], text)
+
+
+@contextmanager
+def translating(where: object) -> Iterator[None]:
+    """Settings whose kinds nobody has checked one by one: a word where a number should be is said of their file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{where} has a value of another kind than it should be ({type(error).__name__}: {error!s:.100}). Give the right "
+            "one with model.config=PATH."
+        ) from error

@@ -270,10 +270,10 @@ def _score(family: Family, dialect: str, prefix: str, names: Mapping[str, int], 
     """
     rules = {n: families.match(family, dialect, n[len(prefix) :]) for n in names if n.startswith(prefix)}
     hits = sum(names[n] for n, rule in rules.items() if rule is not None)
-    drops = sum(count for n, count in names.items() if families.dropped(family, n))
     found = {w for rule in rules.values() if rule is not None for w in rule.weights}
-    if not known and not set(family.weights) - {*family.optional, *family.ties, *family.zeros} <= found:
+    if not hits or (not known and not set(family.weights) - {*family.optional, *family.ties, *family.zeros} <= found):
         return 0.0
+    drops = sum(count for n, count in names.items() if families.dropped(family, n))
     return hits / max(sum(names.values()) - drops, 1)
 
 

@@ -152,7 +152,7 @@ def _say(
         )
     if unlike := beside.unlike_titan(d, m):
         report.warnings.append(unlike)
-    if d.dialect == "torchtitan" and (built := configs.flavour(m.source.config)):
+    if d.dialect == "torchtitan" and (built := beside.flavour(m)):
         report.notes.append("torchtitan builds this model as {}, flavour {}".format(*built.split()))
 
 
@@ -172,8 +172,10 @@ def _beside(
     """The small files that travel along: configs, tokenizers."""
     carries = cfg["target"]["format"] in formats.FOLDERS and not staging.single
     small = beside.small_files(m, d, layout, cfg, report) if carries else {}
-    if staging.into:  # what a checkpoint has of its own stays as it is
-        small = {n: f for n, f in small.items() if not staging.there(n)}
+    if staging.into:  # what a checkpoint has of its own stays as it is, also where its links lead
+        top = staging.target
+        own = [n for n in small if staging.there(n) or not (top / n).resolve().is_relative_to(top)]
+        small = {n: f for n, f in small.items() if n not in own}
     if staging.node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else contents(f) for n, f in small.items()})
     return small

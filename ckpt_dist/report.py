@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ckpt_dist.errors import UsageError
+from ckpt_dist.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -31,6 +31,7 @@ UNITS = (
 )
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 EVERY_S = 5.0  # between two plain progress lines
+WIDEST = 160  # column of a table: a name may have as many letters as its file, and each row would have as many blanks
 STATUS = "/proc/self/status"  # of Linux
 
 
@@ -146,7 +147,7 @@ class Report:
             table.add_row(*row)
         console.print(table)
         for line in self.remarks() + ([f"-> {self.target}"] if self.target else []):
-            console.print(line)
+            console.print(visible(line))
 
 
 class Progress:
@@ -206,9 +207,9 @@ def _bar(out: TextIO) -> Bar:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> list[str]:
-    """A plain text table, for results on stdout: columns are as wide as their longest cell."""
-    cells = [[str(c) for c in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    """A plain text table, for results on stdout: columns are as wide as their longest cell, or WIDEST."""
+    cells = [[visible(str(c)).replace("\n", "\\n") for c in row] for row in (header, *rows)]
+    widths = [min(max(len(row[i]) for row in cells), WIDEST) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [line[:width] for line in lines]
 
@@ -223,4 +224,4 @@ def show_result(result: Mapping[str, Any], as_json: bool) -> None:
         )  # ASCII: for any terminal
     elif result.get("text"):
         text = result["text"]
-        print(text if isinstance(text, str) else "\n".join(text))
+        print(visible(text if isinstance(text, str) else "\n".join(text)))

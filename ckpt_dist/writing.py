@@ -50,6 +50,7 @@ def write(
     engine = task.engine_of(cfg)
     if not cfg.get("dry_run"):
         _only_for_plans(models, engine)
+    times = saved(models) if group.local_rank == 0 else {}  # of each node what it sees, since it was scanned
     with report.phase("plan"):
         p = prepare(group, report, models, cfg, path, combination, into)
     if cfg.get("dry_run"):
@@ -59,7 +60,6 @@ def write(
 
         device = group.together(lambda: use(str(engine["device"]), group.local_rank))
         report.notes.append(f"computed on {device}")
-    times = saved(p.models) if group.local_rank == 0 else {}  # of each node what it sees
     staged = _begun(group, p, lambda: begin(p, cfg, about, given, times))
     if staged.finished:
         report.notes.append(f"resumed: {sum(hi - lo for lo, hi in staged.finished)} tiles were there already")

@@ -14,6 +14,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -728,3 +729,128 @@ def test_the_worst_are_the_worst(tmp_path: Path, limits: dict[str, float]) -> No
     )[:10]
     for n, said in lines[1:]:
         assert said.endswith(f"by up to {order[n.strip()][1]:.6g}")
+
+
+@pytest.mark.parametrize("what", ["ranks", "layers"])
+def test_a_number_that_a_name_or_a_config_says_is_not_counted_to(tmp_path: Path, refused: Refused, what: str) -> None:
+    """Ten digits would be as many gigabytes."""
+    source = tmp_path / "source"
+    source.mkdir()
+    if what == "ranks":
+        torch.save(tensors(), source / "model_world_size_3000000_rank_1.pt")
+    else:
+        torch.save(tensors(), source / "consolidated.00.pth")
+        (source / "params.json").write_text('{"dim": 4, "n_heads": 2, "n_layers": 3000000}')
+    tracemalloc.start()
+    try:
+        message = refused(source, "model=identity")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+    assert "2999999 of 3000000 shards are missing, first that of rank 0" in message or "n_layers=3000000" in message
+
+
+CONTROLS = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202e"
+
+
+@pytest.mark.parametrize("place", ["inspect", "verify", "convert", "error"])
+def test_nothing_that_a_file_says_controls_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    name = f"{CONTROLS}w\nanother line"
+    save_file({name: torch.full((2,), math.nan)}, tmp_path / "model.safetensors")
+    if place == "error":
+        index(tmp_path, f"{CONTROLS}.safetensors")
+    words = {
+        "inspect": ["match=*"],
+        "convert": [f"target.path={tmp_path / 'out'}", "target.format=torch", "model=identity"],
+    }
+    torch.save({CONTROLS: 3, "w": torch.ones(2)}, tmp_path / "value.pt")
+    path = tmp_path / {"convert": "value.pt", "error": ""}.get(place, "model.safetensors")
+    key = "a" if place == "verify" else "source"
+    code = main("inspect" if place == "error" else place, [f"{key}.path={path}", *words.get(place, [])])
+    assert code == {"verify": 4, "error": 3}.get(place, 0)
+    shown = "".join(capsys.readouterr())
+    assert r"\x1b[2J" in shown and not {c for c in shown if not c.isprintable()} - {"\n"}
+    assert place != "inspect" or r"\nanother line" in shown
+
+
+def test_one_long_name_does_not_widen_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(
+        {"x" * 10**6: torch.ones(1)} | {f"{k}": torch.ones(1) for k in range(100)}, tmp_path / "model.safetensors"
+    )
+    assert main("inspect", [f"source.path={tmp_path / 'model.safetensors'}", "match=*"]) == 0
+    assert 10**6 < len(capsys.readouterr().out) < 11 * 10**5
+
+
+LISTS = {
+    "above": json.dumps(["../outside/new"]),
+    "absolute": json.dumps(["/etc/new"]),
+    "no list": "3",
+    "no names": "[[1]]",
+    "cut": '["a',
+    "deep": "[" * 10**5,
+    "noise": "\0\0",
+}
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_list_of_files_that_somebody_has_put_there_moves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """What joins a folder is noted beside it; an archive of a checkpoint may hold such a note."""
+    source = make("dcp", tmp_path / "run/step-3")
+    kept = tmp_path / "run/.step-3.ckpt_dist/.ckpt_dist"
+    (kept / "old").mkdir(parents=True)
+    (kept / "order").write_text(LISTS[what])
+    (kept / "outside").mkdir()  # where `old/../outside` leads, and from the target one folder up
+    (kept / "outside/new").write_text("from a stranger")
+    before = contents(tmp_path)
+    assert main("merge", [f"source.path={source}", "model=identity"]) == 3
+    message = capsys.readouterr().err
+    assert str(kept / "order") in message and "Traceback" not in message
+    assert contents(tmp_path) == before and not (tmp_path / "run/outside").exists()
+
+
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_is_there_in_place_of_a_plan_is_not_waited_for(tmp_path: Path, refused: Refused, what: str) -> None:
+    source, place = make("hf", tmp_path / "source"), tmp_path / ".out.ckpt_dist/.ckpt_dist"
+    place.mkdir(parents=True)
+    os.mkfifo(place / "plan") if what == "pipe" else (place / "plan").symlink_to("/dev/zero")
+    assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", "model=identity"]) == 3
+
+
+def test_a_merge_does_not_follow_the_links_of_a_checkpoint(tmp_path: Path) -> None:
+    source = make("dcp", tmp_path / "step-3/pytorch_model_fsdp_0").parent
+    (source / "pytorch_model_fsdp_0/1_Pooling").mkdir()
+    (source / "pytorch_model_fsdp_0/1_Pooling/config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (source / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    ckpt_dist.merge(source, model="identity", quiet=True)
+    assert (source / "model.safetensors").is_file() and not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("what", ["through", "deep"])
+def test_no_tensor_is_lost_where_a_metadata_puts_two_into_one_place(
+    tmp_path: Path, refused: Refused, what: str
+) -> None:
+    source = make("dcp", tmp_path / "source")
+    data = pickle.loads((source / ".metadata").read_bytes())
+    one, two = [name for name in data.planner_data if "up_proj" in name]
+    data.planner_data[two] = (*data.planner_data[one], "inside") if what == "through" else ("a",) * 5000
+    (source / ".metadata").write_bytes(pickle.dumps(data))
+    words = ["target.format=torch", "model=identity"]
+    if what == "through":
+        assert "something else is at this place" in refused(source, *words)
+    else:
+        assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", *words]) == 0
+        found = torch.load(tmp_path / "out/model.pt", weights_only=True)
+        assert torch.equal(found[two], tensors()[two.removeprefix("model.")])
+
+
+def test_a_key_that_a_value_has_is_refused(tmp_path: Path, refused: Refused) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save({"net": tensors(), "step": 3}, source / "model.pt")
+    words = ["target.format=torch", "keep=weights,state", "model=identity"]
+    assert "step: something else is at this place" in refused(source, *words, "target.key=step")

@@ -262,6 +262,17 @@ def test_universal_of_ds_to_universal_is_read(case: str, tmp_path: Path) -> None
         assert torch.equal(theirs[name].float(), ours[name].float()), name
 
 
+def test_flat_values_that_do_not_lie_one_after_another_are_those_torch_reads(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DATA / "three-2/universal", tmp_path / "u"))
+    place = folder / "zero/embed.weight/fp32.pt"
+    theirs = torch.load(place)
+    assert theirs.dim() == 1
+    wide = theirs.repeat_interleave(2)
+    wide[1::2] = -1
+    torch.save(wide[::2], place)
+    assert torch.equal(to_torch(folder, tmp_path / "t")["embed.weight"].flatten(), theirs)
+
+
 def test_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = to_torch(DATA / "experts-2", tmp_path / "t"), GIVEN["experts-2"]["together"]
     assert {n: digest(t) for n, t in ours.items()} == theirs

@@ -358,6 +358,8 @@ REFUSED = {
     "params multiple_of=1024": ["size of 1024", "have 256"],
     'params n_layers="2"': ["n_layers", "whole number"],
     "params n_heads=0": ["n_heads", "whole number"],
+    'params multiple_of="many"': ["params.json has a value of another kind", "TypeError"],
+    "params ffn_dim_multiplier=[1]": ["params.json has a value of another kind", "TypeError"],
 }
 
 
@@ -454,6 +456,16 @@ def test_scaled_rope_computes_the_same_in_transformers(tmp_path: Path) -> None:
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert loaded.config.rope_parameters == model.config.rope_parameters
     assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(hf_model()), logits(model))
+
+
+@pytest.mark.parametrize("target", [{"format": "torch_dist"}, {"format": "meta"}])
+def test_a_config_with_a_word_for_a_number_is_named(tmp_path: Path, target: dict[str, Any]) -> None:
+    hf_model().save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | {"rope_parameters": None}
+    config |= {"rope_scaling": {"rope_type": "llama3", "factor": "eight", "low_freq_factor": "one"}}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"hf/config\.json has a value of another kind than it should be \(ValueError"):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / "out", **target)
 
 
 def test_what_has_no_words_on_the_other_side_is_listed(tmp_path: Path) -> None:

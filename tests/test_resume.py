@@ -290,15 +290,18 @@ def test_zeros_that_lengthen_a_vocabulary_are_of_no_time(tmp_path: Path) -> None
     assert list(saved([Model(Source(catalog, tmp_path, tmp_path), ())])) == ["/dev/null"]
 
 
-def test_two_saves_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["planned", "copied"])
+def test_two_saves_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     run = checkpoints(tmp_path / "run", 2)
+    place, name = {"planned": (writing, "prepare"), "copied": (task, "fill")}[moment]
+    work = getattr(place, name)
 
-    def fills(*given: object) -> Done:
-        done = fill.fill(*given)  # type: ignore[arg-type]
+    def saved_again(*given: object) -> object:
+        done = work(*given)
         (run / "step-1/model.safetensors").write_bytes((run / "step-2/model.safetensors").read_bytes())
         return done
 
-    monkeypatch.setattr(task, "fill", fills)
+    monkeypatch.setattr(place, name, saved_again)
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read; nothing was published"):
         ckpt_dist.convert(run / "step-1", tmp_path / "out", quiet=True)
     assert not list(tmp_path.glob("*out*"))

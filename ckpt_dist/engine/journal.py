@@ -19,6 +19,7 @@ from typing import Any
 
 from ckpt_dist.engine.fill import Done
 from ckpt_dist.errors import CheckpointError
+from ckpt_dist.whole import contents
 
 FOLDER = ".ckpt_dist"
 EVERY_BYTES = 256 << 20  # of a rank between two notes: what is lost when a rank is killed
@@ -28,8 +29,8 @@ PLAN = "plan"
 def matches(staged: Path, plan: str) -> bool:
     """Whether a staging folder was left by this very job."""
     try:
-        return (staged / FOLDER / PLAN).read_text() == plan
-    except (OSError, UnicodeDecodeError):
+        return contents(staged / FOLDER / PLAN) == plan.encode()
+    except OSError:
         return False
 
 

@@ -71,7 +71,14 @@ class Staging:
     def joining(self) -> list[str]:
         """The files that were about to join a folder, first to last: those that are not staged any more are there."""
         path = self.folder / ORDER
-        return json.loads(path.read_text()) if path.is_file() else []
+        if not path.is_file():
+            return []
+        try:
+            return [inside(self.target, name, str(path)) for name in json.loads(contents(path))]
+        except (ValueError, TypeError, RecursionError):
+            raise CheckpointError(
+                f"{path} is no list of the files that a job was adding to {self.target}. Remove {self.folder} if no job made it."
+            ) from None
 
     def there(self, name: str) -> bool:
         """Whether a folder has a file that is its own, and none of an attempt that did not come to its end."""

@@ -88,7 +88,7 @@ def _value(table: Table, root: Path, name: str, file: str, number: int, shape: A
     if shape is not None and len(ref.shape) == 1 and file != STEP:
         if prod(shape) != ref.shape[0]:
             raise CheckpointError(f"{root / path} has {ref.shape[0]} elements, the model's file says {list(shape)}.")
-        ref = replace(ref, shape=shape, stride=pt.tensor(ref.dtype, shape, "").stride)
+        ref = replace(ref, shape=shape, stride=tuple(n * ref.stride[0] for n in inert.strides_of(shape)))
     role = "weight" if file == WEIGHT else "optimizer"
     table.whole(
         Entry(".".join(place), ref.dtype, ref.shape, place, role), ref, File(root / path, number, tree, storages)

@@ -173,7 +173,7 @@ def _catalog(path: Path, tables: Sequence[_Tables], elsewhere: Mapping[str, int]
 
 def _path(name: str, paths: Mapping[str, Any]) -> tuple[str | int, ...]:
     path = paths.get(name)
-    fine = type(path) is tuple and path and all(type(p) in (str, int) for p in path)
+    fine = type(path) is tuple and 0 < len(path) <= pt.MAX_DEPTH and all(type(p) in (str, int) for p in path)
     return path if fine and path is not None else (name,)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,12 @@ def _files(path: Path) -> list[str]:
         bare = {int(m[1]): m[0] for p in path.iterdir() if (m := BARE.fullmatch(p.name))}
         world, ranks = max(bare) + 1, set(bare)
         named = {(world, r): n for r, n in bare.items()}
-    missing = sorted(set(range(world)) - ranks)
+    missing = world - sum(r < world for r in ranks)  # as many as a name says: no list of them
     if missing:
-        wanted = next(iter(named.values())).replace(f"rank_{min(ranks)}", f"rank_{missing[0]}")
+        first = next(r for r in count() if r not in ranks)
+        wanted = next(iter(named.values())).replace(f"rank_{min(ranks)}", f"rank_{first}")
         raise CheckpointError(
-            f"{path}: {len(missing)} of {world} shards are missing, first that of rank {missing[0]} ({wanted}). Fetch it again."
+            f"{path}: {missing} of {world} shards are missing, first that of rank {first} ({wanted}). Fetch it again."
         )
     return [named[world, r] for r in range(world)]
 

@@ -185,7 +185,7 @@ def _fits(path: Path, entries: Sequence[Entry], count: int, params: Mapping[str,
                     f"dim {d}; {PARAMS} says {wanted}. {hint}"
                 )
     layers = {int(m[1]) for e in entries if (m := re.match(r"layers\.(\d+)\.", e.name))}
-    if "n_layers" in params and layers != set(range(params["n_layers"])):
+    if "n_layers" in params and not len(layers) == params["n_layers"] == 1 + max(layers, default=-1):
         raise CheckpointError(f"{path} holds {len(layers)} layers, {PARAMS} says n_layers={params['n_layers']}.")
 
 

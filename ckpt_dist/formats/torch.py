@@ -252,9 +252,14 @@ def _tree(entries: Sequence[Entry], extras: Sequence[Extra]) -> Any:
     if len(leaves) == 1 and not leaves[0][0]:  # a file may be one tensor or value without a name
         return leaves[0][1]
     for path, leaf in leaves:
-        node = root
+        node: Any = root
         for part in path[:-1]:
-            node = node.setdefault(part, {})
+            node = node.setdefault(part, {}) if type(node) is dict else None
+        if type(node) is not dict or path[-1] in node:
+            raise CheckpointError(
+                f"{'.'.join(map(str, path)):.300}: something else is at this place, or around it, in the dict that is to be written. "
+                "Use another target.key, or another target.format."
+            )
         node[path[-1]] = leaf
     return _lists(root)
 
