@@ -1,7 +1,8 @@
 """Megatron-core's distributed checkpoints: a DCP folder with `metadata.json` and `common.pt`, in `iter_NNNNNNN/`.
 
 Facts: megatron-core 0.8 to 0.19; what is written was loaded by 0.16.1. Everything but tensors is in common.pt, since
-0.19 in the object `common_state/shard_0_1`. A layer's `_extra_state` objects have to be there, if only as [None].
+0.19 in the object `common_state/shard_0_1`. A layer's `_extra_state` objects have to be there, if only as [None]: those
+of linear layers, and of Transformer Engine's norms (from its version 2) and attentions (up to megatron-core 0.14).
 NeMo puts the model under a key (`model.` in NeMo 1, `module.` in NeMo 2), has no args and no `iter_NNNNNNN/`.
 
 Invariant: tensors are those of `dcp`; this file only adds what Megatron and NeMo keep beside them.
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,14 @@ BACKENDS = dict(
 BUCKETS = re.compile(r"(chained_\d+\.)?optimizer\.distributed\.")
 PLAIN = (str, int, float, bool, type(None))
 NEMO = {"model": "", "module": "weights/"}  # the key that NeMo 1 and NeMo 2 put a model under, and the folder
+AROUND = r"(?:model\.|module\.)*"
+LAYER = AROUND + r"(?:(?:en|de)coder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)"
 LINEAR = re.compile(
-    r"((?:model\.|module\.)*(?:(?:en|de)coder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)"
-    r"(?:(?:self|cross)_attention|mlp)\.(?:(?:experts\.experts|shared_experts)\.)?linear_\w+"
-    r"|(?:model\.|module\.)*mtp\.layers\.\d+\.eh_proj)\.weight"
+    rf"({LAYER}(?:(?:self|cross)_attention|mlp)\.(?:(?:experts\.experts|shared_experts)\.)?linear_\w+"
+    rf"|{AROUND}mtp\.layers\.\d+\.eh_proj)\.weight"
 )
+NORM = re.compile(rf"({AROUND}(?:(?:en|de)coder|mtp)\.(?:.+\.)?(?:\w*layernorm|[eh]norm))\.weight")
+PROJECTION = re.compile(rf"({LAYER}(?:self|cross)_attention\.)linear_proj\.weight")
 
 
 def claims(path: Path) -> bool:
@@ -147,8 +152,8 @@ def _plain(value: Any, depth: int = 2) -> bool:
 
 def lay_out(spec: Spec) -> Layout:
     """A dcp folder with the objects that Megatron asks for, and what is beside them."""
-    names = [f"{key}/shard_{place}" for key, place in layer_states(spec.entries)]
-    objects = {name: Extra(name, (name,), "state", [None]) for name in names} | held_states(spec, "torch_dist")
+    held = held_states(spec, "torch_dist")
+    objects = {name: Extra(name, (name,), "state", [None]) for name in layer_states(spec, bool(held))} | held
     options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
     beside = {x.name: x.value for x in spec.extras if x.name in BESIDE["torch_dist"]}
     planned = spec.source is not None and "saved" in spec.source.about  # a saved catalog has no settings
@@ -228,23 +233,25 @@ def held_states(spec: Spec, backend: str) -> dict[str, Any]:
     return dict(source.about.get("states", {}))
 
 
-def layer_states(entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:
-    """The `_extra_state` of linear layers, without which Megatron does not load them: key, and offset and count."""
-    return (one for entry in entries for one in _objects(entry))
+def layer_states(spec: Spec, held: bool) -> list[str]:
+    """The `_extra_state` of modules, without which Megatron does not load them: `KEY._extra_state/shard_0_4`. Where the
+    source has such, it has those of Transformer Engine too if its modules are of that."""
+    engine = not held and spec.options.get("spec") != "local" and "local" not in str(spec.options.get("dialect"))
+    return [name for entry in spec.entries for name in _objects(entry, engine)]
 
 
-def _objects(entry: Entry) -> list[tuple[str, str]]:
-    """The `_extra_state` of a linear layer: one for each layer (and expert) of its tensor, by offset and count."""
-    found = LINEAR.fullmatch(entry.name)
+def _objects(entry: Entry, engine: bool) -> Iterator[str]:
+    """Those of the module that a tensor is of, with Transformer Engine's also of the attention before it: one for each
+    layer (and expert) of the tensor, by offset and count."""
+    name = entry.name
+    found = LINEAR.fullmatch(name) or (NORM.fullmatch(name) if engine else None)
     if found is None:
-        return []
-    stacked = not re.search(r"\.layers\.\d", entry.name)
+        return
+    modules = [found[1], *(hit[1] + "core_attention" for hit in [PROJECTION.fullmatch(name)] if hit and engine)]
+    stacked = re.search(r"\.layers\.(?!\d)", name) is not None
     counts = [entry.shape[0]] if stacked else []
-    if ".experts.experts." in entry.name:
+    if ".experts.experts." in name:
         counts.append(entry.shape[1 if stacked else 0])
-    if not counts:
-        return [(found[1] + "._extra_state", "0_1")]
-    places = [""]
-    for count in counts:
-        places = [f"{p}.{k}" if p else str(k) for p in places for k in range(count)]
-    return [(found[1] + "._extra_state", f"{p}_{'.'.join(map(str, counts))}") for p in places]
+    places = product(*map(range, counts)) if counts else [(0,)]
+    count = ".".join(map(str, counts or [1]))
+    yield from (f"{m}.{STATE}/shard_{'.'.join(map(str, place))}_{count}" for place in places for m in modules)
