@@ -906,12 +906,15 @@ def test_folders_renamed_where_args_do_not_say_what_their_second_number_is(
     assert ckpt_dist.fingerprint(tmp_path / "it", **config) == ckpt_dist.fingerprint(tmp_path / "hf")
 
 
-def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_missed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tp", "etp"), [(2, 1), (1, 2)])
+def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_missed(
+    tmp_path: Path, tp: int, etp: int
+) -> None:
     transformer("mixtral", tmp_path / "hf")
-    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.ep": 2})
-    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(expert_tensor_parallel_size=1))
-    shutil.rmtree(tmp_path / "it/iter_0000001/mp_rank_01_000")
-    with pytest.raises(CheckpointError, match=r"experts are divided by 1 .* Save with the format torch_dist"):
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": tp, "target.ep": 2})
+    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(expert_tensor_parallel_size=etp))
+    shutil.rmtree(sorted((tmp_path / "it/iter_0000001").iterdir())[-1])
+    with pytest.raises(CheckpointError, match=rf"experts are divided by {etp} .* Save with the format torch_dist"):
         ckpt_dist.inspect(tmp_path / "it")
 
 

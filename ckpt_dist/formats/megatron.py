@@ -291,7 +291,7 @@ def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Ra
         places.append((t or 0, p or 0, e or 0))
     tp, pp, ep = (max(size, *(p[k] + 1 for p in places)) for k, size in enumerate(said))
     etp = args.get("expert_tensor_parallel_size")
-    if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
+    if (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
         raise CheckpointError(
             f"{path}: experts are divided by {etp} tensor-parallel ranks, the rest by {tp}; such files are not read. "
             "Save with the format torch_dist."
