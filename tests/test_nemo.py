@@ -328,6 +328,18 @@ def test_files_of_ranks_are_the_model(llama: Path, tmp_path: Path, layout: str, 
     assert ckpt_dist.inspect(first)["format"] == "nemo"
 
 
+@pytest.mark.parametrize("layout", ["alone", "tp2pp2"])
+def test_what_nemo_stores_of_rotary_embeddings_is_no_weight(llama: Path, tmp_path: Path, layout: str) -> None:
+    """A buffer in the file of each rank, of all stages, as NeMo 1 made it of `register_buffer`."""
+    nemo1(llama, tmp_path / "run", 10, layout, old, tmp_path / "scratch")
+    for file in (tmp_path / "run").rglob("*.ckpt"):
+        tree = torch.load(file, weights_only=False)
+        tree["state_dict"]["model.language_model.rotary_pos_emb.inv_freq"] = torch.ones(4)
+        torch.save(tree, file)
+    ckpt_dist.convert(tmp_path / "run", tmp_path / "hf")
+    assert ckpt_dist.fingerprint(tmp_path / "hf") == ckpt_dist.fingerprint(llama)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_average_of_files_is_a_file_more_in_each_folder(
     stacked: State, llama: Path, tmp_path: Path, layout: str

@@ -35,6 +35,7 @@ from ckpt_dist.ranks import Rank
 FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 STATE = "_extra_state"  # of a layer of Transformer Engine: a tensor of bytes, a file, or None
+BESIDE = (STATE, "rotary_pos_emb.inv_freq")  # tensors that are no weights; NeMo 1 stored the second, in all stages
 OLD = (  # names from before megatron-core, and how it calls the same
     (r"^((model|module)\.)*", ""),  # of wrappers, and of NeMo
     (r"^language_model\.", ""),
@@ -234,8 +235,8 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
             )
     for model in _models(tree):
         for place, leaf in pt.walk(model):
-            if place and str(place[-1]).endswith(STATE) and leaf is not None:
-                name = ".".join(map(str, place))
+            name = ".".join(map(str, place))
+            if name.endswith(BESIDE) and leaf is not None:
                 yield Extra(name, (name,), "state", inert.Record())
 
 
@@ -251,7 +252,7 @@ def _states(trees: Sequence[Mapping[str, Any]]) -> list[list[State]]:
 
 def _tensors(model: Mapping[str, Any]) -> State:
     leaves = ((".".join(map(str, place)), leaf) for place, leaf in pt.walk(model))
-    return {n: x for n, x in leaves if isinstance(x, inert.TensorRef) and not n.endswith(STATE)}
+    return {n: x for n, x in leaves if isinstance(x, inert.TensorRef) and not n.endswith(BESIDE)}
 
 
 def _renamed(state: State, encodes: bool) -> State:
