@@ -890,6 +890,37 @@ def test_a_model_that_only_looks_like_a_known_one(llama: Path, tmp_path: Path) -
     ckpt_dist.convert(tmp_path / "it", tmp_path / "as-it-is.pt", format="torch", model="identity")
 
 
+def test_a_weight_that_is_kept_is_where_megatron_looks_for_it(tmp_path: Path) -> None:
+    """A bias that balances experts, of a model whose family has none: Megatron asks for all layers' in one tensor."""
+    transformer("qwen3_moe", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    bias = {f"decoder.layers.{k}.mlp.router.expert_bias": torch.rand(4) for k in range(4)}
+    rewritten(tmp_path / "it", lambda tree, number: tree["model"].update(bias))
+    with pytest.raises(UsageError, match=r"is of one layer, 'decoder.layers.\D\S+' of all: .* model=identity"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", unmatched="keep")
+    keys: dict[str, Any] = {"unmatched": "keep", "target.dialect": "megatron"}
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "each", format="torch_dist", **keys)
+    assert torch.equal(state_of(tmp_path / "each/iter_0000001")[min(bias)], bias[min(bias)])
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "all", format="torch_dist", model="identity")
+    found = state_of(tmp_path / "all/iter_0000001")["decoder.layers.mlp.router.expert_bias"]
+    assert torch.equal(found, torch.stack([*bias.values()]))
+
+
+def test_the_last_stages_copy_of_a_tied_embedding_in_any_model(tmp_path: Path) -> None:
+    """Megatron's own modules have it on a last stage that is not the first, and nowhere else."""
+    transformer("llama-tied", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.pp": 2})
+    assert "output_layer.weight" in torch.load(rank_files(tmp_path / "it")[-1], weights_only=False)["model"]
+    for pp in (1, 2):
+        keys = {"model": "identity", "target.pp": pp}
+        ckpt_dist.convert(tmp_path / "it", tmp_path / f"pp{pp}", format="megatron", **keys)
+        for mine, his in zip(rank_files(tmp_path / f"pp{pp}"), rank_files(tmp_path / "it"), strict=pp == 2):
+            a, b = (torch.load(f, weights_only=False)["model"] for f in (mine, his))
+            assert ("output_layer.weight" in a) == (pp == 2 and "output_layer.weight" in b)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "dist", format="torch_dist", model="identity")
+    assert "output_layer.weight" not in state_of(tmp_path / "dist/iter_0000001")
+
+
 @pytest.mark.parametrize("keys", [{"target.pp": 2}, {"target.ep": 2}])
 def test_folders_renamed_where_args_do_not_say_what_their_second_number_is(
     tmp_path: Path, keys: dict[str, Any]

@@ -152,6 +152,7 @@ def _plain(value: Any, depth: int = 2) -> bool:
 
 def lay_out(spec: Spec) -> Layout:
     """A dcp folder with the objects that Megatron asks for, and what is beside them."""
+    _one_style([e.name for e in spec.entries])
     held = held_states(spec, "torch_dist")
     objects = {name: Extra(name, (name,), "state", [None]) for name in layer_states(spec, bool(held))} | held
     options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
@@ -165,6 +166,17 @@ def lay_out(spec: Spec) -> Layout:
     extras = [x for x in spec.extras if x.name not in beside]
     layout = dcp.lay_out(replace(spec, extras=(*extras, *objects.values()), options=options))
     return placed(spec, layout, "torch_dist")
+
+
+def _one_style(names: Sequence[str]) -> None:
+    """Megatron asks for all weights of a block's layers in one tensor each, or for those of each layer."""
+    one = next((n for n in names if re.match(r"decoder\.layers\.\d", n)), None)
+    every = next((n for n in names if re.match(r"decoder\.layers\.\D", n)), None)
+    if one and every:
+        raise UsageError(
+            f"target.format=torch_dist: {one!r}, which is kept as it is, is of one layer, {every!r} of all: Megatron would not find "
+            "the first. Give target.dialect=megatron, which has a key for each layer, or model=identity."
+        )
 
 
 def placed(spec: Spec, layout: Layout, backend: str) -> Layout:
