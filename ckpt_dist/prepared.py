@@ -106,7 +106,7 @@ def prepare(
     d = design.of(models, target)
     _same_tensors(models, d.sources)
     report.warnings += design.unused(target["dtype"], d.target.entries)
-    if d.dialect and not d.dialect.startswith("megatron") and not _zeros(models[0]):
+    if d.dialect and not d.dialect.startswith("megatron") and not beside.centred(models[0]):
         report.warnings += megatron_args.centred(models[0].source.config)
     extras, lost = beside.extras(group, models[-1], cfg)  # of several what is no weight is the last one's
     placement = _placement(group, cfg)
@@ -150,11 +150,6 @@ def prepare(
     if not elsewhere:
         p.on_disks(group, lambda: stage.check(staging, layout, list(small), used, bool(cfg.get("overwrite"))))
     return p
-
-
-def _zeros(m: Model) -> bool:
-    """Whether norms of this family are stored as what is added to one."""
-    return m.family is not None and m.family.init.get("*norm") == "zeros"
 
 
 def _placement(group: Group, cfg: Config) -> tuple[int, ...] | None:

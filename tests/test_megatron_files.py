@@ -587,6 +587,23 @@ def test_args_of_deepseek_v3_are_its_config(tmp_path: Path, rope: dict[str, Any]
     assert torch.equal(one, two)
 
 
+def test_args_of_deepseek_v3_without_a_query_latent(tmp_path: Path) -> None:
+    """transformers would build one where a config.json does not say that there is none, and draw its values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = AutoConfig.for_model(
+        "deepseek_v3", **{**SMALL, **KINDS["deepseek_v3"][0], "q_lora_rank": None, "first_k_dense_replace": 2}
+    )
+    model = AutoModelForCausalLM.from_config(small, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    rewritten(tmp_path / "it", lambda tree, number: delattr(tree["args"], "moe_layer_freq"))
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "back")["warnings"] == []
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert (back.config.q_lora_rank, back.config.first_k_dense_replace) == (None, 2)
+    assert torch.equal(model(torch.arange(24)[None]).logits, back(torch.arange(24)[None]).logits)
+
+
 def test_args_of_gpt2_are_its_config(tmp_path: Path) -> None:
     transformer("gpt2", tmp_path / "hf")
     ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
@@ -947,6 +964,26 @@ def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_misse
     shutil.rmtree(sorted((tmp_path / "it/iter_0000001").iterdir())[-1])
     with pytest.raises(CheckpointError, match=rf"experts are divided by {etp} .* Save with the format torch_dist"):
         ckpt_dist.inspect(tmp_path / "it")
+
+
+def test_experts_are_one_module_of_transformer_engine(tmp_path: Path) -> None:
+    """Megatron takes `moe_grouped_gemm` over from a checkpoint, and by it calls experts this way or that."""
+    transformer("mixtral", tmp_path / "hf")
+    for spec in ("te", "local"):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / spec, format="megatron", **{"target.spec": spec})
+        names = torch.load(rank_files(tmp_path / spec)[0], weights_only=False)["model"]
+        assert args_in(tmp_path / spec)["moe_grouped_gemm"] is (spec == "te")
+        assert any(n.endswith("experts.linear_fc1.weight3") for n in names) is (spec == "te")
+
+
+def test_megatron_is_told_that_it_has_to_add_one_to_norms(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for kind, adds in (("gemma3_text", True), ("llama", None)):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL))
+        model.save_pretrained(tmp_path / kind)
+        ckpt_dist.convert(tmp_path / kind, tmp_path / f"{kind}-it", format="megatron")
+        assert args_in(tmp_path / f"{kind}-it").get("apply_layernorm_1p") is adds
 
 
 @pytest.mark.parametrize("further", [1, 2])

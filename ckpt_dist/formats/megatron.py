@@ -375,6 +375,8 @@ def lay_out(spec: Spec) -> Layout:
     further = _count((e.name for e in spec.entries), ranks.FURTHEST)
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"), further)}
     args |= megatron_args.divisor(args, tp)
+    if any(ranks.EXPERTS in e.name for e in spec.entries):  # of Transformer Engine they are those of one module
+        args["moe_grouped_gemm"] = o.get("spec") != "local"
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
     names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]

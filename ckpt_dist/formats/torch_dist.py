@@ -36,7 +36,6 @@ BACKENDS = dict(
     sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
 )
 BUCKETS = re.compile(r"(chained_\d+\.)?optimizer\.distributed\.")
-PLAIN = (str, int, float, bool, type(None))
 NEMO = {"model": "", "module": "weights/"}  # the key that NeMo 1 and NeMo 2 put a model under, and the folder
 AROUND = r"(?:model\.|module\.)*"
 LAYER = AROUND + r"(?:(?:en|de)coder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)"
@@ -116,9 +115,8 @@ def _dict(tree: Any, where: Path) -> Mapping[str, Any]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The model's part of a run's settings, by the words that args have for it."""
-    model = yamls.table(contents(path, yamls.MOST), str(path)).get("model") if path.is_file() else None
-    return {str(k): v for k, v in model.items() if _plain(v)} if isinstance(model, dict) else {}
+    """Args by a run's settings, which have NeMo 2's words for a model."""
+    return nemo.settings(yamls.table(contents(path, yamls.MOST), str(path))) if path.is_file() else {}
 
 
 def settings_beside(path: Path) -> dict[str, Any]:
@@ -141,13 +139,7 @@ def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The args of a run as plain values; what is of a class is left out."""
     state = tree.get("args")
     fields = state[-1] if isinstance(state, inert.Record) and len(state) else state
-    return {k: v for k, v in fields.items() if _plain(v)} if isinstance(fields, dict) else {}
-
-
-def _plain(value: Any, depth: int = 2) -> bool:
-    """A word or a number, a list of them, or one of such lists."""
-    inside = type(value) in (list, tuple) and depth > 0 and all(_plain(v, depth - 1) for v in value)
-    return type(value) in PLAIN or inside
+    return {k: v for k, v in fields.items() if megatron.plain(v)} if isinstance(fields, dict) else {}
 
 
 def lay_out(spec: Spec) -> Layout:
