@@ -200,7 +200,7 @@ def _config_json(m: Model, d: design.Design, report: Report) -> dict[str, Any]:
         config = translated(configs.to_hf(config, m.sizes, tied=not head), "params.json", report)
         config["torch_dtype"] = main  # the word that every version of transformers reads
     if megatron.is_args(config) and m.family and "v" in m.sizes:
-        weights = {w for rule in d.target.rules if rule for w in rule.weights}
+        weights = _layers(d)
         kind = megatron_args.model_type(m.family.model_types, weights)
         if kind in megatron_args.CLASSES:
             made = megatron_args.to_hf(config, kind, m.sizes, "head" not in weights, weights)
@@ -251,7 +251,7 @@ def unlike_titan(d: design.Design, m: Model) -> str:
 
 def args(d: design.Design, m: Model) -> configs.Translation:
     """What Megatron calls args, for a model of a known family."""
-    weights = {w for rule in d.target.rules if rule for w in rule.weights}
+    weights = _layers(d)
     if m.unresolved:
         return configs.Translation(
             dict(megatron_args.SPLIT),
@@ -265,7 +265,22 @@ def args(d: design.Design, m: Model) -> configs.Translation:
         made = megatron_args.to_args(config, m.sizes, weights, tied)
     if megatron.is_args(config):
         return made
-    return replace(made, config={**made.config, **_tokenizer(m)}, lost=(*_odd(config, m, tied), *made.lost))
+    adds = {"apply_layernorm_1p": True} if centred(m) else {}
+    return replace(made, config={**made.config, **adds, **_tokenizer(m)}, lost=(*_odd(config, m, tied), *made.lost))
+
+
+def centred(m: Model) -> bool:
+    """Whether norms of this family are stored as what is added to one."""
+    return m.family is not None and m.family.init.get("*norm") == "zeros"
+
+
+def _layers(d: design.Design) -> dict[str, set[int]]:
+    """The weights that a target has, and those of its layers in whose names each stands."""
+    found: dict[str, set[int]] = {}
+    for rule in filter(None, d.target.rules):
+        for weight in rule.weights:
+            found.setdefault(weight, set()).update(k for axis, k in rule.fixed if axis == "l")
+    return found
 
 
 def _odd(config: Config, m: Model, tied: bool) -> list[str]:

@@ -18,6 +18,7 @@ LAYER = "decoder.layers.{l}."
 FURTHER = "mtp.layers.{n}."  # one that predicts further tokens
 STEPS = "iter_{:07d}"
 TRACKER = "latest_checkpointed_iteration.txt"
+PLAIN = (str, int, float, bool, type(None))
 MOST = 1 << 20  # ranks, experts, rows of a latent: more than any run has
 
 
@@ -50,6 +51,12 @@ def dense_too(rules: Mapping[str, str]) -> dict[str, str]:
 
 def is_args(config: Mapping[str, Any]) -> bool:
     return {"num_layers", "hidden_size", "num_attention_heads"} <= set(config) and not configs.is_hf(config)
+
+
+def plain(value: Any, depth: int = 2) -> bool:
+    """A word or a number, a list of them, or one of such lists."""
+    inside = type(value) in (list, tuple) and depth > 0 and all(plain(v, depth - 1) for v in value)
+    return type(value) in PLAIN or inside
 
 
 def count(args: Mapping[str, Any], key: str) -> int:

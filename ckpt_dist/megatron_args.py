@@ -135,7 +135,7 @@ UNUSED = (
 )
 
 
-def model_type(types: Sequence[str], weights: set[str]) -> str:
+def model_type(types: Sequence[str], weights: Collection[str]) -> str:
     """Which of a family's models this is, by the weights that only some of Llama's relatives have."""
     if types[0] != "llama":
         return types[0]
@@ -143,9 +143,9 @@ def model_type(types: Sequence[str], weights: set[str]) -> str:
 
 
 def to_hf(
-    args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool, weights: Collection[str] = ()
+    args: Mapping[str, Any], kind: str, lengths: Mapping[str, int], tied: bool, weights: Mapping[str, Collection[int]]
 ) -> Translation:
-    """config.json of a model of type `kind` from its args; `lengths` and `weights` are the stored ones."""
+    """config.json of a model of type `kind` from its args; `lengths`, and `weights` with their layers, are the stored ones."""
     if kind in OTHERS:
         return _to_other_hf(args, kind, lengths, tied)
     told = {"norm_epsilon": args.get("layernorm_epsilon"), **{k: v for k, v in args.items() if v is not None}}
@@ -181,23 +181,25 @@ def to_hf(
         config["rope_scaling"] = {**configs.SCALED, "factor": float(told.get("rope_scaling_factor", 8))}
     elif told.get("rotary_seq_len_interpolation_factor", 1) != 1:
         config["rope_scaling"] = dict(rope_type="linear", factor=float(told["rotary_seq_len_interpolation_factor"]))
-    lost = _untranslated(told, kind)
+    lost, dense = _untranslated(told, kind), _dense(weights)
     if kind == "deepseek_v3":
-        config |= _latent(told, lengths)
+        config |= _latent(told, lengths, dense)
+        lost += [f"layers {dense} without experts"] if dense != list(range(len(dense))) else []
     elif kind == "qwen3_moe":
-        config |= {"norm_topk_prob": not told.get("moe_router_pre_softmax"), "mlp_only_layers": _dense_layers(told)}
+        config |= {"norm_topk_prob": not told.get("moe_router_pre_softmax"), "mlp_only_layers": dense}
     guesses.append("no bos_token_id and eos_token_id")
     text = "config.json, from Megatron's args: " + ", ".join(guesses)
     return Translation(config, (text,), tuple(lost))
 
 
-def _latent(args: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
-    """What only the config.json of a DeepSeek-V3 says."""
-    dense, scaled = _dense_layers(args), {hf: args[m] for m, hf in YARN if m in args}
+def _latent(args: Mapping[str, Any], lengths: Mapping[str, int], dense: Sequence[int]) -> dict[str, Any]:
+    """What only the config.json of a DeepSeek-V3 says, also what it has not: transformers' own is a model of 671 billion."""
+    scaled = {hf: args[m] for m, hf in YARN if m in args}
     config: dict[str, Any] = dict(
         num_key_value_heads=args["num_attention_heads"],
         n_shared_experts=lengths["s"] // lengths["m"] if "s" in lengths else None,
-        first_k_dense_replace=len(dense) if dense == list(range(len(dense))) else None,
+        q_lora_rank=lengths.get("a"),
+        first_k_dense_replace=len(dense),
         norm_topk_prob=args.get("moe_router_topk", 2) > 1,  # of one expert Megatron takes its score as it is
         scoring_func="sigmoid",
         topk_method="noaux_tc",
@@ -258,19 +260,20 @@ def centred(args: Mapping[str, Any]) -> list[str]:
     ][:1]
 
 
-def _dense_layers(args: Mapping[str, Any]) -> list[int]:
-    """The layers without experts: a list says it of each, a number that only each so many-th has them."""
-    every = args.get("moe_layer_freq", 1)
-    if isinstance(every, int):
-        return [n for n in range(args["num_layers"]) if n % every]
-    return [n for n, has in enumerate(every) if not has]
+def _dense(weights: Mapping[str, Collection[int]]) -> list[int]:
+    """The layers without experts, of a model of which others have them."""
+    return sorted(weights.get("gate", ())) if "expert_gate" in weights else []
 
 
-def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[str], tied: bool) -> Translation:
-    """Args of a model from its config.json (or from the args of its source) and the weights it has."""
+def to_args(
+    config: Mapping[str, Any], lengths: Mapping[str, int], weights: Mapping[str, Collection[int]], tied: bool
+) -> Translation:
+    """Args of a model from its config.json (or from the args of its source) and the weights it has, with their layers."""
+    known = _stored(lengths, weights, tied) if lengths.get("l") else {}
     if is_args(config):
-        return Translation({**config, **SPLIT, **({"padded_vocab_size": lengths["v"]} if "v" in lengths else {})})
-    if not lengths.get("l"):
+        rows = {"padded_vocab_size": lengths["v"]} if "v" in lengths else {}
+        return Translation({**known, **config, **SPLIT, **rows})
+    if not known:
         return Translation(dict(SPLIT))
     said = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(one, Mapping) for one in said):
@@ -281,29 +284,10 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
     given = {**rope, **config}
     args: dict[str, Any] = {m: given[hf] for m, hf in FIELDS if given.get(hf) is not None}
     scaling, lost = _scaling(rope, "kv_down" in weights)
-    groups = lengths.get("g", lengths.get("h"))
-    rotary = "positions" not in weights
-    args |= dict(
-        group_query_attention="g" in lengths and lengths.get("q") != 1,
-        num_query_groups=groups,
-        kv_channels=lengths["c"] * lengths["r"] if "r" in lengths else lengths.get("d"),
-        ffn_hidden_size=lengths.get("f"),
-        padded_vocab_size=lengths.get("v"),
-        **({"vocab_size": config["vocab_size"]} if config.get("vocab_size") else {}),
-        untie_embeddings_and_output_weights=not tied,
-        normalization="LayerNorm" if "norm_bias" in weights else "RMSNorm",
-        swiglu="gate" in weights or "expert_gate" in weights,
-        add_bias_linear="o_bias" in weights,
-        add_qkv_bias="q_bias" in weights,
-        qk_layernorm="q_norm" in weights,
-        position_embedding_type="alibi" if "embed_norm" in weights else "rope" if rotary else "learned_absolute",
-        add_position_embedding=not rotary,
-        rotary_percent=1.0,
-        rotary_interleaved=False,
-        mtp_num_layers=lengths["n"] if "mtp_enorm" in weights else None,
-    )
+    args |= {**known, **dict(rotary_percent=1.0, rotary_interleaved=False)}
+    args |= {"vocab_size": config["vocab_size"]} if config.get("vocab_size") else {}
     if "num_attention_heads" not in args:
-        args["num_attention_heads"] = (groups or 1) * lengths.get("q", 1)
+        args["num_attention_heads"] = (args["num_query_groups"] or 1) * lengths.get("q", 1)
     args.setdefault("num_layers", lengths["l"])
     args.setdefault("hidden_size", lengths["e"])
     args.setdefault("max_position_embeddings", lengths.get("p", 2048))
@@ -313,8 +297,37 @@ def to_args(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[
         args |= dict(openai_gelu=act == "gelu_new", bias_gelu_fusion=act in ("gelu_fast", "gelu_pytorch_tanh"))
     args |= {**SPLIT, **scaling, **({"norm_epsilon": epsilon} if epsilon is not None else {})}
     if "x" in lengths:
-        args |= _experts(config, lengths, weights)
+        args |= _routing(config, weights)
     return Translation(args, (), (*lost, *_untold(config, args)))
+
+
+def _stored(lengths: Mapping[str, int], weights: Mapping[str, Collection[int]], tied: bool) -> dict[str, Any]:
+    """Args that shapes and names say."""
+    rotary, dense = "positions" not in weights, _dense(weights)
+    args: dict[str, Any] = dict(
+        group_query_attention="g" in lengths and lengths.get("q") != 1,
+        num_query_groups=lengths.get("g", lengths.get("h")),
+        kv_channels=lengths["c"] * lengths["r"] if "r" in lengths else lengths.get("d"),
+        ffn_hidden_size=lengths.get("f"),
+        padded_vocab_size=lengths.get("v"),
+        untie_embeddings_and_output_weights=not tied,
+        normalization="LayerNorm" if "norm_bias" in weights else "RMSNorm",
+        swiglu="gate" in weights or "expert_gate" in weights,
+        add_bias_linear="o_bias" in weights,
+        add_qkv_bias="q_bias" in weights,
+        qk_layernorm="q_norm" in weights,
+        position_embedding_type="alibi" if "embed_norm" in weights else "rope" if rotary else "learned_absolute",
+        add_position_embedding=not rotary,
+        mtp_num_layers=lengths["n"] if "mtp_enorm" in weights else None,
+    )
+    if "x" in lengths:
+        args |= dict(
+            num_experts=lengths["x"],
+            moe_layer_freq=[int(n not in dense) for n in range(lengths["l"])] if dense else 1,
+            moe_ffn_hidden_size=lengths.get("m", lengths.get("f")),
+            multi_latent_attention="kv_down" in weights,
+        )
+    return args | ({"moe_shared_expert_intermediate_size": lengths["s"]} if "s" in lengths else {})
 
 
 def divisor(args: Mapping[str, Any], tp: int) -> dict[str, int]:
@@ -351,25 +364,16 @@ def _scaling(rope: Mapping[str, Any], latent: bool) -> tuple[dict[str, Any], lis
     return {}, [] if kind == "default" else [f"rope scaling {kind}, factor {rope.get('factor')}"]
 
 
-def _experts(config: Mapping[str, Any], lengths: Mapping[str, int], weights: set[str]) -> dict[str, Any]:
-    """Args of a mixture of experts."""
-    first, step = config.get("first_k_dense_replace") or 0, config.get("decoder_sparse_step") or 1
-    dense = {
-        n for n in range(lengths["l"]) if n < first or (n + 1) % step or n in (config.get("mlp_only_layers") or ())
-    }
+def _routing(config: Mapping[str, Any], weights: Collection[str]) -> dict[str, Any]:
+    """Args of how a mixture of experts chooses among them."""
     sigmoid = config.get("scoring_func") == "sigmoid" or config.get("model_type") == "deepseek_v3"
-    args: dict[str, Any] = dict(
-        num_experts=lengths["x"],
+    return dict(
         moe_router_score_function="sigmoid" if sigmoid else "softmax",
         moe_router_enable_expert_bias="router_bias" in weights and sigmoid,
         moe_router_pre_softmax=not sigmoid
         and config.get("model_type") == "qwen3_moe"
         and not config.get("norm_topk_prob"),
-        moe_layer_freq=[int(n not in dense) for n in range(lengths["l"])] if dense else 1,
-        multi_latent_attention="kv_down" in weights,
     )
-    args["moe_ffn_hidden_size"] = lengths.get("m", lengths.get("f"))
-    return args | ({"moe_shared_expert_intermediate_size": lengths["s"]} if "s" in lengths else {})
 
 
 def _untold(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """NeMo's words for a model as Megatron's args: model_config.yaml of NeMo 1, context/model.yaml of NeMo 2.
 
 Facts: NeMo 1.x (`megatron_gpt_config.yaml`) and NeMo 2.x (`GPTConfig`), from source. NeMo 2 has Megatron-core's words but
-for those below; NeMo 1 has some of its own.
+for those below, and so has Megatron Bridge (run_config.yaml); NeMo 1 has some of its own.
 
 Invariant: pure; only what the settings say is translated, what they leave out stays out.
 """
@@ -17,7 +17,6 @@ SETTINGS = (  # files, seen from the tensors
     "model_config.yaml", "../model_config.yaml", "../context/model.yaml", "hparams.yaml", "../hparams.yaml",
     "../../hparams.yaml",
 )  # fmt: skip
-PLAIN = (str, int, float, bool)
 WORDS = dict(  # of NeMo -> of args
     layernorm_epsilon="norm_epsilon",
     rotary_percentage="rotary_percent",
@@ -26,6 +25,7 @@ WORDS = dict(  # of NeMo -> of args
     bias="add_bias_linear",
     qkv_bias="add_qkv_bias",
     encoder_seq_length="seq_length",
+    bias_activation_fusion="bias_gelu_fusion",
 )
 NORMS = dict(rmsnorm="RMSNorm", layernorm="LayerNorm", layernorm1p="LayerNorm", low_precision_layernorm="LayerNorm")
 LLAMA_3 = dict(low_freq_factor=1, high_freq_factor=4, old_context_len=8192)
@@ -39,16 +39,22 @@ def settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     inner = tree.get("config") or tree.get("cfg") or tree.get("model")  # of NeMo 2, of hparams.yaml, of a run's config
     told = inner if isinstance(inner, Mapping) else tree
-    given = {WORDS.get(str(k), str(k)): v for k, v in told.items() if type(v) in PLAIN}
+    said = ((str(k), v) for k, v in told.items() if v is not None and megatron.plain(v))
+    given = {WORDS.get(k, k): v for k, v in said if "${" not in str(v)}  # which is another setting's value
     if not megatron.is_args(given):
         return {}
     if str(given.get("normalization")).lower() in NORMS:
         norm = str(given["normalization"]).lower()
         given["normalization"] = NORMS[norm]
-        given["apply_layernorm_1p"] = norm == "layernorm1p"
+        given["apply_layernorm_1p"] = norm == "layernorm1p" or given.get("layernorm_zero_centered_gamma") is True
+    function = told.get("activation_func")
+    if isinstance(function, Mapping):  # of NeMo 2: `torch.nn.functional.silu`
+        name = str(function.get("_target_")).rpartition(".")[2].replace("_", "-")
+        given["activation"] = "swiglu" if name == "silu" and told.get("gated_linear_unit") else name
     if isinstance(given.get("activation"), str):
         given["swiglu"] = given["activation"] in GATED
         given["squared_relu"] = given["activation"] == "squared-relu"
+        given["openai_gelu"] = given["activation"] == "openai-gelu"
     share = given.get("share_embeddings_and_output_weights")
     if isinstance(share, bool):
         given["untie_embeddings_and_output_weights"] = not share

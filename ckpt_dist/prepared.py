@@ -141,7 +141,7 @@ def _say(
 ) -> None:
     """What a person should know of the target: what was guessed for it, and where it may not be what they expect."""
     report.warnings += design.unused(target["dtype"], d.target.entries)
-    if d.dialect and not d.dialect.startswith("megatron") and not _zeros(m):
+    if d.dialect and not d.dialect.startswith("megatron") and not beside.centred(m):
         report.warnings += megatron_args.centred(m.source.config)
     if told and target["format"] != "merak":  # which writes those of a source, not of a config.json
         beside.translated(told, "config.json", report)
@@ -179,11 +179,6 @@ def _beside(
     if staging.node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else contents(f) for n, f in small.items()})
     return small
-
-
-def _zeros(m: Model) -> bool:
-    """Whether norms of this family are stored as what is added to one."""
-    return m.family is not None and m.family.init.get("*norm") == "zeros"
 
 
 def _placement(group: Group, cfg: Config) -> tuple[int, ...] | None:

@@ -20,21 +20,30 @@ from ckpt_dist.model import Model
 from ckpt_dist.report import Report
 from ckpt_dist.spelling import Bound
 
+RANKS = ("megatron", "nemo")  # formats of which, whatever the model, the last stage has a copy of a tied embedding
+MEGATRONS = {"output_layer.weight": "embedding.word_embeddings.weight"}
+
 
 def settle(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) -> Model:
     """Where the config ties two weights, or cannot say so, and both are stored: leave the copy out if it is equal.
 
     Values that are not stored yet cannot be compared: both are kept.
     """
-    if m.family is None or m.source.reader:
+    if m.source.reader or (m.family is None and not (m.catalog.format in RANKS and tied(m))):
         return m
-    m = _without_copies(group, report, m, engine)
-    assert m.family is not None
+    m = _without_copies(group, report, m, engine) if m.family else m
     if not tied(m) and is_hf(m.source.config):
         return m
+<<<<<<< HEAD
     where = {r.weights[0]: e for e, r in enumerate(spelling.rules(m)) if r is not None and len(r.weights) == 1}
     for weight, other in m.family.ties.items():
         if weight not in where or other not in where:
+=======
+    rules = spelling.rules(m) if m.family else spelling.bind_plain(m).rules
+    where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}
+    for copy, of in (m.family.ties if m.family else MEGATRONS).items():
+        if copy not in where or of not in where:
+>>>>>>> h4
             continue
         one, two = where[weight], where[other]
         saved = "saved" in m.catalog.about

@@ -62,6 +62,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {  # 
     "mistral": (dict(sliding_window=None), {}, ("tp2",)),
     "qwen2": ({}, dict(add_qkv_bias=True), ("tp1", "tp2pp2", "tp4")),
     "qwen3": ({}, dict(qk_layernorm=True), ("tp2pp2", "vpp2", "stages")),
+    "qwen3-te": ({}, dict(qk_layernorm=True), ("tp2",)),  # its norms have states, as those of Transformer Engine
     "gpt2": (dict(n_embd=32, n_head=4, n_layer=4, n_positions=64, n_inner=96, vocab_size=64), {}, ("tp1", "tp2pp2")),
     "mixtral": (
         dict(num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
@@ -138,8 +139,9 @@ def job(top: Path, kind: str, layout: str, loaded: Path) -> dict[str, Any]:
             position_embedding_type="learned_absolute" if gpt2 else "rope", max_position_embeddings=64,
         ),
         layout=LAYOUTS[layout],
+        states=kind.endswith("-te"),
         load=str(loaded),
-        strict=STRICT if layout == KINDS[kind][2][0] else STRICT[:1],
+        strict=STRICT if layout == KINDS[kind][2][0] and not kind.endswith("-te") else STRICT[:1],
         ids=IDS,
         logits=str(top / f"{layout}.logits") if layout != APART else None,
         save=str(top / f"dist-{layout}/iter_0000007"),
@@ -230,6 +232,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         wanted[kind] = transformer(kind, top / kind / "hf")
         dialect = "megatron_local" + ("" if kind == "deepseek_v3" else "_stacked")
         own = {"target.dialect": dialect} if "num_moe_experts" in more else {}
+        own |= {} if kind.endswith("-te") else {"target.spec": "local"}
         ckpt_dist.convert(top / kind / "hf", top / kind / "ours", format="torch_dist", **own)
         jobs += [job(top / kind, kind, layout, top / kind / "ours/iter_0000001") for layout in layouts]
     (top / "jobs.json").write_text(json.dumps(jobs))

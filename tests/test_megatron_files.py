@@ -587,6 +587,23 @@ def test_args_of_deepseek_v3_are_its_config(tmp_path: Path, rope: dict[str, Any]
     assert torch.equal(one, two)
 
 
+def test_args_of_deepseek_v3_without_a_query_latent(tmp_path: Path) -> None:
+    """transformers would build one where a config.json does not say that there is none, and draw its values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = AutoConfig.for_model(
+        "deepseek_v3", **{**SMALL, **KINDS["deepseek_v3"][0], "q_lora_rank": None, "first_k_dense_replace": 2}
+    )
+    model = AutoModelForCausalLM.from_config(small, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    rewritten(tmp_path / "it", lambda tree, number: delattr(tree["args"], "moe_layer_freq"))
+    assert ckpt_dist.convert(tmp_path / "it", tmp_path / "back")["warnings"] == []
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert (back.config.q_lora_rank, back.config.first_k_dense_replace) == (None, 2)
+    assert torch.equal(model(torch.arange(24)[None]).logits, back(torch.arange(24)[None]).logits)
+
+
 def test_args_of_gpt2_are_its_config(tmp_path: Path) -> None:
     transformer("gpt2", tmp_path / "hf")
     ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
@@ -890,6 +907,37 @@ def test_a_model_that_only_looks_like_a_known_one(llama: Path, tmp_path: Path) -
     ckpt_dist.convert(tmp_path / "it", tmp_path / "as-it-is.pt", format="torch", model="identity")
 
 
+def test_a_weight_that_is_kept_is_where_megatron_looks_for_it(tmp_path: Path) -> None:
+    """A bias that balances experts, of a model whose family has none: Megatron asks for all layers' in one tensor."""
+    transformer("qwen3_moe", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron")
+    bias = {f"decoder.layers.{k}.mlp.router.expert_bias": torch.rand(4) for k in range(4)}
+    rewritten(tmp_path / "it", lambda tree, number: tree["model"].update(bias))
+    with pytest.raises(UsageError, match=r"is of one layer, 'decoder.layers.\D\S+' of all: .* model=identity"):
+        ckpt_dist.convert(tmp_path / "it", tmp_path / "no", format="torch_dist", unmatched="keep")
+    keys: dict[str, Any] = {"unmatched": "keep", "target.dialect": "megatron"}
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "each", format="torch_dist", **keys)
+    assert torch.equal(state_of(tmp_path / "each/iter_0000001")[min(bias)], bias[min(bias)])
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "all", format="torch_dist", model="identity")
+    found = state_of(tmp_path / "all/iter_0000001")["decoder.layers.mlp.router.expert_bias"]
+    assert torch.equal(found, torch.stack([*bias.values()]))
+
+
+def test_the_last_stages_copy_of_a_tied_embedding_in_any_model(tmp_path: Path) -> None:
+    """Megatron's own modules have it on a last stage that is not the first, and nowhere else."""
+    transformer("llama-tied", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.pp": 2})
+    assert "output_layer.weight" in torch.load(rank_files(tmp_path / "it")[-1], weights_only=False)["model"]
+    for pp in (1, 2):
+        keys = {"model": "identity", "target.pp": pp}
+        ckpt_dist.convert(tmp_path / "it", tmp_path / f"pp{pp}", format="megatron", **keys)
+        for mine, his in zip(rank_files(tmp_path / f"pp{pp}"), rank_files(tmp_path / "it"), strict=pp == 2):
+            a, b = (torch.load(f, weights_only=False)["model"] for f in (mine, his))
+            assert ("output_layer.weight" in a) == (pp == 2 and "output_layer.weight" in b)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "dist", format="torch_dist", model="identity")
+    assert "output_layer.weight" not in state_of(tmp_path / "dist/iter_0000001")
+
+
 @pytest.mark.parametrize("keys", [{"target.pp": 2}, {"target.ep": 2}])
 def test_folders_renamed_where_args_do_not_say_what_their_second_number_is(
     tmp_path: Path, keys: dict[str, Any]
@@ -906,13 +954,36 @@ def test_folders_renamed_where_args_do_not_say_what_their_second_number_is(
     assert ckpt_dist.fingerprint(tmp_path / "it", **config) == ckpt_dist.fingerprint(tmp_path / "hf")
 
 
-def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_missed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tp", "etp"), [(2, 1), (1, 2)])
+def test_experts_of_other_tensor_parallel_ranks_are_named_before_files_are_missed(
+    tmp_path: Path, tp: int, etp: int
+) -> None:
     transformer("mixtral", tmp_path / "hf")
-    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": 2, "target.ep": 2})
-    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(expert_tensor_parallel_size=1))
-    shutil.rmtree(tmp_path / "it/iter_0000001/mp_rank_01_000")
-    with pytest.raises(CheckpointError, match=r"experts are divided by 1 .* Save with the format torch_dist"):
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="megatron", **{"target.tp": tp, "target.ep": 2})
+    rewritten(tmp_path / "it", lambda tree, number: vars(tree["args"]).update(expert_tensor_parallel_size=etp))
+    shutil.rmtree(sorted((tmp_path / "it/iter_0000001").iterdir())[-1])
+    with pytest.raises(CheckpointError, match=rf"experts are divided by {etp} .* Save with the format torch_dist"):
         ckpt_dist.inspect(tmp_path / "it")
+
+
+def test_experts_are_one_module_of_transformer_engine(tmp_path: Path) -> None:
+    """Megatron takes `moe_grouped_gemm` over from a checkpoint, and by it calls experts this way or that."""
+    transformer("mixtral", tmp_path / "hf")
+    for spec in ("te", "local"):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / spec, format="megatron", **{"target.spec": spec})
+        names = torch.load(rank_files(tmp_path / spec)[0], weights_only=False)["model"]
+        assert args_in(tmp_path / spec)["moe_grouped_gemm"] is (spec == "te")
+        assert any(n.endswith("experts.linear_fc1.weight3") for n in names) is (spec == "te")
+
+
+def test_megatron_is_told_that_it_has_to_add_one_to_norms(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for kind, adds in (("gemma3_text", True), ("llama", None)):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL))
+        model.save_pretrained(tmp_path / kind)
+        ckpt_dist.convert(tmp_path / kind, tmp_path / f"{kind}-it", format="megatron")
+        assert args_in(tmp_path / f"{kind}-it").get("apply_layernorm_1p") is adds
 
 
 @pytest.mark.parametrize("further", [1, 2])

@@ -277,6 +277,87 @@ def test_settings_of_both_tools_become_args() -> None:
     assert nemo.settings({"cfg": {"sample_rate": 16000}}) == nemo.settings({"cfg": [1]}) == nemo.settings({}) == {}
 
 
+FUNCTION = {"_target_": "torch.nn.functional.silu", "_call_": False}
+BRIDGE = dict(  # of a run_config.yaml that Megatron Bridge 0.1 wrote of Llama 3.2, but for the sizes
+    _target_="megatron.bridge.models.llama.llama_provider.Llama31ModelProvider", activation_func=FUNCTION,
+    add_bias_linear=False, add_qkv_bias=False, ffn_hidden_size=48, gated_linear_unit=True, hidden_size=32,
+    high_freq_factor=4.0, init_method_std=0.3, kv_channels=8, layernorm_epsilon=1e-6, layernorm_zero_centered_gamma=False,
+    low_freq_factor=1.0, moe_layer_freq=1, moe_router_topk=2, normalization="RMSNorm", num_attention_heads=4, num_layers=4,
+    num_moe_experts=None, num_query_groups=2, old_context_len=8192, position_embedding_type="rope", qk_layernorm=False,
+    recompute_modules=["core_attn"], rotary_base=500000.0, rotary_interleaved=False, rotary_percent=1.0, scale_factor=32.0,
+    seq_length=131072, share_embeddings_and_output_weights=False, vocab_size=64, window_size=None,
+)  # fmt: skip
+ROPE = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=8192, rope_theta=500000.0)  # fmt: skip
+READ = (  # what `load_args_from_checkpoint` of Megatron-LM takes over of a dense model, where it is there
+    "num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "num_attention_heads", "num_query_groups",
+    "group_query_attention", "kv_channels", "max_position_embeddings", "position_embedding_type", "add_position_embedding",
+    "rotary_base", "rotary_percent", "rotary_interleaved", "add_bias_linear", "add_qkv_bias", "swiglu",
+    "untie_embeddings_and_output_weights", "normalization", "padded_vocab_size",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", ["bridge", "nemo 2"])
+def test_megatron_is_told_of_other_tools_models_what_it_is_told_of_hugging_faces(
+    llama: Path, stacked: State, tmp_path: Path, tool: str
+) -> None:
+    from transformers import AutoConfig
+
+    shutil.copytree(llama, tmp_path / "hf")
+    config = json.loads((llama / "config.json").read_text())
+    config |= dict(max_position_embeddings=131072, rope_parameters=ROPE)
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    if tool == "bridge":
+        folder = tmp_path / "run/iter_0000003"
+        distributed(folder, stacked, 3, "module")
+        torch.save({"iteration": 3, "content_metadata": {}}, folder / "common.pt")
+        (folder / "run_config.yaml").write_text(OmegaConf.to_yaml({"model": BRIDGE, "train": {"train_iters": 3}}))
+    else:
+        folder = nemo2(tmp_path / "run", stacked, 3)
+        (folder / "context/model.yaml").write_text(OmegaConf.to_yaml({"config": BRIDGE}))
+    assert ckpt_dist.convert(folder, tmp_path / "back")["warnings"] == []
+    theirs, ours = (AutoConfig.from_pretrained(tmp_path / p) for p in ("hf", "back"))
+    for key in ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "head_dim"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    told = []
+    for name, source in (("one", tmp_path / "hf"), ("two", folder)):
+        ckpt_dist.convert(source, tmp_path / name, format="megatron", **{"target.tp": 2})
+        told.append(vars(torch.load(rank_files(tmp_path / name)[0], weights_only=False)["args"]))
+    assert {k: told[1].get(k) for k in READ} == {k: told[0].get(k) for k in READ}
+    assert told[1]["use_rope_scaling"] and told[1]["rope_scaling_factor"] == 32.0
+
+
+def test_settings_with_lists_and_functions() -> None:
+    def words(**more: Any) -> dict[str, Any]:
+        return nemo.settings({"config": {**BRIDGE, **more}})
+
+    assert words(moe_layer_freq=[0, 1, 1, 1])["moe_layer_freq"] == [0, 1, 1, 1]
+    assert words(window_size=[4096, 0])["window_size"] == [4096, 0]
+    assert words()["swiglu"] and not words()["squared_relu"]
+    square = words(activation_func={"_target_": "megatron.core.activations.squared_relu"}, gated_linear_unit=False)
+    assert square["squared_relu"] and not square["swiglu"]
+    assert words(activation_func={"_target_": "torch.nn.functional.gelu"})["activation"] == "gelu"  # gated, no swiglu
+    assert words(layernorm_zero_centered_gamma=True)["apply_layernorm_1p"] is True
+    assert words(max_position_embeddings="${.encoder_seq_length}")["max_position_embeddings"] == 131072
+
+
+def test_which_layers_have_no_experts_is_seen(tmp_path: Path) -> None:
+    """Settings of NeMo may not say it, and a config.json that says another number makes transformers draw weights."""
+    from transformers import AutoConfig
+
+    transformer("deepseek_v3", tmp_path / "hf")
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "it", format="torch_dist")
+    one = next((tmp_path / "it").rglob("common.pt"))
+    common = torch.load(one, weights_only=False)
+    del common["args"].moe_layer_freq
+    torch.save(common, one)
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "back")
+    assert AutoConfig.from_pretrained(tmp_path / "back").first_k_dense_replace == 1
+    ckpt_dist.convert(tmp_path / "it", tmp_path / "files", format="megatron")
+    args = torch.load(rank_files(tmp_path / "files")[0], weights_only=False)["args"]
+    assert args.moe_layer_freq == [0, 1, 1, 1]
+
+
 # ---- files of ranks
 
 
@@ -326,6 +407,18 @@ def test_files_of_ranks_are_the_model(llama: Path, tmp_path: Path, layout: str, 
     for path in (run, first):
         assert ckpt_dist.fingerprint(path) == wanted
     assert ckpt_dist.inspect(first)["format"] == "nemo"
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2pp2"])
+def test_what_nemo_stores_of_rotary_embeddings_is_no_weight(llama: Path, tmp_path: Path, layout: str) -> None:
+    """A buffer in the file of each rank, of all stages, as NeMo 1 made it of `register_buffer`."""
+    nemo1(llama, tmp_path / "run", 10, layout, old, tmp_path / "scratch")
+    for file in (tmp_path / "run").rglob("*.ckpt"):
+        tree = torch.load(file, weights_only=False)
+        tree["state_dict"]["model.language_model.rotary_pos_emb.inv_freq"] = torch.ones(4)
+        torch.save(tree, file)
+    ckpt_dist.convert(tmp_path / "run", tmp_path / "hf")
+    assert ckpt_dist.fingerprint(tmp_path / "hf") == ckpt_dist.fingerprint(llama)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -49,7 +49,7 @@ weights = dict(
 weights |= {"mtp_" + w: axes.replace("l", "n", 1) for w, axes in weights.items() if axes.startswith("l ")}
 weights |= dict(mtp_enorm="n e", mtp_hnorm="n e", mtp_proj="n e w", mtp_norm="n e", mtp_embed="n v e", mtp_head="n v e")
 ties = dict(head="embed")
-drops = (r".*rotary_emb\.inv_freq",)
+drops = (r".*rotary_(pos_)?emb\.inv_freq",)
 further = dict(n="num_nextn_predict_layers")
 copies = dict(mtp_embed="embed", mtp_head="head")
 _dense, _shared = ("gate", "up", "down"), ("shared_gate", "shared_up", "shared_down")

@@ -51,7 +51,7 @@ defaults = dict(  # what transformers takes where a config.json does not say it
     mistral=dict(num_key_value_heads=8),
     qwen2=dict(num_key_value_heads=32),
 )
-drops = (r".*rotary_emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
+drops = (r".*rotary_(pos_)?emb\.inv_freq", r"rope\.freqs", r"freqs_cis", r".*rope\.cache")
 
 _hf = "model.layers.{l}."
 _meta = "layers.{l}."

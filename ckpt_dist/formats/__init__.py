@@ -63,7 +63,7 @@ OPTIONS: dict[
     "ep": (1, ("megatron",)),
     "partition": (None, _STAGED),
     "partition_method": ("uniform", ("merak",)),
-    "spec": ("te", ("megatron",)),
+    "spec": ("te", ("megatron", "torch_dist", "zarr")),
     "release": (None, _STAGED),  # a checkpoint to begin with, of no step
     "embedding": ("auto", ("meta", "merak")),
     "safetensors": (True, ("hf",)),
@@ -156,7 +156,9 @@ def dialects(target: Mapping[str, Any], own: str) -> tuple[str, ...]:
     """Those of a target's format, or the source's own: Merak's layers have other names where ranks divide them."""
     if target.get("format") == "merak" and int(target.get("tp") or 1) > 1:
         return ("merak",)
-    return DIALECTS.get(str(target.get("format")), (own,))
+    local = ("megatron_local_stacked", "megatron_local") if target.get("spec") == "local" else ()
+    found = DIALECTS.get(str(target.get("format")), (own,))
+    return (*local, *found) if target.get("format") in ("torch_dist", "zarr") else found
 
 
 def lfs_pointer(path: Path) -> str:

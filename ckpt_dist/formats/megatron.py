@@ -35,6 +35,7 @@ from ckpt_dist.ranks import Rank
 FOLDER = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 STATE = "_extra_state"  # of a layer of Transformer Engine: a tensor of bytes, a file, or None
+BESIDE = (STATE, "rotary_pos_emb.inv_freq")  # tensors that are no weights; NeMo 1 stored the second, in all stages
 OLD = (  # names from before megatron-core, and how it calls the same
     (r"^((model|module)\.)*", ""),  # of wrappers, and of NeMo
     (r"^language_model\.", ""),
@@ -234,8 +235,8 @@ def _extras(tree: Mapping[str, Any]) -> Iterator[Extra]:
             )
     for model in _models(tree):
         for place, leaf in pt.walk(model):
-            if place and str(place[-1]).endswith(STATE) and leaf is not None:
-                name = ".".join(map(str, place))
+            name = ".".join(map(str, place))
+            if name.endswith(BESIDE) and leaf is not None:
                 yield Extra(name, (name,), "state", inert.Record())
 
 
@@ -251,7 +252,7 @@ def _states(trees: Sequence[Mapping[str, Any]]) -> list[list[State]]:
 
 def _tensors(model: Mapping[str, Any]) -> State:
     leaves = ((".".join(map(str, place)), leaf) for place, leaf in pt.walk(model))
-    return {n: x for n, x in leaves if isinstance(x, inert.TensorRef) and not n.endswith(STATE)}
+    return {n: x for n, x in leaves if isinstance(x, inert.TensorRef) and not n.endswith(BESIDE)}
 
 
 def _renamed(state: State, encodes: bool) -> State:
@@ -291,7 +292,7 @@ def _ranks(path: Path, names: Sequence[str], args: Mapping[str, Any]) -> list[Ra
         places.append((t or 0, p or 0, e or 0))
     tp, pp, ep = (max(size, *(p[k] + 1 for p in places)) for k, size in enumerate(said))
     etp = args.get("expert_tensor_parallel_size")
-    if tp > 1 and (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
+    if (args.get("num_experts") or args.get("num_moe_experts")) and etp not in (None, tp):
         raise CheckpointError(
             f"{path}: experts are divided by {etp} tensor-parallel ranks, the rest by {tp}; such files are not read. "
             "Save with the format torch_dist."
@@ -374,6 +375,8 @@ def lay_out(spec: Spec) -> Layout:
     further = _count((e.name for e in spec.entries), ranks.FURTHEST)
     args = {**(o.get("args") or {}), **_parallel_args(tp, pp, vpp, ep, stages, o.get("partition"), further)}
     args |= megatron_args.divisor(args, tp)
+    if any(ranks.EXPERTS in e.name for e in spec.entries):  # of Transformer Engine they are those of one module
+        args["moe_grouped_gemm"] = o.get("spec") != "local"
     all_ranks = [Rank(t, p, e, tp, pp, ep) for p in range(pp) for t in range(tp) for e in range(ep)]
     names = [f"{top}/{_folder(rank)}/{FILES[0]}" for rank in all_ranks]
     each = [list(ranks.holds(spec.entries, rank, stages, str(o.get("spec") or "te"))) for rank in all_ranks]

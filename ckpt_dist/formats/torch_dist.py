@@ -1,7 +1,8 @@
 """Megatron-core's distributed checkpoints: a DCP folder with `metadata.json` and `common.pt`, in `iter_NNNNNNN/`.
 
 Facts: megatron-core 0.8 to 0.19; what is written was loaded by 0.16.1. Everything but tensors is in common.pt, since
-0.19 in the object `common_state/shard_0_1`. A layer's `_extra_state` objects have to be there, if only as [None].
+0.19 in the object `common_state/shard_0_1`. A layer's `_extra_state` objects have to be there, if only as [None]: those
+of linear layers, and of Transformer Engine's norms (from its version 2) and attentions (up to megatron-core 0.14).
 NeMo puts the model under a key (`model.` in NeMo 1, `module.` in NeMo 2), has no args and no `iter_NNNNNNN/`.
 
 Invariant: tensors are those of `dcp`; this file only adds what Megatron and NeMo keep beside them.
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,15 @@ BACKENDS = dict(
     sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
 )
 BUCKETS = re.compile(r"(chained_\d+\.)?optimizer\.distributed\.")
-PLAIN = (str, int, float, bool, type(None))
 NEMO = {"model": "", "module": "weights/"}  # the key that NeMo 1 and NeMo 2 put a model under, and the folder
+AROUND = r"(?:model\.|module\.)*"
+LAYER = AROUND + r"(?:(?:en|de)coder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)"
 LINEAR = re.compile(
-    r"((?:model\.|module\.)*(?:(?:en|de)coder\.layers\.(?:\d+\.)?|mtp\.layers\.\d+\.transformer_layer\.)"
-    r"(?:(?:self|cross)_attention|mlp)\.(?:(?:experts\.experts|shared_experts)\.)?linear_\w+"
-    r"|(?:model\.|module\.)*mtp\.layers\.\d+\.eh_proj)\.weight"
+    rf"({LAYER}(?:(?:self|cross)_attention|mlp)\.(?:(?:experts\.experts|shared_experts)\.)?linear_\w+"
+    rf"|{AROUND}mtp\.layers\.\d+\.eh_proj)\.weight"
 )
+NORM = re.compile(rf"({AROUND}(?:(?:en|de)coder|mtp)\.(?:.+\.)?(?:\w*layernorm|[eh]norm))\.weight")
+PROJECTION = re.compile(rf"({LAYER}(?:self|cross)_attention\.)linear_proj\.weight")
 
 
 def claims(path: Path) -> bool:
@@ -111,9 +115,8 @@ def _dict(tree: Any, where: Path) -> Mapping[str, Any]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The model's part of a run's settings, by the words that args have for it."""
-    model = yamls.table(contents(path, yamls.MOST), str(path)).get("model") if path.is_file() else None
-    return {str(k): v for k, v in model.items() if _plain(v)} if isinstance(model, dict) else {}
+    """Args by a run's settings, which have NeMo 2's words for a model."""
+    return nemo.settings(yamls.table(contents(path, yamls.MOST), str(path))) if path.is_file() else {}
 
 
 def settings_beside(path: Path) -> dict[str, Any]:
@@ -136,19 +139,14 @@ def args_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The args of a run as plain values; what is of a class is left out."""
     state = tree.get("args")
     fields = state[-1] if isinstance(state, inert.Record) and len(state) else state
-    return {k: v for k, v in fields.items() if _plain(v)} if isinstance(fields, dict) else {}
-
-
-def _plain(value: Any, depth: int = 2) -> bool:
-    """A word or a number, a list of them, or one of such lists."""
-    inside = type(value) in (list, tuple) and depth > 0 and all(_plain(v, depth - 1) for v in value)
-    return type(value) in PLAIN or inside
+    return {k: v for k, v in fields.items() if megatron.plain(v)} if isinstance(fields, dict) else {}
 
 
 def lay_out(spec: Spec) -> Layout:
     """A dcp folder with the objects that Megatron asks for, and what is beside them."""
-    names = [f"{key}/shard_{place}" for key, place in layer_states(spec.entries)]
-    objects = {name: Extra(name, (name,), "state", [None]) for name in names} | held_states(spec, "torch_dist")
+    _one_style([e.name for e in spec.entries])
+    held = held_states(spec, "torch_dist")
+    objects = {name: Extra(name, (name,), "state", [None]) for name in layer_states(spec, bool(held))} | held
     options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
     beside = {x.name: x.value for x in spec.extras if x.name in BESIDE["torch_dist"]}
     planned = spec.source is not None and "saved" in spec.source.about  # a saved catalog has no settings
@@ -160,6 +158,17 @@ def lay_out(spec: Spec) -> Layout:
     extras = [x for x in spec.extras if x.name not in beside]
     layout = dcp.lay_out(replace(spec, extras=(*extras, *objects.values()), options=options))
     return placed(spec, layout, "torch_dist")
+
+
+def _one_style(names: Sequence[str]) -> None:
+    """Megatron asks for all weights of a block's layers in one tensor each, or for those of each layer."""
+    one = next((n for n in names if re.match(r"decoder\.layers\.\d", n)), None)
+    every = next((n for n in names if re.match(r"decoder\.layers\.\D", n)), None)
+    if one and every:
+        raise UsageError(
+            f"target.format=torch_dist: {one!r}, which is kept as it is, is of one layer, {every!r} of all: Megatron would not find "
+            "the first. Give target.dialect=megatron, which has a key for each layer, or model=identity."
+        )
 
 
 def placed(spec: Spec, layout: Layout, backend: str) -> Layout:
@@ -228,23 +237,25 @@ def held_states(spec: Spec, backend: str) -> dict[str, Any]:
     return dict(source.about.get("states", {}))
 
 
-def layer_states(entries: Sequence[Entry]) -> Iterator[tuple[str, str]]:
-    """The `_extra_state` of linear layers, without which Megatron does not load them: key, and offset and count."""
-    return (one for entry in entries for one in _objects(entry))
+def layer_states(spec: Spec, held: bool) -> list[str]:
+    """The `_extra_state` of modules, without which Megatron does not load them: `KEY._extra_state/shard_0_4`. Where the
+    source has such, it has those of Transformer Engine too if its modules are of that."""
+    engine = not held and spec.options.get("spec") != "local" and "local" not in str(spec.options.get("dialect"))
+    return [name for entry in spec.entries for name in _objects(entry, engine)]
 
 
-def _objects(entry: Entry) -> list[tuple[str, str]]:
-    """The `_extra_state` of a linear layer: one for each layer (and expert) of its tensor, by offset and count."""
-    found = LINEAR.fullmatch(entry.name)
+def _objects(entry: Entry, engine: bool) -> Iterator[str]:
+    """Those of the module that a tensor is of, with Transformer Engine's also of the attention before it: one for each
+    layer (and expert) of the tensor, by offset and count."""
+    name = entry.name
+    found = LINEAR.fullmatch(name) or (NORM.fullmatch(name) if engine else None)
     if found is None:
-        return []
-    stacked = not re.search(r"\.layers\.\d", entry.name)
+        return
+    modules = [found[1], *(hit[1] + "core_attention" for hit in [PROJECTION.fullmatch(name)] if hit and engine)]
+    stacked = re.search(r"\.layers\.(?!\d)", name) is not None
     counts = [entry.shape[0]] if stacked else []
-    if ".experts.experts." in entry.name:
+    if ".experts.experts." in name:
         counts.append(entry.shape[1 if stacked else 0])
-    if not counts:
-        return [(found[1] + "._extra_state", "0_1")]
-    places = [""]
-    for count in counts:
-        places = [f"{p}.{k}" if p else str(k) for p in places for k in range(count)]
-    return [(found[1] + "._extra_state", f"{p}_{'.'.join(map(str, counts))}") for p in places]
+    places = product(*map(range, counts)) if counts else [(0,)]
+    count = ".".join(map(str, counts or [1]))
+    yield from (f"{m}.{STATE}/shard_{'.'.join(map(str, place))}_{count}" for place in places for m in modules)

@@ -256,8 +256,8 @@ def _header(entry: Entry, grid: Grid) -> str:
 
 def _states(spec: Spec) -> dict[str, Any]:
     """A layer's state: the source's where that has it, else none."""
-    names = [f"{key}/shard_{place}.pt" for key, place in torch_dist.layer_states(spec.entries)]
     held = torch_dist.held_states(spec, "zarr")
-    return {name: lambda: pt.archive(None) for name in names} | {
+    names = torch_dist.layer_states(spec, bool(held))
+    return {f"{name}.pt": lambda: pt.archive(None) for name in names} | {
         name: partial(contents, path) for name, path in held.items()
     }

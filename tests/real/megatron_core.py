@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 4 -m tests.real.megatron_core JOBS.json
 
 JOBS.json is a list of jobs, each with `settings` (TransformerConfig), `model` (GPTModel), `layout` (tp, pp, vpp, ep,
-first, stages) and what to do: `load` a torch_dist checkpoint with each of `strict` (none: its own first values),
-`logits` to save, `save` a torch_dist checkpoint, `legacy` to write every rank's own state dict as Megatron-LM's training
-code lays it out.
+first, stages), `states` (norms that have one, as Transformer Engine's) and what to do: `load` a torch_dist checkpoint with
+each of `strict` (none: its own first values), `logits` to save, `save` a torch_dist checkpoint, `legacy` to write every
+rank's own state dict as Megatron-LM's training code lays it out.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ def build(job: dict[str, Any]) -> list[Any]:
     )
     if config.num_moe_experts and isinstance(config.moe_layer_freq, list):
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    if job.get("states"):
+        spec = with_states(spec, config)
     model = job["model"]
     chunks = []
     for chunk in range(layout["vpp"] or 1):
@@ -160,6 +162,25 @@ def build(job: dict[str, Any]) -> list[Any]:
             ).eval()
         )
     return chunks
+
+
+def with_states(spec: Any, config: Any) -> Any:
+    """The same modules, but for norms of queries, of keys and behind the last layer, which have an extra state."""
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    class Norm(torch.nn.RMSNorm):
+        def __init__(self, config: Any, hidden_size: int, eps: float, **more: Any) -> None:
+            super().__init__(hidden_size, eps)
+
+        def get_extra_state(self) -> None:
+            """Nothing, as Transformer Engine's has where there is no fp8."""
+
+        def set_extra_state(self, state: Any) -> None:
+            assert state is None
+
+    inside = spec.submodules.self_attention.submodules
+    inside.q_layernorm = inside.k_layernorm = Norm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=Norm)
 
 
 def begun(chunks: list[Any]) -> None:
