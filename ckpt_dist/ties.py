@@ -34,25 +34,19 @@ def settle(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) ->
     m = _without_copies(group, report, m, engine) if m.family else m
     if not tied(m) and is_hf(m.source.config):
         return m
-<<<<<<< HEAD
-    where = {r.weights[0]: e for e, r in enumerate(spelling.rules(m)) if r is not None and len(r.weights) == 1}
-    for weight, other in m.family.ties.items():
-        if weight not in where or other not in where:
-=======
     rules = spelling.rules(m) if m.family else spelling.bind_plain(m).rules
     where = {r.weights[0]: e for e, r in enumerate(rules) if r is not None and len(r.weights) == 1}
     for copy, of in (m.family.ties if m.family else MEGATRONS).items():
         if copy not in where or of not in where:
->>>>>>> h4
             continue
-        one, two = where[weight], where[other]
+        one, two = where[copy], where[of]
         saved = "saved" in m.catalog.about
         if saved:
             differ = "are equal, as the config says" if tied(m) else "differ"
             report.guesses.append(f"{m.names[one]} and {m.names[two]} {differ}")
         if tied(m) if saved else equal_entries(group, report, m, one, two, engine):
-            copy, of = str(m.names[one]), str(m.names[two])
-            m = replace(_left_out(m, one, TIED + of), copies={**m.copies, copy: of})
+            kept = {str(m.names[one]): str(m.names[two])} if m.family else {}  # Megatron's ranks have theirs, no file of all
+            m = replace(_left_out(m, one, TIED + str(m.names[two])), copies={**m.copies, **kept})
         elif tied(m):
             report.warnings.append(
                 f"{m.names[one]} and {m.names[two]} differ although the config ties them; both are kept, untied"
