@@ -288,6 +288,7 @@ def _lay_out(
         **target,
         "max_shard_size": parse_size(target["max_shard_size"]),
         "sizes": m.sizes,
+        "untied": m.source.config.get("tie_word_embeddings") is False,
         "args": args,
         "step": m.step,
         "file": path.name if is_file_name(path, target["format"]) else None,

@@ -593,3 +593,15 @@ def test_a_padded_vocabulary_is_read_back(tmp_path: Path, tp: int) -> None:
     last = torch.load(rank_files(tmp_path / "m/release/mp_rank_01_pp_rank_000")[0], weights_only=False)["model"]
     rows = last["module.0.transformer.wte.weight"]
     assert torch.equal(rows[-1], rows[-2])
+
+
+@pytest.mark.parametrize("head", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_a_model_without_a_head_gets_none(tmp_path: Path, head: str) -> None:
+    small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32)
+    config = transformers.LlamaConfig(**small, pad_token_id=0, tie_word_embeddings=False)
+    getattr(transformers, head).from_config(config).save_pretrained(tmp_path / "hf")
+    keys = {"unmatched": "keep", "target.tp": 2, "target.pp": 2}
+    ckpt_dist.convert(tmp_path / "hf", tmp_path / "merak", format="merak", **keys)
+    ckpt_dist.convert(tmp_path / "merak", tmp_path / "back", unmatched="keep")
+    ours, theirs = (load_file(tmp_path / f / "model.safetensors") for f in ("back", "hf"))
+    assert {n.removeprefix("model.") for n in ours} == {n.removeprefix("model.") for n in theirs}

@@ -233,7 +233,8 @@ def lay_out(spec: Spec) -> Layout:
     top = "release" if release and tp * pp > 1 else merak.STEPS.format(step) + (merak.ALONE if tp * pp == 1 else "")
     all_ranks = [Rank(t, p, 0, tp, pp, 1) for p in range(pp) for t in range(tp)]
     names = [f"{top}/{_folder(rank)}{PART if tp * pp > 1 else WHOLE}" for rank in all_ranks]
-    each = [list(_holds(spec.entries, rank, found, stages, shared)) for rank in all_ranks]
+    tied = merak.HEAD not in found.number and not o.get("untied")  # a model of classes may have no head at all
+    each = [list(_holds(spec.entries, rank, found, stages, shared, tied)) for rank in all_ranks]
     rows = max((e.shape[0] for e in spec.entries if _of_vocabulary(e.name)), default=0)
     facts = {"orig_vocab_size": rows, "parallel_vocab": shared and tp > 1}
     common = {"checkpoint_version": 3.0, "iteration": step, FACTS: facts, **_args(spec, release)}
@@ -264,11 +265,11 @@ def _refuse(spec: Spec, tp: int) -> None:
 
 
 def _holds(
-    entries: Sequence[Entry], rank: Rank, found: merak.Modules, stages: Sequence[int], shared: bool
+    entries: Sequence[Entry], rank: Rank, found: merak.Modules, stages: Sequence[int], shared: bool, tied: bool
 ) -> Iterator[Piecewise]:
     """All tensors of one rank, module by module. A tied head is a copy of the embedding, in the last module."""
     made = [(found.number[e.name], e.name, k) for k, e in enumerate(entries)]
-    if merak.HEAD not in found.number:
+    if tied:
         made += [(found.count - 1, merak.HEAD, k) for k, e in enumerate(entries) if merak.EMBEDDING.fullmatch(e.name)]
     for module, name, k in sorted(made, key=lambda one: one[0]):
         if stages[rank.p] <= module < stages[rank.p + 1]:
