@@ -204,6 +204,31 @@ def test_state_that_is_no_tensor_comes_along(tmp_path: Path) -> None:
     assert flat(loaded(tmp_path / "out")) == flat(loaded(run))
 
 
+def test_state_in_one_dict_with_the_model(tmp_path: Path) -> None:
+    """As Composer has it; no name of a dict says what its schedulers are."""
+    weights, moments = get_state_dict(*trained(torch.nn.Linear(3, 2)))
+    inner = {"model": weights, "optimizers": {"AdamW": moments}, "schedulers": {"cosine": {"last_epoch": 3}}}
+    run = saved(
+        tmp_path / "run", {"state": inner | {"timestamp": {"batch": 7}}, "rng": [{"cpu": torch.get_rng_state()}]}
+    )
+    report = ckpt_dist.convert(run, tmp_path / "out.pt", format="torch", **EVERYTHING)
+    assert flat(loaded(tmp_path / "out.pt")) == flat(loaded(run)) and not report["warnings"]
+    ckpt_dist.convert(run, tmp_path / "weights.pt", format="torch", quiet=True)
+    assert flat(loaded(tmp_path / "weights.pt")) == flat({"state": {"model": weights}})
+
+
+def test_a_list_of_absurd_length_is_refused(tmp_path: Path) -> None:
+    import pickle
+
+    run = saved(tmp_path / "run", {"w": torch.ones(2), "rng": [torch.ones(1), torch.zeros(1)]})
+    metadata = dcp.FileSystemReader(run).read_metadata()
+    assert metadata.planner_data is not None
+    metadata.planner_data["rng.1"] = ("rng", 1 << 40)
+    (run / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="A list of 1099511627777 values, of which 2 are there"):
+        ckpt_dist.convert(run, tmp_path / "out.pt", format="torch", **EVERYTHING)
+
+
 @pytest.mark.parametrize("format", ["torch", "dcp"])
 def test_what_is_not_written_leaves_its_place_in_a_list(tmp_path: Path, format: str) -> None:
     import argparse
