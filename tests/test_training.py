@@ -74,6 +74,8 @@ def test_an_optimizer_in_files_of_its_own_is_not_lost_in_silence(tmp_path: Path)
     keep: dict[str, Any] = {"keep": ["weights", "optimizer"], "quiet": True}
     report = ckpt_dist.convert(step / "optimizer_0", tmp_path / "moments", format="dcp", **keep)
     assert not report["warnings"] and flat(loaded(tmp_path / "moments")) == flat(loaded(step / "optimizer_0"))
+    said = f"keep=state: {step / 'optimizer_0'} has none"
+    assert said in ckpt_dist.convert(step / "optimizer_0", tmp_path / "all", format="dcp", **EVERYTHING)["notes"]
     for name in ("model_world_size_1_rank_0.pt", "optim_world_size_1_rank_0.pt"):
         torch.save(weights, tmp_path / name)
     (warning,) = ckpt_dist.convert(tmp_path, tmp_path / "fsdp", format="dcp", **keep)["warnings"]
@@ -81,6 +83,17 @@ def test_an_optimizer_in_files_of_its_own_is_not_lost_in_silence(tmp_path: Path)
     assert ckpt_dist.convert(step / "pytorch_model_fsdp_0", tmp_path / "w", quiet=True)["warnings"][0].startswith(
         "no config"
     )
+
+
+def test_an_optimizer_that_a_target_cannot_hold_is_not_lost_in_silence(tmp_path: Path) -> None:
+    """A universal checkpoint is all of a run, but only of DeepSpeed's; of weights alone nothing is lost."""
+    weights, moments = get_state_dict(*trained(torch.nn.Linear(3, 2)))
+    universal: dict[str, Any] = {"format": "deepspeed", "target.universal": True, "quiet": True}
+    for name, state, count in (("run", {"optim": moments}, 1), ("weights", {}, 0)):
+        report = ckpt_dist.convert(
+            saved(tmp_path / name, {"model": weights, **state}), tmp_path / f"{name}-out", **universal
+        )
+        assert [f"{name} has none that is carried" in w for w in report["warnings"]] == [True] * count
 
 
 def test_a_target_without_a_tensor_is_not_made(tmp_path: Path) -> None:
