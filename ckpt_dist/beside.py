@@ -60,17 +60,18 @@ def extras(group: Group, m: Model, cfg: Config, stays: bool) -> tuple[list[Extra
     return carried, lost
 
 
-def lacking(m: Model, carried: Sequence[Extra], cfg: Config) -> list[str]:
-    """What to say where something was asked for, and nothing of it is carried."""
+def lacking(report: Report, m: Model, carried: Sequence[Extra], cfg: Config) -> None:
+    """Say where something was asked for, and nothing of it is carried: a warning where there is some."""
     there = {e.role for e, name in zip(m.catalog.entries, m.names, strict=True) if name is not None}
     there |= {x.role for x in carried}
-    found = []
+    stored = {e.role for e in m.catalog.entries} | {x.role for x in m.catalog.extras}
     for role in sources.ASIDE:
-        if role in (cfg.get("keep") or ()) and role not in there:
-            names = sources.aside(m.source, role)
-            more = f"; {_some(names)} beside it {'is' if len(names) == 1 else 'are'} not read with it" if names else ""
-            found.append(f"keep={role}: {m.source.folder} has none that is carried{more}")
-    return found
+        if role not in (cfg.get("keep") or ()) or role in there:
+            continue
+        held, names = role in stored, sources.aside(m.source, role)
+        more = f"; {_some(names)} beside it {'is' if len(names) == 1 else 'are'} not read with it" if names else ""
+        text = f"keep={role}: {m.source.folder} has none{' that is carried' if held else ''}{more}"
+        (report.warnings if held or names else report.notes).append(text)
 
 
 def _some(names: Sequence[str]) -> str:

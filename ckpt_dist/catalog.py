@@ -182,8 +182,8 @@ def with_optimizers(catalog: Catalog) -> Catalog:
         return catalog
 
     def said(x: T) -> T:
-        beside = any(x.path[: len(a)] == a and (a or _first(x.path[0]) in ("state", GROUPS)) for a in around)
-        return replace(x, role="optimizer") if x.role == "weight" and x.path and beside else x
+        own = any(x.path[: len(a)] == a and (a or _first(x.path[0]) in ("state", GROUPS)) for a in around if x.path)
+        return replace(x, role="optimizer") if x.role == "weight" and own else x
 
     return replace(catalog, entries=tuple(map(said, catalog.entries)), extras=tuple(map(said, catalog.extras)))
 

@@ -67,9 +67,10 @@ def understand(source: Source, keys: Mapping[str, Any], cfg: Mapping[str, Any]) 
         )
     if not any(m.names) and not cfg.get("partial"):
         kinds = sorted({e.role for e in m.catalog.entries} - {"weight"})
+        more = f", or keep=[{','.join(('weights', *kinds))}]" if "keep" in cfg else ""
         raise CheckpointError(
             f"{source.folder}: none of its {len(m.names)} tensors is carried; they are taken for {' and '.join(kinds) or 'no weights'}, "
-            f"first {m.catalog.entries[0].name!r}. Give the model's own checkpoint, or keep=[{','.join(('weights', *kinds))}]."
+            f"first {m.catalog.entries[0].name!r}. Give the model's own checkpoint{more}."
         )
     return _trimmed(m) if m.catalog.about.get("padded") and not m.unresolved else m
 

@@ -96,7 +96,7 @@ def prepare(
     _same_tensors(models, d.sources)
     stays = d.dialect == models[-1].dialect and target["key"] == "auto"
     extras, lost = beside.extras(group, models[-1], cfg, stays)  # of several what is no weight is the last one's
-    report.warnings += beside.lacking(models[-1], extras, cfg)
+    beside.lacking(report, models[-1], extras, cfg)
     placement = _placement(group, cfg)
     # a tokenizer may be on one node only, and all must write the same
     told = group.on_first(lambda: beside.args(d, models[-1])) if target["format"] in formats.ARGS else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -423,8 +424,10 @@ def aside(source: Source, role: str) -> list[str]:
         return []
     folder = source.folder if source.folder.is_dir() else source.folder.parent
     inner = {part for names in INSIDE.values() for name in names for part in name.split("/")}
-    places = [folder, folder.parent] if folder.name in inner else [folder]
-    names = [p.name for place in places if place.is_dir() for p in sorted(place.iterdir()) if p != source.folder]
+    names: list[str] = []
+    for place in [folder, folder.parent] if folder.name in inner else [folder]:
+        with suppress(OSError):  # it may be on no disk of this node, or not be listed
+            names += sorted(os.listdir(place))
     return [n for n in names if n not in source.catalog.files and any(fnmatch(n, form) for form in ASIDE[role])]
 
 

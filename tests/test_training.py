@@ -74,6 +74,8 @@ def test_an_optimizer_in_files_of_its_own_is_not_lost_in_silence(tmp_path: Path)
     keep: dict[str, Any] = {"keep": ["weights", "optimizer"], "quiet": True}
     report = ckpt_dist.convert(step / "optimizer_0", tmp_path / "moments", format="dcp", **keep)
     assert not report["warnings"] and flat(loaded(tmp_path / "moments")) == flat(loaded(step / "optimizer_0"))
+    said = f"keep=state: {step / 'optimizer_0'} has none"
+    assert said in ckpt_dist.convert(step / "optimizer_0", tmp_path / "all", format="dcp", **EVERYTHING)["notes"]
     for name in ("model_world_size_1_rank_0.pt", "optim_world_size_1_rank_0.pt"):
         torch.save(weights, tmp_path / name)
     (warning,) = ckpt_dist.convert(tmp_path, tmp_path / "fsdp", format="dcp", **keep)["warnings"]
@@ -81,6 +83,17 @@ def test_an_optimizer_in_files_of_its_own_is_not_lost_in_silence(tmp_path: Path)
     assert ckpt_dist.convert(step / "pytorch_model_fsdp_0", tmp_path / "w", quiet=True)["warnings"][0].startswith(
         "no config"
     )
+
+
+def test_an_optimizer_that_a_target_cannot_hold_is_not_lost_in_silence(tmp_path: Path) -> None:
+    """A universal checkpoint is all of a run, but only of DeepSpeed's; of weights alone nothing is lost."""
+    weights, moments = get_state_dict(*trained(torch.nn.Linear(3, 2)))
+    universal: dict[str, Any] = {"format": "deepspeed", "target.universal": True, "quiet": True}
+    for name, state, count in (("run", {"optim": moments}, 1), ("weights", {}, 0)):
+        report = ckpt_dist.convert(
+            saved(tmp_path / name, {"model": weights, **state}), tmp_path / f"{name}-out", **universal
+        )
+        assert [f"{name} has none that is carried" in w for w in report["warnings"]] == [True] * count
 
 
 def test_a_target_without_a_tensor_is_not_made(tmp_path: Path) -> None:
@@ -202,6 +215,31 @@ def test_state_that_is_no_tensor_comes_along(tmp_path: Path) -> None:
     torch.save({**state, "rng": tuple(rng)}, tmp_path / "run.pt")
     ckpt_dist.convert(tmp_path / "run.pt", tmp_path / "out", format="dcp", **EVERYTHING)
     assert flat(loaded(tmp_path / "out")) == flat(loaded(run))
+
+
+def test_state_in_one_dict_with_the_model(tmp_path: Path) -> None:
+    """As Composer has it; no name of a dict says what its schedulers are."""
+    weights, moments = get_state_dict(*trained(torch.nn.Linear(3, 2)))
+    inner = {"model": weights, "optimizers": {"AdamW": moments}, "schedulers": {"cosine": {"last_epoch": 3}}}
+    run = saved(
+        tmp_path / "run", {"state": inner | {"timestamp": {"batch": 7}}, "rng": [{"cpu": torch.get_rng_state()}]}
+    )
+    report = ckpt_dist.convert(run, tmp_path / "out.pt", format="torch", **EVERYTHING)
+    assert flat(loaded(tmp_path / "out.pt")) == flat(loaded(run)) and not report["warnings"]
+    ckpt_dist.convert(run, tmp_path / "weights.pt", format="torch", quiet=True)
+    assert flat(loaded(tmp_path / "weights.pt")) == flat({"state": {"model": weights}})
+
+
+def test_a_list_of_absurd_length_is_refused(tmp_path: Path) -> None:
+    import pickle
+
+    run = saved(tmp_path / "run", {"w": torch.ones(2), "rng": [torch.ones(1), torch.zeros(1)]})
+    metadata = dcp.FileSystemReader(run).read_metadata()
+    assert metadata.planner_data is not None
+    metadata.planner_data["rng.1"] = ("rng", 1 << 40)
+    (run / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="A list of 1099511627777 values, of which 2 are there"):
+        ckpt_dist.convert(run, tmp_path / "out.pt", format="torch", **EVERYTHING)
 
 
 @pytest.mark.parametrize("format", ["torch", "dcp"])
