@@ -464,7 +464,9 @@ def test_a_config_with_a_word_for_a_number_is_named(tmp_path: Path, target: dict
     config = json.loads((tmp_path / "hf/config.json").read_text()) | {"rope_parameters": None}
     config |= {"rope_scaling": {"rope_type": "llama3", "factor": "eight", "low_freq_factor": "one"}}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"hf/config\.json has a value of another kind than it should be \(ValueError"):
+    with pytest.raises(
+        CheckpointError, match=r"hf/config\.json has a value of another kind than it should be \(ValueError"
+    ):
         ckpt_dist.convert(tmp_path / "hf", tmp_path / "out", **target)
 
 
