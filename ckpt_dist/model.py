@@ -19,6 +19,9 @@ from ckpt_dist.family import CANONICAL, Family
 from ckpt_dist.sources import Source
 
 PREFIX = re.compile(r"((model|module)\.)*")  # a framework adds one for each wrapper of the model
+MOST = (
+    1 << 14
+)  # layers, or experts: each becomes tensors of its own, and one tensor of a few bytes may stand for millions
 NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
 
 
@@ -111,7 +114,7 @@ def recognise(
         sizes, unresolved, lacks = _sizes(source, chosen, spoken, names, lost)
     except Unfit as error:
         if not other and (not partial or family != "auto" or configs.is_hf(source.config)):
-            raise
+            raise Unfit(f"{source.folder}: {error}") from None
         plain = recognise(source, family="identity", keep=keep, unmatched=unmatched)
         return plain if other else replace(plain, lacks=str(error))
     only = _originals(names, catalog, chosen, spoken, source.config) if lacks else None
@@ -308,6 +311,12 @@ def _sizes(
     shapes = [(n, source.catalog.entries[e].shape) for e, n in enumerate(names) if n is not None]
     counts = {} if "l" in known else families.counted_on(family, dialect, [n for n, _ in shapes])
     sizes = families.resolve(family, dialect, shapes, {**counts, **known})
+    if wrong := next(
+        (f"{sizes[a]} for the length {a}" for a in families.counted(family) if sizes.get(a, 0) > MOST), ""
+    ):
+        raise CheckpointError(
+            f"{source.folder}: {wrong}, {MOST} are more than any model has. Keep it as it is with model=identity."
+        )
     if _preset(source):
         _fits(
             source, family.sizes[CANONICAL](source.config)["v"], families.resolve(family, dialect, shapes, {}).get("v")

@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import ckpt_dist
+from ckpt_dist import family
 from ckpt_dist.cli import main
 from ckpt_dist.engine import staging as stage
 from ckpt_dist.errors import CheckpointError, Difference
@@ -854,3 +856,57 @@ def test_a_key_that_a_value_has_is_refused(tmp_path: Path, refused: Refused) -> 
     torch.save({"net": tensors(), "step": 3}, source / "model.pt")
     words = ["target.format=torch", "keep=weights,state", "model=identity"]
     assert "step: something else is at this place" in refused(source, *words, "target.key=step")
+
+
+def test_one_number_is_not_a_million_layers(tmp_path: Path, refused: Refused) -> None:
+    layers, one = 1 << 20, torch.ones(1)
+    inside = {
+        "self_attention.linear_qkv.weight": (12, 4),
+        "self_attention.linear_qkv.layer_norm_weight": (4,),
+        "self_attention.linear_proj.weight": (4, 4),
+        "mlp.linear_fc1.weight": (16, 4),
+        "mlp.linear_fc1.layer_norm_weight": (4,),
+        "mlp.linear_fc2.weight": (4, 8),
+    }
+    state = {f"decoder.layers.{name}": one.expand(layers, *shape) for name, shape in inside.items()}
+    state |= {f"{name}.weight": one.expand(8, 4) for name in ("embedding.word_embeddings", "output_layer")}
+    (tmp_path / "source").mkdir()
+    torch.save(state | {"decoder.final_layernorm.weight": one.expand(4)}, tmp_path / "source/model.pt")
+    said = dict(
+        model_type="llama", num_hidden_layers=layers, hidden_size=4, num_attention_heads=2, num_key_value_heads=2
+    )
+    (tmp_path / "source/config.json").write_text(json.dumps(said))
+    assert "1048576 for the length l" in refused(tmp_path / "source")
+
+
+def test_names_of_no_family_are_not_compared_with_what_families_drop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirteen families, some dialects each, two dozen patterns: that was most of a minute for 30 thousand names."""
+    save_file({f"t{k}": torch.ones(1) for k in range(100)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(family, "dropped", lambda *given: pytest.fail("compared"))
+    assert len(ckpt_dist.inspect(tmp_path / "model.safetensors")["tensors"]) == 100
+
+
+def test_a_storage_of_another_length_is_of_another_file(tmp_path: Path, refused: Refused) -> None:
+    """Torch refuses it too: what begins with as many bytes as are needed may be anything."""
+    (tmp_path / "source").mkdir()
+    with zipfile.ZipFile(make("torch", tmp_path / "whole") / "model.pt") as good:
+        held = {name: good.read(name) for name in good.namelist()}
+    short, long = sorted((n for n in held if "/data/" in n), key=lambda n: len(held[n]))[::2]
+    held[short] = held[long]
+    with zipfile.ZipFile(tmp_path / "source/model.pt", "w") as mixed:
+        for name, content in held.items():
+            mixed.writestr(name, content)
+    with pytest.raises(RuntimeError, match="does not match"):
+        torch.load(tmp_path / "source/model.pt")
+    assert "is 128 bytes long, the pickle needs 16 bytes" in refused(tmp_path / "source", "model=identity")
+
+
+def test_a_shape_that_does_not_fit_is_named_with_its_file(tmp_path: Path, refused: Refused) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    norms = {"input_layernorm": torch.ones(4), "post_attention_layernorm": torch.ones(8)}
+    save_file({f"model.layers.0.{n}.weight": norm for n, norm in norms.items()}, source / "model.safetensors")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    assert f"{source}: model.layers.0.post_attention_layernorm.weight has shape (8,)" in refused(source)

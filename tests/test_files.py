@@ -83,6 +83,8 @@ HOSTILE_HEADERS = [
     '{"a": {"dtype": "XX", "shape": [1], "data_offsets": [0, 4]}}',
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
+    f'{{"a": {{"dtype": "F32", "shape": {[1] * 4000}, "data_offsets": [0, 4]}}}}',  # planning grows with dims
+    f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "b": {{"dtype": "F32", "shape": {[0, 3] * 33}, "data_offsets": [4, 4]}}}}',
     '{"a": 3}',
     "[1, 2]",
     "[" * 5000,

@@ -19,6 +19,7 @@ from ckpt_dist.errors import CheckpointError
 from ckpt_dist.files.dtypes import FROM_SAFETENSORS, itemsize, to_safetensors
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
+MOST_DIMS = 64  # a tensor without elements may have any number of them, and planning grows with it
 MOST = 1 << 62  # of elements and of bytes: more does not fit a signed offset
 
 
@@ -94,6 +95,8 @@ def _stored(name: str, fields: Any, base: int, path: str | Path) -> Stored:
             raise ValueError("the dtype must be a text and the shape a list")
         if not all(type(n) is int and 0 <= n < MOST for n in (begin, end, *shape)):
             raise ValueError("numbers must be non-negative integers")
+        if len(shape) > MOST_DIMS:
+            raise ValueError(f"{len(shape)} dims, {MOST_DIMS} are the most")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: the header's entry for {name!r} is damaged: {error!r:.200}. Fetch it again."
@@ -101,7 +104,7 @@ def _stored(name: str, fields: Any, base: int, path: str | Path) -> Stored:
     if short not in FROM_SAFETENSORS:
         raise CheckpointError(f"{path}: {name!r} has the dtype {short!r:.20}, which is not supported.")
     need = itemsize(FROM_SAFETENSORS[short])
-    for n in shape:  # not prod: the product of a million large numbers would take hours
+    for n in shape:
         need *= n
         if need >= MOST:
             raise CheckpointError(

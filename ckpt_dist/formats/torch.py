@@ -108,10 +108,10 @@ def head(path: str) -> Head:
 
 
 def storage_record(storages: Mapping[str, zips.Record], ref: inert.TensorRef, where: str) -> int:
-    """The address of a tensor's first element; its storage must lie in the file as a whole."""
-    record = storages.get(ref.storage.key)
-    need = ref.storage.numel * itemsize(ref.storage.dtype)
-    if record is None or record.nbytes < need:
+    """The address of a tensor's first element; its storage is all of a record, as in what torch writes and reads."""
+    record, item = storages.get(ref.storage.key), itemsize(ref.storage.dtype)
+    need = ref.storage.numel * item
+    if record is None or not 0 <= record.nbytes - need < item:
         have = "missing" if record is None else f"{record.nbytes} bytes long"
         raise CheckpointError(f"{where}: storage {ref.storage.key!r} is {have}, the pickle needs {need} bytes.")
     return record.offset + ref.offset * itemsize(ref.dtype)
