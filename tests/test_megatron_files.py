@@ -13,6 +13,7 @@ import io
 import json
 import pickle
 import random
+import re
 import shutil
 import signal
 import sys
@@ -974,6 +975,21 @@ def test_experts_are_one_module_of_transformer_engine(tmp_path: Path) -> None:
         names = torch.load(rank_files(tmp_path / spec)[0], weights_only=False)["model"]
         assert args_in(tmp_path / spec)["moe_grouped_gemm"] is (spec == "te")
         assert any(n.endswith("experts.linear_fc1.weight3") for n in names) is (spec == "te")
+
+
+def test_names_and_states_of_a_distributed_checkpoint_are_those_of_its_modules(tmp_path: Path) -> None:
+    transformer("mixtral", tmp_path / "hf")
+    norm, states = {}, {}
+    for spec in ("te", "local"):
+        ckpt_dist.convert(tmp_path / "hf", tmp_path / spec, format="torch_dist", **{"target.spec": spec})
+        names = set(state_of(tmp_path / spec / "iter_0000001"))
+        (norm[spec],) = {n for n in names if re.search("pre_mlp_layernorm.weight|fc1.layer_norm_weight", n)}
+        states[spec] = {n.partition("._extra_state")[0] for n in names if "_extra_state" in n}
+        assert ckpt_dist.fingerprint(tmp_path / spec) == ckpt_dist.fingerprint(tmp_path / "hf")
+    own = "decoder.layers."
+    assert norm == dict(te=own + "pre_mlp_layernorm.weight", local=own + "mlp.linear_fc1.layer_norm_weight")
+    more = {"decoder.final_layernorm", own + "pre_mlp_layernorm", own + "self_attention.core_attention"}
+    assert states["te"] == states["local"] | more and len(states["local"]) == 4
 
 
 def test_megatron_is_told_that_it_has_to_add_one_to_norms(tmp_path: Path) -> None:

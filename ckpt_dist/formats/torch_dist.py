@@ -146,7 +146,7 @@ def lay_out(spec: Spec) -> Layout:
     """A dcp folder with the objects that Megatron asks for, and what is beside them."""
     _one_style([e.name for e in spec.entries])
     held = held_states(spec, "torch_dist")
-    objects = {name: Extra(name, (name,), "state", [None]) for name in layer_states(spec, bool(held))} | held
+    objects = {name: Extra(name, (name,), "state", [None]) for name in layer_states(spec, held)} | (held or {})
     options = {**spec.options, "placement": None}  # rows are not what its ranks load, so every node has all of them
     beside = {x.name: x.value for x in spec.extras if x.name in BESIDE["torch_dist"]}
     planned = spec.source is not None and "saved" in spec.source.about  # a saved catalog has no settings
@@ -225,22 +225,22 @@ def _context(spec: Spec, folder: str) -> dict[str, Path]:
     return {f"context/{p.relative_to(above)}": p for p in files}
 
 
-def held_states(spec: Spec, backend: str) -> dict[str, Any]:
-    """The states of layers that a source has under the same names: they are passed on."""
+def held_states(spec: Spec, backend: str) -> dict[str, Any] | None:
+    """The states of layers that a source has under the same names: they are passed on. None if its names are others."""
     source = spec.source
     if (
         source is None
         or source.format != backend
         or not {e.name for e in spec.entries} <= {e.name for e in source.entries}
     ):
-        return {}
+        return None
     return dict(source.about.get("states", {}))
 
 
-def layer_states(spec: Spec, held: bool) -> list[str]:
-    """The `_extra_state` of modules, without which Megatron does not load them: `KEY._extra_state/shard_0_4`. Where the
-    source has such, it has those of Transformer Engine too if its modules are of that."""
-    engine = not held and spec.options.get("spec") != "local" and "local" not in str(spec.options.get("dialect"))
+def layer_states(spec: Spec, held: Mapping[str, Any] | None) -> list[str]:
+    """The `_extra_state` of modules, without which Megatron does not load them: `KEY._extra_state/shard_0_4`. A source of
+    the same names has those of Transformer Engine itself, if its modules are of that."""
+    engine = held is None and spec.options.get("spec") != "local" and "local" not in str(spec.options.get("dialect"))
     return [name for entry in spec.entries for name in _objects(entry, engine)]
 
 

@@ -257,7 +257,7 @@ def _header(entry: Entry, grid: Grid) -> str:
 def _states(spec: Spec) -> dict[str, Any]:
     """A layer's state: the source's where that has it, else none."""
     held = torch_dist.held_states(spec, "zarr")
-    names = torch_dist.layer_states(spec, bool(held))
+    names = torch_dist.layer_states(spec, held)
     return {f"{name}.pt": lambda: pt.archive(None) for name in names} | {
-        name: partial(contents, path) for name, path in held.items()
+        name: partial(contents, path) for name, path in (held or {}).items()
     }
