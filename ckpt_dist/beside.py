@@ -35,7 +35,7 @@ def extras(group: Group, m: Model, cfg: Config, stays: bool) -> tuple[list[Extra
     weights = [e for e in m.catalog.entries if e.role == "weight"]
     dicts, heads = {e.path[:-1] for e in weights} - {()}, {_head(e) for e in weights if len(e.path) < 2}
     format = cfg["target"]["format"]
-    holds = format in ("dcp", "torch") or format == m.catalog.format == "deepspeed"
+    holds = format in formats.NESTED or format == m.catalog.format == "deepspeed"
     for extra in m.catalog.extras:
         among = _head(extra) in heads or any(extra.path[:k] in dicts for k in range(len(extra.path)))
         held = stays and "state" in wanted and holds and m.catalog.format != "deepspeed"

@@ -23,7 +23,6 @@ from ckpt_dist.sources import Source, open_source
 from ckpt_dist.spelling import Bound
 
 TIED = "tied to "  # the rule by which an equal copy is left out
-NESTED = ("dcp", "torch")  # formats of what a program loads into its own dicts
 EQUAL = "equal to "  # the same, of copies that belong to a dialect, and not to a model
 
 
@@ -164,7 +163,7 @@ def plain_entries(first: Model) -> Bound:
 
 def _with_copies(canon: Bound, first: Model, cfg_target: Mapping[str, Any]) -> Bound:
     """Also the copies of weights that the source stores, where a program loads all names that its model has."""
-    if cfg_target.get("format") not in NESTED:
+    if cfg_target.get("format") not in formats.NESTED:
         return canon
     pairs = {e.name: (e, r) for e, r in zip(canon.entries, canon.rules, strict=True)}
     more = [(replace(pairs[of][0], name=copy), pairs[of][1]) for copy, of in first.copies.items()]
@@ -189,7 +188,7 @@ def of_family(models: Sequence[Model], dialect: str, cfg_target: Mapping[str, An
     kinds = stored_kinds(bounds[0])
     dtype_of = _widest(kinds)
     canon = spelling.spelled(first.family, families.CANONICAL, present, first.sizes, dtype_of)
-    kept = first.copies and dialect == first.dialect and cfg_target.get("format") in NESTED
+    kept = first.copies and dialect == first.dialect and cfg_target.get("format") in formats.NESTED
     ties = {
         copy: of
         for copy, of in first.family.ties.items()
@@ -316,7 +315,11 @@ def _with_paths(target: Bound, first: Model, cfg_target: Mapping[str, Any], dial
     Dicts are a framework's, as names are: those of another dialect come without.
     """
     key = cfg_target.get("key", "auto")
-    keeps = cfg_target.get("format") in NESTED and first.catalog.format in (*NESTED, "torch_dist", "zarr")
+    keeps = cfg_target.get("format") in formats.NESTED and first.catalog.format in (
+        *formats.NESTED,
+        "torch_dist",
+        "zarr",
+    )
     keeps &= str(dialect).partition("_")[0] == str(first.dialect).partition("_")[0]  # `megatron_stacked` is Megatron's
     keeps |= cfg_target.get("format") == first.catalog.format == "deepspeed"  # an engine's names are its wrappers' too
     around: tuple[str | int, ...] = (

@@ -19,6 +19,7 @@ from ckpt_dist import __version__, beside, cost, design, formats, plan, sources,
 from ckpt_dist.altered import ZEROS
 from ckpt_dist.engine import journal
 from ckpt_dist.engine import staging as stage
+from ckpt_dist.engine.claims import release
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Combine, Done, keep
 from ckpt_dist.engine.group import Group
@@ -70,7 +71,7 @@ def write(
             stage.discard(p.staging)
         raise
     finally:
-        stage.release()
+        release()
     report.target = str(path)
     return {**report.to_dict(), **prints}
 
@@ -101,7 +102,7 @@ def _begun(group: Group, p: Prepared, work: Callable[[], task.Staged]) -> task.S
     except Exception:
         if mine and not mine[0].finished:
             stage.discard(p.staging)
-        stage.release()
+        release()
         raise
 
 

@@ -32,6 +32,7 @@ from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra, padded, role
 from ckpt_dist.config import fill
 from ckpt_dist.dcp import shards
 from ckpt_dist.engine import staging as stage
+from ckpt_dist.engine.claims import release
 from ckpt_dist.engine.files import Files
 from ckpt_dist.engine.fill import Done, keep
 from ckpt_dist.engine.group import Group
@@ -101,7 +102,7 @@ class Writer(StorageWriter):
     def _abandon(self) -> None:
         if self.prepared is not None:
             stage.discard(self.prepared.staging)
-            stage.release()
+            release()
         self.prepared = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +157,7 @@ class Writer(StorageWriter):
         except BaseException:
             self._abandon()
             raise
-        stage.release()
+        release()
         self.prepared = None
 
     def _publish(self, p: Prepared, all_done: Sequence[Done]) -> None:

@@ -14,7 +14,6 @@ Invariant: nothing under the target's name is touched before `publish`; sources 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -32,7 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_dist.engine import journal
+from ckpt_dist.engine.claims import claim, release, taken
 from ckpt_dist.engine.files import reserve
+from ckpt_dist.engine.removal import end, gone, litter, sync, sync_tree
 from ckpt_dist.errors import CheckpointError, Taken, UsageError
 from ckpt_dist.files.zips import combine_runs, crc_of_zeros
 from ckpt_dist.formats import Layout, held, inside
@@ -99,7 +100,7 @@ def check(staging: Staging, layout: Layout, more: Sequence[str], sources: Sequen
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
-    if len(os.fsencode(_gone(staging.old).name)) > LONGEST_NAME:
+    if len(os.fsencode(gone(staging.old).name)) > LONGEST_NAME:
         raise UsageError(
             f"target.path={target}: its name is too long to be published. Nothing was written; choose a shorter one."
         )
@@ -165,7 +166,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     """The skeleton: every file at its full size, with its header bytes. Whether an earlier attempt's is gone on with."""
     folder = staging.folder
     # where it is published already, that job may be waiting for other nodes
-    claimed = _claim(staging, staging.target if staging.unsettled else folder)
+    claimed = claim(staging.target if staging.unsettled else folder, staging.target)
     _take_back(staging)
     resumed = resume and journal.matches(folder, plan)
     if claimed is False and not resumed:  # with the same job nobody is in the way: it writes the same bytes
@@ -178,11 +179,11 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
     try:
         if not resumed:
             staging.target.parent.mkdir(parents=True, exist_ok=True)
-            _litter(folder)
+            litter(folder)
             _abandoned(staging)
             journal.begin(made, plan)
-            if _claim(staging, made) is None:
-                raise _taken(staging)
+            if claim(made, staging.target) is None:
+                raise taken(staging.target)
         _skeleton(made, layout, held(layout, staging.node))
         if not resumed:
             os.replace(made, folder)
@@ -190,7 +191,7 @@ def create(staging: Staging, layout: Layout, plan: str, resume: bool) -> bool:
         if not resumed:
             shutil.rmtree(made, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and lexists(folder):
-            raise _taken(staging) from None
+            raise taken(staging.target) from None
         raise CheckpointError(
             f"Cannot write to {error.filename or folder}: {error.strerror}. Nothing was written; choose another target.path."
         ) from None
@@ -216,45 +217,12 @@ def _skeleton(folder: Path, layout: Layout, here: NDArray[np.bool_]) -> None:
                 file.write(data)
 
 
-_claims: list[int] = []
-
-
-def _claim(staging: Staging, folder: Path) -> bool | None:
-    """Two jobs must not make one target at the same time; a claim ends with the process, however that ends. None where
-    there is nothing to claim, False where the disk has no locks (Lustre that is mounted without them)."""
-    try:
-        fd = os.open(folder / journal.FOLDER / journal.PLAN, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None  # nobody has begun
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _claims.append(fd)
-        return True
-    except OSError as error:
-        os.close(fd)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise _taken(staging) from None
-        return False
-
-
-def _taken(staging: Staging) -> UsageError:
-    return UsageError(
-        f"Another job is making {staging.target} at this moment. Wait for it, or choose another target.path."
-    )
-
-
 def _abandoned(staging: Staging) -> None:
     """Remove what jobs that were killed before their skeleton was finished have left."""
     for path in staging.folder.parent.glob(escape(f"{staging.folder.name}-new-") + "*"):
         with suppress(UsageError, OSError):
-            if (path / journal.FOLDER / journal.PLAN).exists() and _claim(staging, path) is not False:
-                _litter(path)
-
-
-def release() -> None:
-    """Give back what `create` has claimed."""
-    while _claims:
-        os.close(_claims.pop())
+            if (path / journal.FOLDER / journal.PLAN).exists() and claim(path, staging.target) is not False:
+                litter(path)
 
 
 def _take_back(staging: Staging) -> None:
@@ -348,14 +316,14 @@ def publish(staging: Staging, layout: Layout, fsync: bool, overwrite: bool) -> N
             _join(staging, fsync)
             return
         if staging.node is None:
-            _end(folder / journal.FOLDER, _gone(folder))
+            end(folder / journal.FOLDER, gone(folder))
         if fsync:
-            _sync_tree(folder)
+            sync_tree(folder)
         if staging.single:
             os.replace(next(p for p in folder.iterdir()), target)
         else:
             if overwrite and (target.exists() or target.is_symlink()):
-                _litter(staging.old)
+                litter(staging.old)
                 os.rename(target, staging.old)
             os.rename(folder, target)
     except OSError as error:
@@ -363,12 +331,12 @@ def publish(staging: Staging, layout: Layout, fsync: bool, overwrite: bool) -> N
             f"Cannot publish {target}: {error.strerror}. Nothing was published; what was there is as it was."
         ) from None
     if staging.single:
-        _litter(folder)
+        litter(folder)
     elif staging.node is None:
-        _litter(staging.old)
+        litter(staging.old)
     try:
         if fsync:
-            _sync(target.parent)
+            sync(target.parent)
     except OSError as error:
         raise CheckpointError(
             f"{target.parent} could not be flushed to its disk: {error.strerror}. {target} is whole, if it is there after a "
@@ -380,7 +348,7 @@ def _join(staging: Staging, fsync: bool) -> None:
     """Each file takes its place; the one before it, if there is one, is kept until all have."""
     folder, target, names = staging.folder, staging.target, staging.joining()
     if fsync:
-        _sync_tree(folder)
+        sync_tree(folder)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if lexists(target / name):
@@ -388,67 +356,22 @@ def _join(staging: Staging, fsync: bool) -> None:
             os.rename(target / name, folder / OLD / name)
         os.rename(folder / name, target / name)
     for place in {(target / name).parent for name in names} if fsync else ():
-        _sync(place)
+        sync(place)
     os.rename(folder / journal.FOLDER, folder / "done")  # no list and no journal: nothing to take back or to go on with
     release()
-    _litter(folder)
+    litter(folder)
 
 
 def settle(staging: Staging) -> None:
     """All nodes have published."""
-    _end(staging.target / journal.FOLDER, _gone(staging.folder))
-    _litter(staging.old)
+    end(staging.target / journal.FOLDER, gone(staging.folder))
+    litter(staging.old)
 
 
 def discard(staging: Staging) -> None:
     """No trace of an attempt, and what was there before it is there again."""
     _take_back(staging)
     with suppress(OSError):
-        _end(staging.folder, _gone(staging.folder))
+        end(staging.folder, gone(staging.folder))
     if staging.old.exists() and not staging.target.exists():  # an end between the two renames of `publish`
         os.rename(staging.old, staging.target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif path.exists() or path.is_symlink():
-        path.unlink()
-
-
-def _litter(path: Path) -> None:
-    """Remove what nobody needs any more. What cannot be removed stays, hidden, and the next job tries again: under a name
-    of its own, for what is left of it must be in nobody's way, and never be put back."""
-    with suppress(OSError):
-        if lexists(path):
-            os.rename(path, _gone(path))
-    for rest in (path, *path.parent.glob(escape(f"{path.name}-gone-") + "*")):
-        with suppress(OSError):
-            _remove(rest)
-
-
-def _gone(path: Path) -> Path:
-    return path.with_name(f"{path.name}-gone-{uuid4().hex[:8]}")
-
-
-def _end(path: Path, gone: Path) -> None:
-    """Remove what may hold the journal: from now on there is nothing to go on with. What is claimed is closed before: NFS
-    keeps a file that is open, under another name, and then its folder is not empty."""
-    os.rename(path, gone)
-    release()
-    with suppress(OSError):
-        _remove(gone)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -70,6 +70,7 @@ OPTIONS: dict[
     "max_shard_size": (5 * 10**9, ("hf", "dcp", "torch_dist")),
 }
 EMBEDDINGS = {"meta": ("vocabulary", "hidden"), "merak": ("vocabulary", "whole")}  # what their ranks can divide of it
+NESTED = ("dcp", "torch")  # formats of what a program loads into its own dicts
 ORDERED = ("merak",)  # formats that keep names in the order of the model's modules, which a family's table has
 ARGS = ("megatron", "torch_dist", "zarr", "megatron_deepspeed", "merak")  # formats that keep the args of a run
 BESIDE = {  # what resumes an optimizer and is no tensor
