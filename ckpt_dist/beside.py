@@ -163,6 +163,16 @@ def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report:
     return {**small, "config.json": _text(_sized(config, cfg, m))} if config else small
 
 
+def led(m: Model, small: Mapping[str, bytes | Path]) -> list[str]:
+    """What to say of files that links take from outside the source's folders, and from outside a hub's cache of it: who
+    made a checkpoint may have meant a file of whoever reads it."""
+    tops = [top.resolve() for top in (m.source.folder, _settings(m).parent)]
+    near = [*tops, *(top.parent.parent / "blobs" for top in tops)]
+    places = {n: p.resolve() for n, p in small.items() if isinstance(p, Path)}
+    names = [n for n, p in places.items() if not any(p.is_relative_to(top) for top in near)]
+    return [f"{_some(names)}: carried from where links lead, first from {places[names[0]]}"] if names else []
+
+
 def _settings(m: Model) -> Path:
     """Where a source's config was found: the file, or the checkpoint that holds it."""
     return m.source.config_path or m.source.folder

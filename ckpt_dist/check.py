@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report
 from ckpt_dist.run import job
 from ckpt_dist.sums import own_design, read, statistics
-from ckpt_dist.writing import drain
+from ckpt_dist.writing import drain, saved, unchanged
 
 Config = Mapping[str, Any]
 
@@ -31,11 +32,9 @@ def verify(cfg: Config) -> dict[str, Any]:
     """Two checkpoints compared weight by weight, or one checked for itself."""
     with job("verify", cfg) as (group, report):
         a = _open(group, report, cfg["a"], cfg, "verify")
-        if not cfg["b"].get("path"):
-            found = _alone(group, report, a, cfg)
-        else:
-            b = _open(group, report, cfg["b"], cfg, "verify")
-            found = _compare(group, report, a, b, cfg)
+        b = _open(group, report, cfg["b"], cfg, "verify") if cfg["b"].get("path") else None
+        with _of_one_save(group, [a, b] if b else [a]):
+            found = _compare(group, report, a, b, cfg) if b else _alone(group, report, a, cfg)
         return {**found, "warnings": report.warnings}
 
 
@@ -56,6 +55,22 @@ def _open(group: Group, report: Report, keys: Config, cfg: Config, verb: str) ->
         if not any(n is not None for n in m.names):
             raise CheckpointError(f"{m.source.folder}: no weight matches {match!r}.")
     return m
+
+
+@contextmanager
+def _of_one_save(group: Group, models: Sequence[Model]) -> Iterator[None]:
+    """What is said of checkpoints, also that they differ, is of files that nobody has written to meanwhile."""
+    before = saved(models) if group.local_rank == 0 else {}  # of each node what it sees
+
+    def still() -> None:
+        group.together(lambda: unchanged(models, before) if group.local_rank == 0 else None)
+
+    try:
+        yield
+    except Difference:
+        still()
+        raise
+    still()
 
 
 def _alone(group: Group, report: Report, m: Model, cfg: Config) -> dict[str, Any]:
@@ -236,5 +251,6 @@ def fingerprint(cfg: Config) -> str:
         bare = spelling.canonical(m.dialect)
         d = design.of([m], {"format": "hf"}) if not bare else None
         bound, canon = (d.sources[0], d.canon) if d else own_design(m)
-        done = read(group, report, "fingerprint", canon, [(m, bound)], drain, cfg, digests=True)
+        with _of_one_save(group, [m]):
+            done = read(group, report, "fingerprint", canon, [(m, bound)], drain, cfg, digests=True)
         return task.fingerprint_of(task.weight_digests(canon, done, 0))

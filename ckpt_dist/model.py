@@ -19,9 +19,8 @@ from ckpt_dist.family import CANONICAL, Family
 from ckpt_dist.sources import Source
 
 PREFIX = re.compile(r"((model|module)\.)*")  # a framework adds one for each wrapper of the model
-MOST = (
-    1 << 14
-)  # layers, or experts: each becomes tensors of its own, and one tensor of a few bytes may stand for millions
+# layers, or experts: each becomes tensors of its own, and one tensor of a few bytes may stand for millions
+MOST = 1 << 14
 NOISE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.")
 
 

@@ -176,6 +176,7 @@ def _beside(
         top = staging.target
         own = [n for n in small if staging.there(n) or not (top / n).resolve().is_relative_to(top)]
         small = {n: f for n, f in small.items() if n not in own}
+    report.warnings += beside.led(m, small)
     if staging.node is not None:  # the first node may be the only one that has them
         small = group.on_first(lambda: {n: f if isinstance(f, bytes) else contents(f) for n, f in small.items()})
     return small

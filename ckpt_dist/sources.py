@@ -177,9 +177,8 @@ def open_source(keys: Mapping[str, Any], config: str | None = None) -> Source:
     folder = _here(asked, weights, name)
     beside = folder is None or keys.get("universal")  # a model beside the run it is of
     tracked = _tracked(asked) if step == "latest" and beside else None
-    within = (
-        step not in ("latest", _said(asked.name)) and asked.is_dir() and step in steps(asked)
-    )  # beside the last model
+    # beside the last model
+    within = step not in ("latest", _said(asked.name)) and asked.is_dir() and step in steps(asked)
     if folder is not None and tracked is None and not within:
         return _of_step(_scan(asked, asked, folder, name, keys, config, ()), step)
     if not asked.is_dir():

@@ -130,15 +130,14 @@ def saved(models: Sequence[Model]) -> Times:
     return found
 
 
-def _unchanged(models: Sequence[Model], before: Times) -> None:
-    """Refuse to publish what was read from two saves."""
+def unchanged(models: Sequence[Model], before: Times, more: str = "") -> None:
+    """Refuse what was read from two saves."""
     now = saved(models)
     changed = sorted(path for path in {*now, *before} if now.get(path) != before.get(path))
     if changed:
-        more = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
+        others = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
         raise CheckpointError(
-            f"{changed[0]}{more} changed while it was read; nothing was published. Run the same command again when nobody "
-            "writes there."
+            f"{changed[0]}{others} changed while it was read{more}. Run the same command again when nobody writes there."
         )
 
 
@@ -200,7 +199,8 @@ def _fill(
         kept = {} if p.staging.single else beside.record(cfg, about, p.models, given, prints, report)
         if p.local:  # the ranks have phases of their own, and all nodes get the first one's record
             kept = group.broadcast(kept)
-        group.together(lambda: _unchanged(p.models, times) if group.local_rank == 0 else None)
+        said = "; nothing was published"
+        group.together(lambda: unchanged(p.models, times, said) if group.local_rank == 0 else None)
         group.together(_wanted)
         finish(p, lambda work: p.on_disks(group, work), runs, {**p.small, **kept}, cfg)
     return prints

@@ -307,6 +307,27 @@ def test_two_saves_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize("look", ["verify alone", "verify", "fingerprint"])
+def test_what_is_said_of_a_checkpoint_is_of_one_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str
+) -> None:
+    run = checkpoints(tmp_path / "run", 2)
+    shutil.copytree(run / "step-1", tmp_path / "same")
+    fill = task.fill
+
+    def saved_again(*given: object) -> object:
+        done = fill(*given)  # type: ignore[arg-type]
+        (run / "step-1/model.safetensors").write_bytes((run / "step-2/model.safetensors").read_bytes())
+        return done
+
+    others = [tmp_path / "same"] if look == "verify" else []
+    assert getattr(ckpt_dist, look.split()[0])(run / "step-1", *others)
+    monkeypatch.setattr(task, "fill", saved_again)
+    for _ in range(2):  # the second time it is another one, so that they differ
+        with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read\. Run the same"):
+            getattr(ckpt_dist, look.split()[0])(run / "step-1", *others)
+
+
 def test_what_was_abandoned_before_its_skeleton_was_whole_goes_away(tmp_path: Path) -> None:
     """But not what a job that goes on is making."""
     source = checkpoints(tmp_path / "run", 1) / "step-1"
