@@ -8,6 +8,7 @@ Invariant: a person's mistake is one message on stderr, once per job, and an exi
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import logging
@@ -18,7 +19,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt_dist import __version__, config, keys
 from ckpt_dist.errors import STOP, CheckpointError, Stopped, UsageError, nearest, visible
@@ -34,9 +36,12 @@ STDOUT = "standard output"
 HEAD_START_S = 2.0  # how long the other ranks leave the word to rank 0, which usually has the same to say
 
 
-def console() -> int:
+def console() -> NoReturn:
     """The installed command `ckpt-dist`."""
-    argv = sys.argv[1:]
+    leave(_console(sys.argv[1:]))
+
+
+def _console(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"ckpt-dist {__version__}")
         return 0
@@ -44,6 +49,18 @@ def console() -> int:
         print(_overview())
         return 0 if argv else 2
     return main(argv[0], argv[1:])
+
+
+def leave(code: int) -> NoReturn:
+    """End the process of a command. A rank does not take its interpreter apart: what torch still holds of a process group
+    may let go of a tensor in a thread of its own meanwhile, and abort a job that is done."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # what nobody hears any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def main(verb: str, argv: Sequence[str]) -> int:

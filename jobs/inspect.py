@@ -13,7 +13,7 @@ if sys.path and os.path.abspath(sys.path[0]) == HERE:
 if os.path.isdir(os.path.join(ROOT, "ckpt_dist")):
     sys.path.insert(0, ROOT)  # a checkout runs its own code, whatever else is installed
 
-from ckpt_dist.cli import main  # noqa: E402
+from ckpt_dist.cli import leave, main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main("inspect", sys.argv[1:]))
+    leave(main("inspect", sys.argv[1:]))

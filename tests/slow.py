@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ckpt_dist.cli import main
+from ckpt_dist.cli import leave, main
 from ckpt_dist.engine import fill, journal
 from ckpt_dist.engine.files import Files
 
@@ -40,4 +40,4 @@ if "APART" in os.environ:
     os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": os.environ["RANK"]}
 fill.BATCH, journal.EVERY_BYTES = 1, 1
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[2], sys.argv[3:]))
+    leave(main(sys.argv[2], sys.argv[3:]))

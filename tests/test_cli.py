@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import ckpt_dist
 from ckpt_dist import cli, config, formats, keys
 from ckpt_dist.errors import UsageError
+from tests.conftest import torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {
@@ -464,3 +466,26 @@ def test_nothing_heavy_before_the_command_is_right() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     ).stdout.split()
     assert not {"torch", "numpy", "hydra", "rich", "safetensors"} & set(out)
+
+
+def test_a_rank_that_is_done_is_not_ended_by_what_torch_still_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of gloo do it once in hundreds of jobs; here what is held aborts whenever an interpreter is taken apart."""
+    save_file({"w": torch.ones(4)}, tmp_path / "model.safetensors")
+    (tmp_path / "sitecustomize.py").write_text(
+        """import atexit, os, pathlib, sys, types
+if "RANK" in os.environ:
+    class Held:
+        def __del__(self, abort=os.abort):
+            abort()
+    sys.modules["held"] = types.ModuleType("held")
+    sys.modules["held"].held = Held()
+    atexit.register(pathlib.Path(__file__).with_name("left" + os.environ["RANK"]).touch)
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = [f"source.path={tmp_path / 'model.safetensors'}", f"target.path={tmp_path / 'out'}", "target.format=dcp"]
+    done = torchrun(2, ROOT / "jobs/convert.py", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "left0").exists() and (tmp_path / "left1").exists() and (tmp_path / "out").exists()

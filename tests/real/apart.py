@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-from ckpt_dist.cli import main
+from ckpt_dist.cli import leave, main
 
 if __name__ == "__main__":
     os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": os.environ["RANK"]}
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    leave(main(sys.argv[1], sys.argv[2:]))

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt_dist import config, run
+from ckpt_dist.cli import leave
 from ckpt_dist.engine import wire
 from ckpt_dist.errors import STOP, CheckpointError
 
@@ -60,6 +61,7 @@ def main() -> None:
     if rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(found, default=str))
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ckpt_dist.cli import main
+from ckpt_dist.cli import leave, main
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")  # once for all jobs
@@ -20,3 +20,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "0":
         print("CODES", json.dumps(codes), file=sys.stderr)
     dist.destroy_process_group()
+    leave(0)
