@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ckpt_dist import __version__, configs, design, formats, megatron, megatron_args, sources
+from ckpt_dist import __version__, assets, configs, design, formats, megatron, megatron_args
 from ckpt_dist.catalog import Catalog, Entry, Extra
 from ckpt_dist.engine.group import Group
-from ckpt_dist.errors import CheckpointError, translating
+from ckpt_dist.errors import CheckpointError, listed, translating
 from ckpt_dist.files import pickles
 from ckpt_dist.formats import Layout
 from ckpt_dist.model import Model
@@ -65,23 +65,19 @@ def lacking(report: Report, m: Model, carried: Sequence[Extra], cfg: Config) -> 
     there = {e.role for e, name in zip(m.catalog.entries, m.names, strict=True) if name is not None}
     there |= {x.role for x in carried}
     stored = {e.role for e in m.catalog.entries} | {x.role for x in m.catalog.extras}
-    for role in sources.ASIDE:
+    for role, names in assets.aside(m.source).items():
         if role not in (cfg.get("keep") or ()) or role in there:
             continue
-        held, names = role in stored, sources.aside(m.source, role)
-        more = f"; {_some(names)} beside it {'is' if len(names) == 1 else 'are'} not read with it" if names else ""
+        held = role in stored
+        more = f"; {listed(names, 3)} beside it {'is' if len(names) == 1 else 'are'} not read with it" if names else ""
         text = f"keep={role}: {m.source.folder} has none{' that is carried' if held else ''}{more}"
         (report.warnings if held or names else report.notes).append(text)
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def aside(m: Model) -> list[str]:
     """A note of what lies beside the weights, and is no part of what was read."""
-    names = [n for role in sources.ASIDE for n in sources.aside(m.source, role)]
-    return [f"beside the weights, and not read with them: {_some(names)}"] if names else []
+    names = [n for found in assets.aside(m.source).values() for n in found]
+    return [f"beside the weights, and not read with them: {listed(names, 3)}"] if names else []
 
 
 def _head(x: Entry | Extra) -> str:
@@ -134,23 +130,22 @@ def account(report: Report, models: Sequence[Model], d: design.Design, lost: Map
         report.notes.append(f"{mapped} of {len(m.names)} stored tensors are written")
     for rule, names in rules.items():
         if gone := [n for n in names if n not in again]:
-            report.notes.append(f"dropped, {rule}: {_some(gone)}")
+            report.notes.append(f"dropped, {rule}: {listed(gone, 3)}")
     report.notes += aside(m)
 
 
 def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report: Report) -> dict[str, bytes | Path]:
     """Config, tokenizer and processor files of a target that is a model's folder."""
-    found, made = sources.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
+    found, made = assets.assets(m.source), {*layout.catalog.files, *layout.late, *layout.own}
     adapter = formats.is_adapter(m.catalog)
-    if not adapter and sources.ADAPTER in found:
-        del found[sources.ADAPTER]
+    if not adapter and assets.ADAPTER in found:
+        del found[assets.ADAPTER]
         report.warnings.append(
-            f"the adapter beside the model ({sources.ADAPTER}) is left out; give its own file as source.path"
+            f"the adapter beside the model ({assets.ADAPTER}) is left out; give its own file as source.path"
         )
     small: dict[str, bytes | Path] = {n: p for n, p in found.items() if n not in made}
-    if left := sources.left(m.source):
-        more = f" and {len(left) - 6} more" if len(left) > 6 else ""
-        report.notes.append(f"beside the model and not carried: {', '.join(left[:6])}{more}")
+    if left := assets.left(m.source):
+        report.notes.append(f"beside the model and not carried: {listed(left, 6)}")
     if cfg["target"]["format"] == "meta":
         small = {n: p for n, p in small.items() if n.startswith("tokenizer")}
         with translating(_settings(m)):
@@ -166,11 +161,12 @@ def small_files(m: Model, d: design.Design, layout: Layout, cfg: Config, report:
 def led(m: Model, small: Mapping[str, bytes | Path]) -> list[str]:
     """What to say of files that links take from outside the source's folders, and from outside a hub's cache of it: who
     made a checkpoint may have meant a file of whoever reads it."""
-    tops = [top.resolve() for top in (m.source.folder, _settings(m).parent)]
-    near = [*tops, *(top.parent.parent / "blobs" for top in tops)]
+    config = m.source.config_path
+    tops = [top.resolve() for top in (m.source.folder, *([config.parent] if config else []))]
+    near = [*tops, *(top.parent.parent / "blobs" for top in tops if top.parent.name == "snapshots")]
     places = {n: p.resolve() for n, p in small.items() if isinstance(p, Path)}
     names = [n for n, p in places.items() if not any(p.is_relative_to(top) for top in near)]
-    return [f"{_some(names)}: carried from where links lead, first from {places[names[0]]}"] if names else []
+    return [f"{listed(names, 3)}: carried from where links lead, first from {places[names[0]]}"] if names else []
 
 
 def _settings(m: Model) -> Path:
@@ -308,7 +304,7 @@ def _odd(config: Config, m: Model, tied: bool) -> list[str]:
 
 def _tokenizer(m: Model) -> dict[str, str]:
     """What Megatron reads a folder's tokenizer with, where there is one."""
-    file = next((p for n, p in sources.assets(m.source).items() if n.startswith("tokenizer")), None)
+    file = next((p for n, p in assets.assets(m.source).items() if n.startswith("tokenizer")), None)
     return dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(file.parent.absolute())) if file else {}
 
 

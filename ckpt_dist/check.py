@@ -17,7 +17,7 @@ import numpy as np
 from ckpt_dist import design, plan, replicas, spelling, task, ties
 from ckpt_dist.design import Design
 from ckpt_dist.engine.group import Group
-from ckpt_dist.errors import CheckpointError, Difference
+from ckpt_dist.errors import CheckpointError, Difference, listed
 from ckpt_dist.model import Model
 from ckpt_dist.part import scanned, wholly
 from ckpt_dist.report import Report
@@ -195,12 +195,7 @@ def _compare(group: Group, report: Report, a: Model, b: Model, cfg: Config) -> d
 def _same_names(a: Model, b: Model, va: Any, vb: Any, d: Design) -> None:
     only_a, only_b = sorted(set(va.keys) - set(vb.keys)), sorted(set(vb.keys) - set(va.keys))
     if only_a or only_b:
-        lines = [
-            f"  only in {m.source.folder}: {', '.join(names[:5])}"
-            + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            for m, names in ((a, only_a), (b, only_b))
-            if names
-        ]
+        lines = [f"  only in {m.source.folder}: {listed(names)}" for m, names in ((a, only_a), (b, only_b)) if names]
         raise Difference("The checkpoints do not hold the same weights:\n" + "\n".join(lines))
     aligned = [{k: v.sizes[i].tolist() for i, k in enumerate(v.keys)} for v in (va, vb)]
     for key, lengths in aligned[0].items():

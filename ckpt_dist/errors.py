@@ -11,7 +11,7 @@ import difflib
 import re
 import reprlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -71,6 +71,11 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The hint for a misspelt word, or nothing: `nearest("formt", ["format"])` -> ` Did you mean 'format'?`"""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few of some names: `listed(["a", "b", "c"], 2)` -> `a, b and 1 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 _SHORT = reprlib.Repr()

@@ -258,11 +258,11 @@ def _same_dtypes(models: Sequence[Model], d: design.Design, asked: str | Mapping
     )
 
 
-def _refuse(what: str, differences: Sequence[str], *todo: str) -> None:
+def _refuse(what: str, differences: Sequence[str], todo: str = "") -> None:
     """The first of the differences, if there are any."""
     if differences:
         more = [f"  and {len(differences) - 10} more"] if len(differences) > 10 else []
-        raise CheckpointError("\n".join([what, *differences[:10], *more, *todo]))
+        raise CheckpointError("\n".join(filter(None, [what, *differences[:10], *more, todo])))
 
 
 def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:

@@ -45,9 +45,8 @@ def settle(group: Group, report: Report, m: Model, engine: Mapping[str, Any]) ->
             differ = "are equal, as the config says" if tied(m) else "differ"
             report.guesses.append(f"{m.names[one]} and {m.names[two]} {differ}")
         if tied(m) if saved else equal_entries(group, report, m, one, two, engine):
-            kept = (
-                {str(m.names[one]): str(m.names[two])} if m.family else {}
-            )  # Megatron's ranks have theirs, no file of all
+            # of an unknown model it is the copy of Megatron's last stage, which no file of all stages has
+            kept = {str(m.names[one]): str(m.names[two])} if m.family else {}
             m = replace(_left_out(m, one, TIED + str(m.names[two])), copies={**m.copies, **kept})
         elif tied(m):
             report.warnings.append(

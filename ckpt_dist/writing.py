@@ -51,7 +51,8 @@ def write(
     engine = task.engine_of(cfg)
     if not cfg.get("dry_run"):
         _only_for_plans(models, engine)
-    times = saved(models) if group.local_rank == 0 else {}  # of each node what it sees, since it was scanned
+    # of each node what it sees, since it was scanned
+    times = saved(models) if group.local_rank == 0 and not cfg.get("dry_run") else {}
     with report.phase("plan"):
         p = prepare(group, report, models, cfg, path, combination, into)
     if cfg.get("dry_run"):

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 
 ROOMS = (
     "errors", "whole", "box configs draw", "pattern parallel megatron merak", "catalog files megatron_args nemo", "families", "family", "conditions",
-    "absent plan report quantised ranks slots zero stages", "formats", "sources", "model", "spelling", "altered",
+    "absent plan report quantised ranks slots zero stages", "formats", "sources", "assets model", "spelling", "altered",
     "averages initial", "engine", "part", "design", "task", "ties", "cost replicas", "beside", "prepared", "writing", "run", "sums",
     "check facts", "keys", "config", "api", "cli dcp",
 )  # fmt: skip

@@ -815,11 +815,14 @@ def test_a_list_of_files_that_somebody_has_put_there_moves_nothing(
 
 
 @pytest.mark.parametrize("what", ["pipe", "device"])
-def test_what_is_there_in_place_of_a_plan_is_not_waited_for(tmp_path: Path, refused: Refused, what: str) -> None:
+def test_what_is_there_in_place_of_a_plan_is_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
     source, place = make("hf", tmp_path / "source"), tmp_path / ".out.ckpt_dist/.ckpt_dist"
     place.mkdir(parents=True)
     os.mkfifo(place / "plan") if what == "pipe" else (place / "plan").symlink_to("/dev/zero")
     assert main("convert", [f"source.path={source}", f"target.path={tmp_path / 'out'}", "model=identity"]) == 3
+    assert f"{place / 'plan'} is no plain file" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_merge_does_not_follow_the_links_of_a_checkpoint(tmp_path: Path) -> None:

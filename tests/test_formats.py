@@ -316,7 +316,7 @@ def test_files_of_a_snapshot_in_a_hub_cache(tmp_path: Path) -> None:
     assert "beside the model and not carried: README.md, consolidated.safetensors" in report["notes"]
     assert not any("links lead" in text for text in report["warnings"])
     (tmp_path / "secret").write_text("mine")
-    (snapshot / "vocab.json").unlink(missing_ok=True)
+    (snapshot / "vocab.json").unlink()
     (snapshot / "vocab.json").symlink_to(tmp_path / "secret")
     report = ckpt_dist.convert(snapshot, tmp_path / "led", quiet=True)
     assert f"vocab.json: carried from where links lead, first from {tmp_path / 'secret'}" in report["warnings"]

@@ -26,7 +26,7 @@ from ckpt_dist.engine.fill import Crew, Done, Job, Side, fill
 from ckpt_dist.engine.group import Group
 from ckpt_dist.engine.moves import WORDS, Move, gather, simplify
 from ckpt_dist.engine.wire import Wire
-from ckpt_dist.errors import STOP, CheckpointError
+from ckpt_dist.errors import STOP, CheckpointError, listed
 from ckpt_dist.plan import Moves
 
 WAVE_BYTES = 48 << 20  # more would leave the caches and gain nothing; less than that only if memory is short
@@ -260,5 +260,4 @@ def missing(seen: NDArray[np.bool_], names: Sequence[str], root: str) -> None:
     """Refuse a source some of whose files no rank sees, with their names."""
     lost = [names[f] for f in np.flatnonzero(~seen.any(axis=0)).tolist()]
     if lost:
-        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
-        raise CheckpointError(f"{root}: no node sees {', '.join(lost[:10])}{more}, {len(lost)} of {len(names)} files.")
+        raise CheckpointError(f"{root}: no node sees {listed(lost, 10)}, {len(lost)} of {len(names)} files.")

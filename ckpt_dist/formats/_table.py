@@ -15,7 +15,7 @@ import numpy as np
 from ckpt_dist import zero
 from ckpt_dist.box import Ints, ints, row_major, stacked
 from ckpt_dist.catalog import Catalog, Chunks, Entry, Extra
-from ckpt_dist.errors import CheckpointError, Missing
+from ckpt_dist.errors import CheckpointError, Missing, listed
 from ckpt_dist.files import inert, zips
 from ckpt_dist.files.dtypes import itemsize
 from ckpt_dist.files.elsewhere import NOBODY, Answers
@@ -67,7 +67,7 @@ class Folder:
         """The pickles of some files, numbered from `first`; each has to hold a dict."""
         away = [str(self.path / n) for n in names if not (self.path / n).is_file()]
         if lost := [p for p in away if self.others.head(Path(p)) is None]:
-            raise Missing(f"{named(lost)} cannot be opened: it is not on this node. Fetch it.", tuple(lost), "head")
+            raise Missing(f"{listed(lost)} cannot be opened: it is not on this node. Fetch it.", tuple(lost), "head")
         return [self._file(name, first + k) for k, name in enumerate(names)]
 
     def _file(self, name: str, number: int) -> File:
@@ -92,11 +92,6 @@ class Folder:
 def opened(root: Path, name: str, number: int) -> File:
     """The pickle of one file, which has to hold a dict."""
     return Folder(root).opened([name], number)[0]
-
-
-def named(names: Sequence[str], most: int = 5) -> str:
-    """The first few of some names: `named(["a", "b", "c"], 2)` -> `a, b and 1 more`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass(frozen=True)
